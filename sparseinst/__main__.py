@@ -1,0 +1,3 @@
+from sparseinst.cli import main
+
+main()

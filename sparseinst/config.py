@@ -1,0 +1,339 @@
+"""Every setting, its default and its valid values; the presets `paper` and `release`; the named models.
+
+This is the only place where a default stands. The path of an override is the attribute path: `model.decoder.iam.kernel_size`
+in a spec, on the command line and in the code. Sources of the values: the paper (CVPR 2022) and its reference implementation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Activation = Literal["sigmoid", "softmax"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+STRIDES = (8, 16, 32)
+"""Of the backbone's features C3, C4 and C5."""
+SIZE_DIVISOR = STRIDES[-1]
+"""Images are padded at the right and bottom to a multiple of the deepest feature's stride."""
+REFERENCE_BATCH = 64
+"""Images an optimiser step in the paper: 8 processes of 8."""
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """Marks a field added after results exist: at this value it is left out of the content hash, so that old keys live on."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Operational:
+    """Marks a field that cannot change a result (worker counts, how often to log): never part of the content hash."""
+
+
+class Section(BaseModel):
+    """Frozen, closed and strict: unknown keys, wrong types, NaN and infinity are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class BackboneConfig(Section):
+    name: str = "resnet50.tv_in1k"
+    """Any timm model with features at strides 8, 16 and 32."""
+    pretrained: bool = True
+    """Start from the weights timm names for `name`, from its cache or, when online, its hub."""
+    weights: str | None = None
+    """A local file (.safetensors, .pth) with ImageNet weights in timm's names; used in place of timm's cache."""
+    frozen_norm: bool = True
+    """Freeze statistics and affine of every BatchNorm; needs pretrained weights to make sense in training."""
+    freeze_at: Annotated[int, Field(ge=0, le=5)] = 0
+    """Freeze the stem (1) and the stages up to this one (2-5, ResNet counting); 0 trains everything."""
+    deformable_stages: tuple[Literal[2, 3, 4, 5], ...] = ()
+    """ResNet stages whose 3x3 convolutions become deformable; the paper's DCN models use (4, 5)."""
+    deformable_version: Literal[1, 2] = 1
+
+
+class EncoderConfig(Section):
+    channels: PositiveInt = 256
+    ppm: bool = True
+    """Pyramid pooling after C5 (Table 2)."""
+    fusion: bool = True
+    """Fuse P3, P4 and P5 (Table 2); without it the output is P3 alone."""
+
+
+class IAMConfig(Section):
+    """F_iam, the function from features to instance activation maps (Tables 4 and 7)."""
+
+    kind: Literal["conv", "cross_attention"] = "conv"
+    num_maps: PositiveInt = 100
+    kernel_size: Literal[1, 3] = 3
+    convs: Literal[1, 2] = 1
+    groups: PositiveInt = 1
+    activation: Activation = "sigmoid"
+    heads: PositiveInt = 4
+    """Attention heads; used by `cross_attention` alone."""
+
+    @model_validator(mode="after")
+    def _cross_attention_has_no_convs(self) -> Self:
+        if self.kind == "cross_attention" and (self.groups, self.convs, self.activation) != (1, 1, "sigmoid"):
+            raise ValueError("kind cross_attention takes no groups, convs or activation: leave them at their defaults")
+        return self
+
+
+class DecoderConfig(Section):
+    depth: PositiveInt = 4
+    """3x3 convolutions in each of the two branches."""
+    width: PositiveInt = 256
+    """Channels of the convolutions in both branches."""
+    coordinates: bool = True
+    deformable: bool = False
+    """Make the last 3x3 of each branch deformable (Table 3)."""
+    deformable_version: Literal[1, 2] = 1
+    kernel_dim: PositiveInt = 128
+    """Channels of the mask features and of the mask kernels."""
+    mask_scale: Positive = 2.0
+    """Bilinear upsampling of the predicted masks from 1/8 of the padded input."""
+    iam: IAMConfig = IAMConfig()
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> Self:
+        if self.iam.kind == "conv":
+            if self.width % self.iam.groups:
+                raise ValueError(f"iam.groups={self.iam.groups} does not divide width={self.width}")
+        elif self.width % self.iam.heads:
+            raise ValueError(f"iam.heads={self.iam.heads} does not divide width={self.width}")
+        return self
+
+
+class ModelConfig(Section):
+    num_classes: PositiveInt = 80
+    backbone: BackboneConfig = BackboneConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    decoder: DecoderConfig = DecoderConfig()
+
+
+class LossConfig(Section):
+    """Paper Eqs. 3 and 4; Tables 5 and 6."""
+
+    dice: bool = True
+    pixel: Literal["bce", "focal", "none"] = "bce"
+    objectness: Literal["bce", "l1", "none"] = "bce"
+    class_weight: NonNegative = 2.0
+    dice_weight: NonNegative = 2.0
+    pixel_weight: NonNegative = 2.0
+    objectness_weight: NonNegative = 1.0
+    reduction: Literal["per_process", "global"] = "per_process"
+    """Pixel and objectness means over one process's matched pairs (the reference) or over all processes' pairs."""
+    focal_alpha: Fraction = 0.25
+    focal_gamma: NonNegative = 2.0
+    overfull: Literal["own", "reference"] = "own"
+    """Which masks the pairs take when an image of the batch holds more instances than there are maps: their own, or, as the
+    reference's index arithmetic has it, those of an image before. Never matters on COCO with 100 maps."""
+
+    @model_validator(mode="after")
+    def _some_mask_loss(self) -> Self:
+        if not self.dice and self.pixel == "none":
+            raise ValueError("dice is off and pixel is none: without a mask loss no mask is learned")
+        return self
+
+
+class MatcherConfig(Section):
+    """Paper Eq. 1: score = dice^alpha x p(class)^beta."""
+
+    alpha: NonNegative = 0.8
+    beta: NonNegative = 0.2
+
+
+class DataConfig(Section):
+    source: Literal["coco", "shapes"] = "coco"
+    """`coco`: a folder in COCO format at `root`; `shapes`: the embedded set, written to `root` when it is not there yet."""
+    root: str = "datasets/coco"
+    train_images: str = "train2017"
+    train_annotations: str = "annotations/instances_train2017.json"
+    val_images: str = "val2017"
+    val_annotations: str = "annotations/instances_val2017.json"
+    train_limit: PositiveInt | None = None
+    """Use the first images of the training split only."""
+    val_limit: PositiveInt | None = None
+    short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = tuple(range(416, 641, 32))
+    """Training draws the shorter side, in pixels, from these."""
+    long_side: PositiveInt = 853
+    """Most pixels of the longer side in training; the paper's text says 864."""
+    flip: Fraction = 0.5
+    crop: Fraction = 0.0
+    """Chance of the crop augmentation of Table 1."""
+    crop_short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (400, 500, 600)
+    crop_sizes: tuple[PositiveInt, PositiveInt] = (384, 600)
+    on_bad_image: Literal["error", "skip"] = "error"
+    """A missing, truncated or unreadable image: stop with its name, or leave it out and count it."""
+    workers: Annotated[int, Field(ge=0), Operational()] = 2
+
+    @model_validator(mode="after")
+    def _crop_range(self) -> Self:
+        if self.crop_sizes[0] > self.crop_sizes[1]:
+            raise ValueError(f"crop_sizes={list(self.crop_sizes)}: the smaller comes first")
+        return self
+
+
+class InferenceConfig(Section):
+    short_side: PositiveInt = 640
+    long_side: PositiveInt = 853
+    score_threshold: Fraction = 0.005
+    mask_threshold: Fraction = 0.45
+    rescore: bool = True
+    """Multiply the class probability by the objectness (Table 6)."""
+    maskness: bool = True
+    """Multiply the score by the mean probability of the mask's pixels; in the reference, not in the paper."""
+    precision: Precision = "fp32"
+
+
+class TrainConfig(Section):
+    iterations: PositiveInt = 270_000
+    """Optimiser steps."""
+    batch_size: PositiveInt = REFERENCE_BATCH
+    """Images an optimiser step, over all processes and accumulated parts."""
+    accumulate: PositiveInt = 1
+    """Forward and backward passes an optimiser step; each counts as one process in the loss means."""
+    learning_rate: Positive = 5e-5
+    backbone_multiplier: NonNegative = 1.0
+    weight_decay: NonNegative = 1e-4
+    weight_decay_on: Literal["reference", "weights"] = "reference"
+    """`reference`: all parameters but those of norms and patch embeddings; `weights`: matrices and kernels alone."""
+    schedule: Literal["step", "cosine"] = "step"
+    """After the warm-up: times `decay` at each milestone, or half a cosine down to zero."""
+    milestones: tuple[Fraction, ...] = (7 / 9, 25 / 27)
+    """Fractions of `iterations`: 210,000 and 250,000 of 270,000."""
+    decay: Positive = 0.1
+    warmup_iterations: Annotated[int, Field(ge=0)] = 1000
+    warmup_factor: Fraction = 1e-3
+    clip_norm: Positive | None = None
+    """Clip the gradient norm of the whole model."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Keep an exponential moving average of the weights and export that."""
+    precision: Precision = "fp32"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    log_every: Annotated[PositiveInt, Operational()] = 20
+    checkpoint_every: Annotated[PositiveInt, Operational()] = 5000
+    keep_checkpoints: Annotated[PositiveInt, Operational()] = 2
+    evaluate_every: Annotated[PositiveInt | None, Operational()] = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
+        if self.warmup_iterations >= self.iterations:
+            raise ValueError(f"warmup_iterations={self.warmup_iterations} must be below iterations={self.iterations}")
+        if list(self.milestones) != sorted(self.milestones):
+            raise ValueError(f"milestones={list(self.milestones)} must ascend")
+        return self
+
+    def batch_advice(self) -> str | None:
+        """What to change where the batch differs from the paper's 64 and the learning rate does not; None where all is well."""
+        reference = TrainConfig.model_fields["learning_rate"].default
+        if self.batch_size == REFERENCE_BATCH or self.learning_rate != reference:
+            return None
+        scaled = reference * self.batch_size / REFERENCE_BATCH
+        return (
+            f"train.batch_size={self.batch_size} with the learning rate of batch {REFERENCE_BATCH} loses AP: "
+            f"set train.learning_rate={scaled:g}, or train.batch_size={REFERENCE_BATCH} with train.accumulate"
+        )
+
+
+class Config(Section):
+    """The whole of an experiment. The defaults are the preset `paper`."""
+
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    matcher: MatcherConfig = MatcherConfig()
+    data: DataConfig = DataConfig()
+    inference: InferenceConfig = InferenceConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _rescoring_needs_objectness(self) -> Self:
+        if self.loss.objectness == "none" and self.inference.rescore:
+            raise ValueError("loss.objectness is none, so set inference.rescore=false: an untrained objectness cannot rescore")
+        return self
+
+    def replace(self, overrides: Mapping[str, Any]) -> Config:
+        """A copy with dotted paths set, e.g. `{"model.decoder.depth": 2}`.
+
+        Raises:
+            UserError: a path that does not exist (with the nearest one that does), or a value it does not take.
+        """
+        from sparseinst.overrides import merge, nest, parse_config
+
+        return parse_config(merge(self.model_dump(mode="json"), nest(overrides)))
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2)
+
+    def to_yaml(self) -> str:
+        import io
+
+        from ruamel.yaml import YAML
+
+        stream = io.StringIO()
+        YAML(typ="safe").dump(self.model_dump(mode="json"), stream)
+        return stream.getvalue()
+
+    def content_hash(self) -> str:
+        """16 hexadecimal digits over the resolved values of everything that can change a result; see `content`."""
+        return content_hash(content(self))
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "release": {"train.weight_decay": 0.05, "loss.pixel_weight": 5.0},
+}
+"""`paper`: Tables 2-8; `release`: Table 1 and the released checkpoints."""
+
+_GIAM = {"model.decoder.iam.groups": 4}
+_DCN = {"model.backbone.deformable_stages": [4, 5]}
+MODELS: dict[str, dict[str, Any]] = {
+    "r50-iam": {},
+    "r50-giam": _GIAM,
+    "r50-giam-softmax": {**_GIAM, "model.decoder.iam.activation": "softmax"},
+    "r50-dcn-giam": {**_GIAM, **_DCN},
+    "r50d-giam": {**_GIAM, "model.backbone.name": "resnet50d.ra2_in1k"},
+    "r50d-dcn-giam": {**_GIAM, **_DCN, "model.backbone.name": "resnet50d.ra2_in1k"},
+    "r101-giam": {**_GIAM, "model.backbone.name": "resnet101.tv_in1k"},
+    "r101-dcn-giam": {**_GIAM, **_DCN, "model.backbone.name": "resnet101.tv_in1k"},
+    "cspdarknet53-giam": {**_GIAM, "model.backbone.name": "cspdarknet53.ra_in1k"},
+    "darknet53-giam": {**_GIAM, "model.backbone.name": "darknet53.c2ns_in1k"},
+    "pvtv2-b1-giam": {**_GIAM, "model.backbone.name": "pvt_v2_b1.in1k"},
+    "pvtv2-b2-li-giam": {**_GIAM, "model.backbone.name": "pvt_v2_b2_li.in1k"},
+}
+"""The released models by name, as overrides."""
+
+
+def content(section: Section) -> dict[str, Any]:
+    """The resolved values of a config or a part of it that can change a result, as plain data for `content_hash`.
+
+    Operational fields are left out, and fields at their `Neutral` value.
+    """
+    data: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if any(isinstance(mark, Operational) for mark in field.metadata):
+            continue
+        if any(isinstance(mark, Neutral) and mark.value == value for mark in field.metadata):
+            continue
+        data[name] = content(value) if isinstance(value, Section) else value
+    return data
+
+
+def content_hash(data: Any) -> str:
+    """16 hexadecimal digits of SHA-256 over canonical JSON; the same on every machine and Python version."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,222 @@
+"""COCO-format folders: annotation files, images, masks. Imports no torch.
+
+K instances of one image, H W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sparseinst.config import DataConfig
+from sparseinst.errors import DataError
+from sparseinst.overrides import read_text
+
+Mask = NDArray[np.uint8]
+"""(H, W), 0 or 1."""
+
+
+@dataclass(frozen=True)
+class Category:
+    id: int
+    """As in the file: any number, with gaps (COCO: 1 to 90)."""
+    name: str
+
+
+@dataclass(frozen=True)
+class Annotation:
+    id: int
+    label: int
+    """Index into `CocoSplit.categories`."""
+    crowd: bool
+    segmentation: Any
+    """Polygons (lists of x, y, x, y, ...) or run lengths (`size`, `counts`)."""
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    id: int
+    path: Path
+    height: int
+    width: int
+    annotations: list[Annotation] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CocoSplit:
+    """One annotation file: its categories in the order of their ids, and its images in the order of the file."""
+
+    file: Path
+    categories: tuple[Category, ...]
+    images: tuple[ImageRecord, ...]
+
+    def with_instances(self) -> CocoSplit:
+        """The images that hold an instance that is no crowd: those that training uses."""
+        kept = (image for image in self.images if any(not a.crowd for a in image.annotations))
+        return CocoSplit(self.file, self.categories, tuple(kept))
+
+
+def train_split(config: DataConfig) -> CocoSplit:
+    root = prepared_root(config)
+    return read_split(root / config.train_annotations, root / config.train_images, config.train_limit)
+
+
+def val_split(config: DataConfig) -> CocoSplit:
+    root = prepared_root(config)
+    return read_split(root / config.val_annotations, root / config.val_images, config.val_limit)
+
+
+def prepared_root(config: DataConfig) -> Path:
+    """The data folder; the embedded set is written there when it is missing."""
+    root = Path(config.root)
+    if config.source == "shapes":
+        from sparseinst.data.shapes import ensure_shapes
+
+        ensure_shapes(root)
+    return root
+
+
+def read_split(file: Path, images: Path, limit: int | None = None) -> CocoSplit:
+    """Read and check an annotation file.
+
+    Args:
+        file: the JSON file.
+        images: the folder its `file_name`s are relative to.
+        limit: keep the first images only.
+
+    Raises:
+        DataError: no such file or folder, broken JSON (with line and column), or an entry that lacks something or refers to
+            something that is not there; the message names file and entry.
+    """
+    data = _read_json(file)
+    if not images.is_dir():
+        raise DataError(f"{images}: no such folder of images")
+    try:
+        categories = tuple(sorted((Category(c["id"], c["name"]) for c in data["categories"]), key=lambda c: c.id))
+        records = {entry["id"]: _record(entry, images) for entry in data["images"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: categories or images: {_reason(error)}") from None
+    labels = {category.id: index for index, category in enumerate(categories)}
+    if len(labels) != len(categories) or len(records) != len(data["images"]):
+        raise DataError(f"{file}: two {'images' if len(labels) == len(categories) else 'categories'} share an id")
+    for index, entry in enumerate(data.get("annotations", [])):
+        try:
+            annotation = Annotation(
+                entry["id"], labels[entry["category_id"]], bool(entry.get("iscrowd", 0)), entry["segmentation"]
+            )
+            records[entry["image_id"]].annotations.append(annotation)
+        except (KeyError, TypeError) as error:
+            name = entry.get("id", "without id") if isinstance(entry, dict) else "no object"
+            raise DataError(f"{file}: annotation {index} (id {name}): {_annotation_reason(entry, error)}") from None
+    return CocoSplit(file, categories, tuple(list(records.values())[:limit]))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    text = read_text(file)
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+    if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "categories")):
+        raise DataError(f"{file}: not a COCO annotation file: the lists `images` and `categories` are needed")
+    if not data["images"] or not data["categories"]:
+        raise DataError(f"{file}: holds no {'categories' if data['images'] else 'images'}")
+    return data
+
+
+def _record(entry: Mapping[str, Any], images: Path) -> ImageRecord:
+    height, width = entry["height"], entry["width"]
+    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
+        raise ValueError(f"image {entry['file_name']} has height {height!r} and width {width!r}")
+    return ImageRecord(entry["id"], images / entry["file_name"], height, width)
+
+
+def _reason(error: Exception) -> str:
+    return f"an entry lacks {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _annotation_reason(entry: Any, error: Exception) -> str:
+    if not isinstance(entry, dict):
+        return "not an object"
+    missing = [key for key in ("id", "image_id", "category_id", "segmentation") if key not in entry]
+    if missing:
+        return f"lacks {', '.join(missing)}" + (" (boxes alone are not enough)" if "segmentation" in missing else "")
+    key = "category_id" if isinstance(error, KeyError) and error.args[0] == entry["category_id"] else "image_id"
+    return f"{key} {entry[key]!r} is not among the file's {'categories' if key == 'category_id' else 'images'}"
+
+
+def decode(segmentation: Any, height: int, width: int) -> Mask:
+    """Polygons or run lengths to a mask of (height, width).
+
+    Raises:
+        ValueError: neither, or of another size.
+    """
+    from hotcoco import mask
+
+    if isinstance(segmentation, Mapping):
+        if list(segmentation.get("size", ())) != [height, width]:
+            raise ValueError(f"run lengths of size {segmentation.get('size')} in an image of {[height, width]}")
+        return mask.decode(mask.fr_py_objects(dict(segmentation), height, width))
+    polygons = [list(map(float, polygon)) for polygon in segmentation]
+    if not polygons or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
+        raise ValueError("a polygon needs at least three points of x and y")
+    return mask.decode(mask.merge(mask.fr_py_objects(polygons, height, width)))
+
+
+def encode(masks: NDArray[np.bool_] | Mask) -> list[dict[str, Any]]:
+    """(K, H, W) masks to K run lengths with `counts` as text, ready for JSON."""
+    from hotcoco import mask
+
+    if not len(masks):
+        return []
+    stack: Any = np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))
+    runs: Any = mask.encode(stack)
+    return [{"size": list(run["size"]), "counts": run["counts"].decode("ascii")} for run in runs]
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
+    """A file as RGB, upright: grey, 16-bit, CMYK, palette and transparent images are converted, EXIF rotation is applied.
+
+    Args:
+        size: the (height, width) its annotations were made for. Of the stored and the rotated image the one that has it is
+            taken; None takes the rotated one.
+
+    Raises:
+        DataError: missing, truncated, no image, or of another size; the message names the file.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Pillow warns of metadata that we do not read.
+            with Image.open(path) as file:
+                file.load()
+                stored = file.copy()
+                upright = ImageOps.exif_transpose(file)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image") from None
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: truncated or unreadable image ({str(error).splitlines()[0][:100]})") from None
+    if size is not None and upright.size != size[::-1]:
+        if stored.size != size[::-1]:
+            raise DataError(f"{path}: is {stored.width} x {stored.height}, its annotations say {size[1]} x {size[0]}")
+        upright = stored
+    return _rgb(upright)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits a pixel, which Pillow would clip at 255
+        values = np.asarray(image, dtype=np.float64)
+        scale = 255 / 65535 if values.max(initial=0) > 255 else 1.0
+        image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def category_names(categories: Sequence[Category]) -> list[str]:
+    return [category.name for category in categories]

@@ -1,0 +1,350 @@
+"""The embedded data set: procedural scenes of geometric shapes in COCO format. Imports no torch.
+
+For tests, examples and ablations without a download: a small model learns much of it on two CPU cores in minutes.
+Shape alone tells the category: colour, texture, aspect and rotation are drawn independently of it. Objects hide each
+other, are cut by the border and extend from 8 pixels to 0.6 of the short side.
+
+H W height and width of an image in pixels, h w of the box around one object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.random import PCG64, Generator, SeedSequence
+from numpy.typing import NDArray
+from PIL import Image
+
+from sparseinst.errors import UserError
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Owner = NDArray[np.int64]
+"""(H, W): the index of the object that is visible there, -1 for none."""
+
+DESCRIPTION = "sparseinst shapes"
+VERSION = "1"
+"""Goes up with every change of the default set's content, so that a stale folder is refused and never trained on."""
+SPLITS = ("train", "val")
+
+_SMALLEST_SIDE = 32
+_LONGEST = 1.25  # times the short side: 128 to 160 pixels, so that padding to multiples of 32 wastes little
+_MIN_EXTENT, _MAX_EXTENT = 8.0, 0.6  # pixels; fraction of the short side
+_MIN_AREA = 40  # pixels of a whole object: below, a star cannot be told from a circle
+_MIN_VISIBLE_AREA, _MIN_VISIBLE = 12, 0.2  # pixels, fraction of the whole object
+_MIN_CONTRAST = 75.0  # sum over R, G, B of the difference to what lies below, in grey levels
+_MAX_OBJECTS, _TRIES = 9, 20
+_EMPTY, _CROWDED = 0.02, 0.01  # fractions of the images
+
+
+def _star(x: Floats, y: Floats) -> Mask:
+    """Five points at radius 1 and corners at 0.45 between them."""
+    half, corner = math.pi / 5, 0.45
+    angle = abs(np.arctan2(x, -y) % (2 * half) - half)  # 0 at a corner, `half` at a point
+    along, across = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
+    return (math.cos(half) - corner) * across >= math.sin(half) * (along - corner)
+
+
+_SHAPES: dict[str, tuple[int, Callable[[Floats, Floats], Mask]]] = {
+    "circle": (1, lambda x, y: np.hypot(x, y) <= 1),
+    "square": (2, lambda x, y: np.maximum(abs(x), abs(y)) <= math.sqrt(0.5)),
+    "triangle": (4, lambda x, y: np.maximum(y, math.sqrt(0.75) * abs(x) - y / 2) <= 0.5),
+    "star": (7, _star),
+    "ring": (11, lambda x, y: abs(np.hypot(x, y) - 0.775) <= 0.225),
+    "cross": (13, lambda x, y: (np.maximum(abs(x), abs(y)) <= 0.95) & (np.minimum(abs(x), abs(y)) <= 0.3)),
+    "crescent": (17, lambda x, y: (np.hypot(x, y) <= 1) & (np.hypot(x - 0.5, y) > 0.8)),
+    "bar": (22, lambda x, y: (abs(x) <= 0.97) & (abs(y) <= 0.22)),
+}
+"""Category id (with gaps, as in COCO) and which points of the unit disc are inside, x right and y down."""
+
+
+@dataclass(frozen=True)
+class _Object:
+    """One shape or, as a crowd, a cluster of tiny ones."""
+
+    category_id: int
+    crowd: bool
+    box: tuple[slice, slice]
+    mask: Mask
+    """(h, w), the object inside the image, also where it is hidden."""
+    whole_area: int
+    """Pixels, with those outside the image."""
+
+
+def write_shapes(root: Path, *, train: int = 800, val: int = 200, side: int = 128, seed: int = 0) -> None:
+    """Write the data set to a folder that is not there yet, or is empty; all of it appears at once or nothing does.
+
+    Args:
+        root: gets `annotations/instances_{train,val}2017.json`, `train2017` and `val2017`. Two processes may write
+            the same root at the same time: one set is kept.
+        train: images of the training split; image i is the same whatever their number is.
+        val: images of the validation split, from other random streams than those of training.
+        side: the shorter side of every image in pixels; the longer one is up to 1.4 times that.
+        seed: 0 or more.
+
+    Raises:
+        UserError: something else is at `root`, it cannot be written, or a number is out of its range.
+    """
+    if side < _SMALLEST_SIDE or min(train, val) < 1 or seed < 0:
+        raise UserError(f"shapes: side={side} (at least {_SMALLEST_SIDE}), train={train}, val={val} (1), seed={seed} (0)")
+    root = root.resolve()
+    try:
+        if root.exists() and not (root.is_dir() and next(root.iterdir(), None) is None):
+            what = "a shapes set" if _is_complete(root) else f"something other than a shapes set of version {VERSION}"
+            raise UserError(f"{root}: holds {what} already; name another folder or delete this one")
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
+            made = Path(scratch) / root.name  # a folder in the scratch folder, whose mode 0700 root shall not get
+            for index, (split, number) in enumerate(zip(SPLITS, (train, val), strict=True)):
+                _write_split(made, split, [(seed, index, image) for image in range(number)], side)
+            try:
+                made.rename(root)
+            except OSError:
+                if not _is_complete(root):
+                    raise
+    except OSError as error:
+        raise UserError(f"{root}: cannot be written ({error})") from None
+
+
+def ensure_shapes(root: Path) -> None:
+    """Write the default set to `root` unless a set of this version, of any size, is there. Safe between processes.
+
+    Raises:
+        UserError: something else is at `root`, or it cannot be written.
+    """
+    root = root.resolve()
+    if _is_complete(root):  # first without the lock: a finished set may be on a read-only disk
+        return
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(root.with_name(f".{root.name}.lock")):
+            if not _is_complete(root):
+                write_shapes(root)
+    except OSError as error:
+        raise UserError(f"{root}: cannot be written ({error})") from None
+
+
+def content_digest(root: Path) -> str:
+    """SHA-256 in hexadecimal over decoded pixels and annotations, whatever wrote the PNG and JSON bytes.
+
+    Raises:
+        OSError: a file is missing.
+    """
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        data = json.loads(_annotation_file(root, split).read_text(encoding="utf-8"))
+        content = {key: data[key] for key in ("images", "annotations", "categories")}
+        digest.update(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+        for entry in data["images"]:
+            with Image.open(_image_folder(root, split) / entry["file_name"]) as file:
+                digest.update(np.asarray(file.convert("RGB")).tobytes())
+    return digest.hexdigest()
+
+
+def _annotation_file(root: Path, split: str) -> Path:
+    return root / "annotations" / f"instances_{split}2017.json"
+
+
+def _image_folder(root: Path, split: str) -> Path:
+    return root / f"{split}2017"
+
+
+def _is_complete(root: Path) -> bool:
+    """Whether a set of this version is at `root`. Sets appear at once, so that what is there is all there."""
+    try:
+        info = json.loads(_annotation_file(root, "val").read_text(encoding="utf-8"))["info"]
+        found = (info["description"], info["version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return found == (DESCRIPTION, VERSION)
+
+
+def _write_split(root: Path, split: str, seeds: list[tuple[int, int, int]], side: int) -> None:
+    file, folder = _annotation_file(root, split), _image_folder(root, split)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, image_seed in enumerate(seeds, start=1):
+        # A stream for each image, so that it does not depend on how many there are.
+        pixels, objects, owner = _scene(Generator(PCG64(SeedSequence(image_seed))), side)
+        name = f"{image_id:012}.png"
+        Image.fromarray(pixels).save(folder / name, compress_type=zlib.Z_HUFFMAN_ONLY)
+        height, width = owner.shape
+        images.append({"id": image_id, "file_name": name, "height": height, "width": width, "license": 1})
+        for entry in _annotate(objects, owner):
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **entry})
+    data = {
+        "info": {"description": DESCRIPTION, "version": VERSION, "seed": seeds[0][0], "side": side},
+        "licenses": [{"id": 1, "name": "MIT License", "url": "https://opensource.org/license/mit"}],
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": category_id, "name": name, "supercategory": "shape"} for name, (category_id, _) in _SHAPES.items()],
+    }
+    file.write_text(json.dumps(data), encoding="utf-8")
+
+
+def _annotate(objects: list[_Object], owner: Owner) -> list[dict[str, Any]]:
+    """COCO entries, still without ids, of what is visible of each object."""
+    from pycocotools import mask as coco_mask
+
+    runs: Any = coco_mask  # its functions carry no annotations
+    entries: list[dict[str, Any]] = []
+    for index, item in enumerate(objects):
+        visible = np.asfortranarray(owner == index)
+        encoded = runs.encode(visible.view(np.uint8))
+        counts: str | list[int] = encoded["counts"].decode("ascii")
+        if item.crowd:  # as in COCO: lengths of runs in column order, beginning with the background's
+            edges = np.flatnonzero(np.diff(visible.ravel(order="F"), prepend=False))
+            counts = np.diff(edges, prepend=0, append=visible.size).tolist()
+        entry = {"category_id": item.category_id, "iscrowd": int(item.crowd), "area": float(runs.area(encoded))}
+        entry["bbox"] = runs.toBbox(encoded).tolist()
+        entries.append({**entry, "segmentation": {"size": list(owner.shape), "counts": counts}})
+    return entries
+
+
+def _scene(rng: Generator, side: int) -> tuple[NDArray[np.uint8], list[_Object], Owner]:
+    """An image (H, W, 3), its objects from back to front, and which of them is visible where."""
+    long = side if rng.random() < 0.2 else round(side * (1 + (_LONGEST - 1) * rng.random()))
+    size = (side, long) if rng.random() < 0.5 else (long, side)
+    canvas = _background(rng, size)
+    owner: Owner = np.full(size, -1)
+    objects: list[_Object] = []
+    number = 0 if rng.random() < _EMPTY else rng.integers(1, _MAX_OBJECTS + 1)
+    crowded = rng.random() < _CROWDED
+    for index in range(number):
+        name = list(_SHAPES)[rng.integers(len(_SHAPES))]
+        for _ in range(_TRIES):
+            item = _place(rng, name, crowded and index == 0, size, side)
+            if _leaves_enough(item, objects, owner):
+                _fill(rng, canvas[:, *item.box], item.mask)
+                owner[item.box][item.mask] = len(objects)
+                objects.append(item)
+                break
+    canvas *= 1 + _field(rng, size, 3, 0.15)  # light that varies over the scene
+    canvas += (4 + 16 * rng.random()) * (rng.random(canvas.shape) - 0.5)
+    return canvas.clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0), objects, owner
+
+
+def _place(rng: Generator, name: str, crowd: bool, size: tuple[int, int], side: int) -> _Object:
+    """An object of a category somewhere in an image of `size`, its centre inside."""
+    mask = _cluster(rng, name) if crowd else _single(rng, name, side)
+    corner = [int(rng.integers(length)) - extent // 2 for length, extent in zip(size, mask.shape, strict=True)]
+    rows, columns = (
+        slice(max(0, start), min(length, start + extent)) for start, length, extent in zip(corner, size, mask.shape, strict=True)
+    )
+    top, left = corner
+    inside = mask[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    return _Object(_SHAPES[name][0], crowd, (rows, columns), inside, int(mask.sum()))
+
+
+def _single(rng: Generator, name: str, side: int) -> Mask:
+    """A shape of log-uniform extent."""
+    while True:
+        mask = _rasterise(rng, name, _MIN_EXTENT * (_MAX_EXTENT * side / _MIN_EXTENT) ** rng.random())
+        if mask.sum() >= _MIN_AREA:
+            return mask
+
+
+def _cluster(rng: Generator, name: str) -> Mask:
+    """A crowd: 8 to 15 shapes of 5 to 7 pixels, side by side or touching."""
+    mask = np.zeros((30, 38), dtype=np.bool_)
+    for _ in range(rng.integers(8, 16)):
+        tiny = _rasterise(rng, name, 5 + 2 * rng.random())
+        top, left = (int(rng.integers(room - length)) for room, length in zip(mask.shape, tiny.shape, strict=True))
+        mask[top : top + tiny.shape[0], left : left + tiny.shape[1]] |= tiny
+    return mask
+
+
+def _rasterise(rng: Generator, name: str, extent: float) -> Mask:
+    """The pixels (h, w) whose centre is inside the shape, `extent` pixels long, with random aspect and rotation.
+
+    The aspect, 2/3 to 3/2, is narrow enough to tell a stretched square from a shortened bar.
+    """
+    aspect = 1.5 ** (2 * rng.random() - 1)
+    length = math.ceil(extent) + 2
+    x, y = _rotated(rng, (length, length))
+    return _SHAPES[name][1](x * 2 / extent / min(1, aspect), y * 2 / extent / min(1, 1 / aspect))
+
+
+def _rotated(rng: Generator, shape: tuple[int, ...]) -> tuple[Floats, Floats]:
+    """Coordinates (h, w) in pixels along two random perpendicular directions, from a random point near the centre."""
+    angle, down, right = (2 * math.pi, 1, 1) * rng.random(3)
+    y, x = np.arange(shape[0])[:, None] - shape[0] / 2 + down, np.arange(shape[1]) - shape[1] / 2 + right
+    return x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+
+
+def _leaves_enough(item: _Object, objects: list[_Object], owner: Owner) -> bool:
+    """Whether the object and all that it would partly hide can still be seen well enough to be annotated."""
+    below = owner[item.box][item.mask]
+    if len(below) < max(_MIN_VISIBLE_AREA, _MIN_VISIBLE * item.whole_area):
+        return False
+    hidden = np.bincount(below + 1, minlength=len(objects) + 1)[1:]
+    return all(
+        (owner[objects[index].box] == index).sum() - hidden[index]
+        >= max(_MIN_VISIBLE_AREA, _MIN_VISIBLE * objects[index].whole_area)
+        for index in np.flatnonzero(hidden)
+    )
+
+
+def _fill(rng: Generator, box: Floats, mask: Mask) -> None:
+    """Colour the object in its part of the canvas (3, h, w): unlike what lies below it, with a texture."""
+    colours = 20 + 215 * rng.random((12, 3))
+    differences = abs(colours - box[:, mask].mean(axis=1)).sum(axis=1)
+    colour = colours[np.argmax(differences >= _MIN_CONTRAST)]
+    contrast = 50 * (2 * rng.random(3) - 1)
+    box[:, mask] = colour[:, None] + contrast[:, None] * _texture(rng, mask.shape)[mask]
+
+
+def _texture(rng: Generator, shape: tuple[int, ...]) -> Floats:
+    """(h, w) in [-1, 1]: plain, a gradient, stripes or dots, each as probable as the others."""
+    kind, wave = rng.integers(4), 2 * math.pi / (4 + 5 * rng.random())
+    x, y = _rotated(rng, shape)
+    if kind == 0:
+        return np.zeros(shape)
+    if kind == 1:
+        return np.asarray(x / abs(x).max())
+    return np.sign(np.cos(wave * x) if kind == 2 else np.cos(wave * x) * np.cos(wave * y) - 0.3)
+
+
+def _background(rng: Generator, size: tuple[int, int]) -> Floats:
+    """(3, H, W) in about [0, 255]: gradients, low-frequency noise, blotches, scribbles; nothing that is labelled."""
+    canvas: Floats = (40 + 175 * rng.random(3))[:, None, None] + _field(rng, size, 2, 50, 3) + _field(rng, size, 5, 20, 3)
+    for _ in range(rng.integers(3)):
+        blotches = _field(rng, size, int(rng.integers(4, 12)), 3) - 1
+        canvas += blotches.clip(0, 1) * (50 * (2 * rng.random((3, 1, 1)) - 1))
+    for _ in range(rng.integers(6)):
+        _scribble(rng, canvas)
+    return canvas
+
+
+def _field(rng: Generator, size: tuple[int, int], cells: int, strength: float, channels: int = 1) -> Floats:
+    """(channels, H, W) in [-strength, strength]: random values at cells x cells grid points, smooth between them."""
+
+    def weights(length: int) -> Floats:  # (length, cells), rows that sum to 1
+        near = (1 - abs(np.linspace(0, cells - 1, length)[:, None] - np.arange(cells))).clip(0, 1)
+        return np.asarray(near * near * (3 - 2 * near))
+
+    grid = strength * (2 * rng.random((channels, cells, cells)) - 1)
+    return np.asarray(weights(size[0]) @ grid @ weights(size[1]).T)
+
+
+def _scribble(rng: Generator, canvas: Floats) -> None:
+    """A curved line over the canvas (3, H, W), 1 or 2 pixels wide: long and thin, where bars are short and thick."""
+    bottom, right = canvas.shape[1] - 1, canvas.shape[2] - 1
+    t = np.linspace(0, 1, 2 * (bottom + right))
+    weights = np.stack([(1 - t) ** 2, 2 * t * (1 - t), t**2])
+    row, column = ((rng.random((2, 3)) * [[bottom], [right]]) @ weights).astype(np.int64)
+    offsets = np.array([(0, 0), (0, 1), (1, 0)][: 1 if rng.random() < 0.5 else 3])[..., None]  # thickness, 2, 1
+    row, column = np.minimum(row + offsets[:, 0], bottom), np.minimum(column + offsets[:, 1], right)
+    canvas[:, row, column] = 20 + 215 * rng.random((3, 1, 1))

@@ -1,0 +1,170 @@
+"""Evaluation: predictions for a COCO-format split and its twelve mask figures.
+
+The figures come from hotcoco, whose numbers equal pycocotools'; pycocotools itself can be asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sparseinst.config import Config
+from sparseinst.data.coco import CocoSplit, category_names, encode, val_split
+from sparseinst.data.loader import Batch, EvalSet, eval_loader
+from sparseinst.engine.checkpoint import load_weights
+from sparseinst.engine.device import autocast
+from sparseinst.engine.monitor import progress_bar
+from sparseinst.errors import DataError, UserError
+from sparseinst.models.sparseinst import SparseInst
+from sparseinst.paths import RunPaths, atomic
+from sparseinst.postprocess import ImageSize, postprocess
+
+_log = logging.getLogger(__name__)
+
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""COCO's twelve, of masks, in percent."""
+
+Engine = Literal["hotcoco", "pycocotools"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    figures: dict[str, float | None]
+    """In percent; None where the data holds no object of that size."""
+    images: int
+    """Images evaluated."""
+    skipped: list[str] = field(default_factory=list)
+    """Why images were left out; their objects do not count as missed."""
+    seconds: float = 0.0
+
+
+@torch.no_grad()
+def evaluate(
+    model: SparseInst,
+    split: CocoSplit,
+    config: Config,
+    *,
+    device: torch.device,
+    predictions: Path | None = None,
+    progress: bool = True,
+    engine: Engine = "hotcoco",
+) -> Evaluation:
+    """Segment every image of the split and compare.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        predictions: also write them there, in COCO's result format (without boxes).
+
+    Raises:
+        DataError: an image that cannot be read, unless `data.on_bad_image` is `skip`.
+    """
+    began = time.perf_counter()
+    dataset = EvalSet(split, config.data, config.inference)
+    loader = eval_loader(dataset, config.data.workers, pin_memory=device.type == "cuda")
+    results: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    image_ids: list[int] = []
+    with progress_bar("images", visible=progress) as bar:
+        for batch in bar.track(loader, total=len(dataset), description="evaluate"):
+            skipped += batch.skipped
+            if not batch.skipped:
+                image_ids.append(batch.records[0].id)
+                results += segment_batch(model, batch, split, config, device)
+    for reason in skipped:
+        _log.warning("skipped %s", reason)
+    if not image_ids:
+        raise DataError(f"{split.file}: not one of its images can be read")
+    if predictions is not None:
+        with atomic(predictions) as temporary:
+            temporary.write_text(json.dumps(results), encoding="utf-8")
+    figures = coco_figures(split.file, results, image_ids, engine)
+    return Evaluation(figures, len(image_ids), skipped, round(time.perf_counter() - began, 2))
+
+
+def evaluate_run(folder: Path, *, device: torch.device) -> Evaluation:
+    """The figures of a finished run on its own validation data, computed once and kept beside it."""
+    paths = RunPaths(folder)
+    if paths.evaluation.exists():
+        return Evaluation(**json.loads(paths.evaluation.read_text(encoding="utf-8")))
+    result = evaluate_weights(paths.weights, {}, device=device)
+    with atomic(paths.evaluation) as temporary:
+        temporary.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def evaluate_weights(
+    weights: Path,
+    overrides: Mapping[str, Any],
+    *,
+    device: torch.device,
+    predictions: Path | None = None,
+    engine: Engine = "hotcoco",
+) -> Evaluation:
+    """The figures of a weights file.
+
+    Args:
+        overrides: dotted paths below `data` and `inference`; the rest belongs to the weights.
+
+    Raises:
+        UserError: another override, or data of other categories than the weights were trained on.
+    """
+    model, config, categories = load_weights(weights)
+    foreign = [path for path in overrides if path.split(".")[0] not in ("data", "inference")]
+    if foreign:
+        raise UserError(f"{foreign[0]}: belongs to the weights; only data.* and inference.* can be set in evaluation")
+    config = config.replace(overrides)
+    split = val_split(config.data)
+    ours, theirs = category_names(categories), category_names(split.categories)
+    if ours != theirs:
+        differing = next((pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]), ("none", "none"))
+        raise UserError(
+            f"{split.file}: its {len(theirs)} categories are not the {len(ours)} of {weights}"
+            f" (first difference: {differing[1]!r} for {differing[0]!r})"
+        )
+    return evaluate(model.to(device), split, config, device=device, predictions=predictions, engine=engine)
+
+
+def segment_batch(
+    model: SparseInst, batch: Batch, split: CocoSplit, config: Config, device: torch.device
+) -> list[dict[str, Any]]:
+    """The instances of a batch in COCO's result format: the file's own category ids, run lengths, scores."""
+    images = model.normalise(batch.images.to(device, non_blocking=True), batch.sizes)
+    with autocast(device, config.inference.precision):
+        raw = model(images)
+    sizes = [ImageSize(size, (record.height, record.width)) for size, record in zip(batch.sizes, batch.records, strict=True)]
+    results = []
+    found = postprocess(raw, batch.padded, sizes, config.inference)
+    for record, instances in zip(batch.records, found, strict=True):
+        runs = encode(instances.masks.cpu().numpy())
+        for label, score, run in zip(instances.labels.tolist(), instances.scores.tolist(), runs, strict=True):
+            category = split.categories[label].id
+            results.append({"image_id": record.id, "category_id": category, "score": score, "segmentation": run})
+    return results
+
+
+def coco_figures(
+    annotations: Path, results: list[dict[str, Any]], image_ids: list[int], engine: Engine = "hotcoco"
+) -> dict[str, float | None]:
+    """The twelve figures of these results over these images, in percent."""
+    coco = importlib.import_module(engine if engine == "hotcoco" else "pycocotools.coco")
+    evaluation = importlib.import_module(engine if engine == "hotcoco" else "pycocotools.cocoeval")
+    with contextlib.redirect_stdout(io.StringIO()):  # both print their summary
+        truth = coco.COCO(str(annotations))
+        found = truth.loadRes(results) if results or engine == "hotcoco" else coco.COCO()  # pycocotools fails on []
+        comparison = evaluation.COCOeval(truth, found, "segm")
+        comparison.params.imgIds = sorted(image_ids)
+        comparison.evaluate()
+        comparison.accumulate()
+        comparison.summarize()
+    values = [float(value) for value in comparison.stats]
+    return {name: None if value < 0 else 100 * value for name, value in zip(FIGURES, values, strict=True)}

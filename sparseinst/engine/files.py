@@ -1,0 +1,30 @@
+"""Errors of the file system in the words of a user."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sparseinst.errors import RunFailed, UserError
+
+
+@contextmanager
+def no_space_explained(folder: Path) -> Iterator[None]:
+    """Turn a failed write below `folder` into a `RunFailed` that says so. (torch.save hides the cause in a RuntimeError.)"""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "no space left" if full else str(error).splitlines()[0][:150]
+        raise RunFailed(f"{folder}: cannot write: {reason}; what was there before is whole") from error
+
+
+def make_folder(path: Path) -> Path:
+    """Create an output folder. Raises `UserError` where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made a folder ({error.strerror})") from None
+    return path

@@ -1,0 +1,105 @@
+"""Use a trained model on images: plain arrays out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from sparseinst.config import SIZE_DIVISOR, Config
+from sparseinst.data.coco import Category, read_image
+from sparseinst.data.transforms import resize_image, short_side_size
+from sparseinst.engine.checkpoint import load_weights
+from sparseinst.engine.device import autocast, pick_device
+from sparseinst.errors import DataError
+from sparseinst.models.sparseinst import SparseInst
+from sparseinst.postprocess import ImageSize, postprocess
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The K instances of one image, best first."""
+
+    scores: NDArray[np.float32]
+    """(K,) in [0, 1]."""
+    labels: NDArray[np.int64]
+    """(K,) index into `Predictor.categories`."""
+    masks: NDArray[np.bool_]
+    """(K, H, W) at the image's own size."""
+    names: list[str]
+    """K category names."""
+
+
+class Predictor:
+    """A model with its config and categories, ready to segment images. Made by `load_model`.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        config: its config; `config.inference` says sizes and thresholds.
+        categories: of the data it was trained on, by label.
+    """
+
+    def __init__(self, model: SparseInst, config: Config, categories: tuple[Category, ...], device: torch.device) -> None:
+        self.model = model.to(device).eval()
+        self.config = config
+        self.categories = categories
+        self.device = device
+
+    @torch.no_grad()
+    def predict(self, image: str | Path | Image.Image | NDArray[Any], score: float = 0.0) -> Prediction:
+        """Segment one image.
+
+        Args:
+            image: a file, a Pillow image, or (H, W, 3) RGB or (H, W) grey uint8.
+            score: leave out instances below this score.
+
+        Raises:
+            DataError: a file that is no readable image, or an array of another shape or type.
+        """
+        picture = as_image(image)
+        inference = self.config.inference
+        size = short_side_size(picture.height, picture.width, inference.short_side, inference.long_side)
+        pixels = torch.from_numpy(np.array(resize_image(picture, size))).permute(2, 0, 1)[None]  # 1 3 h w
+        height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size)
+        padded = torch.nn.functional.pad(pixels, (0, width - size[1], 0, height - size[0])).to(self.device)
+        with autocast(self.device, inference.precision):
+            raw = self.model(self.model.normalise(padded, [size]))
+        [found] = postprocess(raw, (height, width), [ImageSize(size, (picture.height, picture.width))], inference)
+        order = found.scores.argsort(descending=True, stable=True)
+        order = order[found.scores[order] >= score]
+        labels = found.labels[order].cpu().numpy()
+        return Prediction(
+            found.scores[order].cpu().numpy(),
+            labels,
+            found.masks[order].cpu().numpy(),
+            [self.categories[label].name for label in labels],
+        )
+
+
+def load_model(path: str | Path, device: str | None = None) -> Predictor:
+    """The model in a weights file (or in the folder of a finished run), ready for `predict`.
+
+    Args:
+        device: `cpu`, `cuda`, `cuda:1`; None takes a GPU where there is one.
+
+    Raises:
+        UserError: no such file, or not a weights file of this package.
+    """
+    model, config, categories = load_weights(Path(path))
+    return Predictor(model, config, categories, pick_device(device))
+
+
+def as_image(image: str | Path | Image.Image | NDArray[Any]) -> Image.Image:
+    """Anything `Predictor.predict` takes, as an RGB image. Raises `DataError`."""
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+        raise DataError(f"an array of shape {image.shape} and type {image.dtype}: (H, W, 3) or (H, W) uint8 is needed")
+    return Image.fromarray(image).convert("RGB")

@@ -1,0 +1,226 @@
+"""Training: one model, one loop, resumable at any moment (paper section 4)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sparseinst.config import Config, content
+from sparseinst.criterion import Criterion, count, prepare_targets
+from sparseinst.data.coco import CocoSplit, train_split, val_split
+from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
+from sparseinst.engine.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from sparseinst.engine.device import autocast
+from sparseinst.engine.distributed import mean_counts, rank, world_size
+from sparseinst.engine.evaluate import evaluate
+from sparseinst.engine.files import make_folder
+from sparseinst.engine.monitor import Monitor, diverged, logging_to
+from sparseinst.engine.schedule import learning_rate_factor, parameter_groups
+from sparseinst.errors import RunFailed, UserError
+from sparseinst.models.sparseinst import SparseInst, build_model
+from sparseinst.overrides import load_config
+from sparseinst.paths import RunPaths, atomic
+
+_log = logging.getLogger(__name__)
+
+
+def train(config: Config, output: Path, *, device: torch.device, progress: bool = True) -> Path:
+    """Train to the end, from wherever an earlier call in the same folder was stopped.
+
+    Args:
+        output: the run's folder; see `RunPaths` for what it will hold. A finished run returns at once.
+        progress: show a bar on a terminal.
+
+    Returns:
+        The weights file.
+
+    Raises:
+        UserError: settings or data that cannot be trained with, another run's folder, or a folder in use.
+        RunFailed: the loss became NaN, or the disk is full; checkpoints stay.
+    """
+    paths = RunPaths(make_folder(output))
+    lock = FileLock(paths.lock, timeout=0)
+    try:
+        with lock, logging_to(paths.log):
+            _claim(paths, config)
+            if not paths.weights.exists():
+                _Training(config, paths, device, progress).run()
+    except Timeout:
+        raise UserError(f"{output}: another process is training in this folder") from None
+    return paths.weights
+
+
+def _claim(paths: RunPaths, config: Config) -> None:
+    """Write the config, or make sure that the folder belongs to a run with the same one."""
+    if paths.config.exists():
+        theirs, ours = content(load_config(paths.config)), content(config)
+        if theirs != ours:
+            parts = ", ".join(part for part in ours if ours[part] != theirs[part])
+            raise UserError(f"{paths.root}: holds a run with other settings ({parts}): name another folder, or remove it")
+    with atomic(paths.config) as temporary:
+        temporary.write_text(config.to_yaml(), encoding="utf-8")
+
+
+class _Training:
+    """The parts of a run, built once; `run` is the loop."""
+
+    def __init__(self, config: Config, paths: RunPaths, device: torch.device, progress: bool) -> None:
+        _check(config)
+        self.config, self.paths, self.device, self.progress = config, paths, device, progress
+        split = train_split(config.data)
+        _check_classes(config, split)
+        self.categories = split.categories
+        self.dataset = TrainSet(split, config.data, config.train.seed)
+        torch.manual_seed(config.train.seed)
+        self.model = build_model(config.model).to(device).train()
+        self.criterion = Criterion(config.loss, config.matcher)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.train))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+        decay = config.train.ema_decay
+        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+
+    def run(self) -> None:
+        """The loop. What a step does depends on its number and the state alone, so a resumed run repeats it to the bit."""
+        train = self.config.train
+        start = self._resume()
+        order = BatchOrder(self.dataset.split, train, start=start, rank=rank(), world_size=world_size())
+        loader = train_loader(self.dataset, order, pin_memory=self.device.type == "cuda")
+        monitor = Monitor(self.paths, start=start, total=train.iterations, every=train.log_every, visible=self.progress)
+        with monitor:
+            batches: Iterator[Batch] = iter(loader)
+            for iteration in range(start, train.iterations):
+                waited = time.perf_counter()
+                parts = [next(batches) for _ in range(train.accumulate)]
+                facts = {"data_seconds": round(time.perf_counter() - waited, 4)}
+                self._warn_of_skipped(parts)
+                rate = self._set_learning_rate(iteration)
+                losses = self._forward_and_backward(parts)
+                facts |= self._update()
+                monitor.step(iteration, losses, rate, **facts)
+                done = iteration + 1
+                if done % train.checkpoint_every == 0 or done == train.iterations:
+                    monitor.flush(rate)
+                    self._save(done)
+                if train.evaluate_every and done % train.evaluate_every == 0 and done < train.iterations:
+                    self._evaluate(monitor, done)
+        save_weights(self.paths.weights, self._trained().state_dict(), self.config, self.categories)
+
+    def _forward_and_backward(self, parts: list[Batch]) -> dict[str, Tensor]:
+        """Gradients of the mean loss of the parts; returns the mean of each weighted loss."""
+        targets = [
+            prepare_targets(
+                [labels.to(self.device) for labels in part.labels],
+                [masks.to(self.device) for masks in part.masks],
+                part.padded,
+                self.model.mask_size(part.padded),
+            )
+            for part in parts
+        ]
+        num_maps = self.config.model.decoder.iam.num_maps
+        counts = mean_counts([count(target, num_maps) for target in targets], self.device)
+        total: dict[str, Tensor] = {}
+        for part, target in zip(parts, targets, strict=True):
+            with autocast(self.device, self.config.train.precision):
+                images = self.model.normalise(part.images.to(self.device, non_blocking=True), part.sizes)
+                predictions = self.model(images)
+            losses = self.criterion(predictions, target, counts)
+            mean = {name: loss / len(parts) for name, loss in losses.items()}
+            self.scaler.scale(torch.stack(list(mean.values())).sum()).backward()
+            for name, loss in mean.items():
+                total[name] = total[name] + loss.detach() if name in total else loss.detach()
+        return total
+
+    def _update(self) -> dict[str, float]:
+        facts = {}
+        if self.config.train.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
+            facts["gradient_norm"] = float(norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return facts
+
+    def _set_learning_rate(self, iteration: int) -> float:
+        factor = learning_rate_factor(self.config.train, iteration)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        return self.config.train.learning_rate * factor
+
+    def _trained(self) -> SparseInst:
+        model = self.ema.module if self.ema is not None else self.model
+        assert isinstance(model, SparseInst)
+        return model
+
+    def _evaluate(self, monitor: Monitor, iteration: int) -> None:
+        model = self._trained().eval()
+        result = evaluate(model, val_split(self.config.data), self.config, device=self.device, progress=False)
+        self.model.train()
+        monitor.write({"iteration": iteration, **result.figures}, "val")
+        _log.info("step %d: AP %s", iteration, result.figures["AP"])
+
+    def _save(self, iteration: int) -> None:
+        broken = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        if broken:
+            raise RunFailed(diverged(f"{broken[0]} is no longer finite after step {iteration - 1}", self.paths))
+        state: dict[str, Any] = {
+            "iteration": iteration,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        save_checkpoint(self.paths, iteration, state, self.config.train.keep_checkpoints)
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint, where there is one; the number of steps done."""
+        state = load_checkpoint(self.paths, self.device)
+        if state is None:
+            return 0
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        torch.set_rng_state(state["random"].cpu())
+        if state["cuda_random"] is not None:
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
+        _log.info("resuming after step %d", state["iteration"])
+        iteration: int = state["iteration"]
+        return iteration
+
+    def _warn_of_skipped(self, parts: list[Batch]) -> None:
+        for reason in (reason for part in parts for reason in part.skipped):
+            _log.warning("skipped %s", reason)
+
+
+def _check(config: Config) -> None:
+    backbone = config.model.backbone
+    if backbone.frozen_norm and not backbone.pretrained and backbone.weights is None:
+        raise UserError(
+            "model.backbone: norms frozen at their random start cannot be trained with: "
+            "set frozen_norm=false, or pretrained=true, or weights=FILE"
+        )
+    advice = config.train.batch_advice()
+    if advice is not None:
+        _log.warning("%s", advice)
+
+
+def _check_classes(config: Config, split: CocoSplit) -> None:
+    if len(split.categories) != config.model.num_classes:
+        raise UserError(
+            f"{split.file}: has {len(split.categories)} categories, model.num_classes is {config.model.num_classes}: "
+            f"set model.num_classes={len(split.categories)}"
+        )

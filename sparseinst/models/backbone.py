@@ -1,0 +1,165 @@
+"""The backbone: any timm model with features at strides 8, 16 and 32 (paper section 4; DCN after section 4.1).
+
+B images, C channels, H W padded height and width.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers.norm_act import freeze_batch_norm_2d
+from torch import Tensor, nn
+
+from sparseinst.config import STRIDES, BackboneConfig
+from sparseinst.errors import UserError
+from sparseinst.models.layers import DeformableConv2d
+from sparseinst.overrides import nearest
+
+
+class Backbone(nn.Module):
+    """(B, 3, H, W) to [C3, C4, C5] of (B, C, H/8, W/8), (B, C, H/16, W/16), (B, C, H/32, W/32).
+
+    Attributes:
+        channels: of C3, C4, C5.
+
+    Raises:
+        UserError: see `build_model`.
+    """
+
+    def __init__(self, config: BackboneConfig, *, load_pretrained: bool = True) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            levels = _level_indices(config.name)
+        body: Any = timm.create_model(config.name, features_only=True, out_indices=levels)
+        self.channels: list[int] = body.feature_info.channels()
+        self.channels_last = getattr(getattr(body, "output_fmt", None), "value", "NCHW") == "NHWC"
+        if load_pretrained and (config.pretrained or config.weights is not None):
+            _load(body, config)
+        for stage in config.deformable_stages:
+            _make_deformable(_stage(body, config.name, stage), config.deformable_version)
+        if config.freeze_at:
+            _freeze_stem_and_stages(body, config)
+        # Frozen norms are fixed affine maps, whose tensors are buffers and so no parameters.
+        self.body: nn.Module = freeze_batch_norm_2d(body) if config.frozen_norm else body
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features: list[Tensor] = self.body(images)
+        return [f.permute(0, 3, 1, 2) for f in features] if self.channels_last else features
+
+
+def _level_indices(name: str) -> tuple[int, ...]:
+    """Which of timm's feature levels have the strides 8, 16 and 32."""
+    try:
+        model: Any = timm.create_model(name, features_only=True)
+        reductions = model.feature_info.reduction()
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+        # timm names neither the family of its errors nor the valid names.
+        hint = nearest(name, timm.list_models() + timm.list_models(pretrained=True))
+        reason = str(error).splitlines()[0] if timm.is_model(name) else "timm has no such model"
+        raise UserError(f"model.backbone.name: {name!r}: {reason}{hint}") from None
+    missing = set(STRIDES) - set(reductions)
+    if missing:
+        raise UserError(f"model.backbone.name: {name!r} has features at strides {list(reductions)}; 8, 16 and 32 are needed")
+    return tuple(reductions.index(stride) for stride in STRIDES)
+
+
+def _load(body: nn.Module, config: BackboneConfig) -> None:
+    """ImageNet weights into the feature model; every one of its tensors must be found, with its shape."""
+    with torch.device("meta"):
+        whole = set(timm.create_model(config.name).state_dict())
+    if config.weights is not None:
+        source, state = config.weights, read_tensors(Path(config.weights))
+    else:
+        source, state = f"timm's {config.name}", _from_timm(config.name)
+    # timm's feature models write `stages_0` for `stages.0`; nothing else differs.
+    found = {key.replace(".", "_"): (key, value) for key, value in state.items()}
+    loaded, problems = {}, []
+    for key, tensor in body.state_dict().items():
+        match = found.get(key.replace(".", "_"))
+        if match is not None and match[1].shape == tensor.shape:
+            loaded[key] = match[1]
+        elif match is not None:
+            problems.append(f"{key} has shape {list(match[1].shape)}, expected {list(tensor.shape)}")
+        elif key.endswith("num_batches_tracked"):
+            loaded[key] = tensor
+        else:
+            problems.append(f"{key} is missing")
+    problems += [f"{key} is not part of the model" for key in sorted(set(state) - whole)]
+    if problems:
+        raise UserError(
+            f"{source} does not fit the backbone {config.name}: {'; '.join(problems[:3])}"
+            f"{f' and {len(problems) - 3} more' if len(problems) > 3 else ''}"
+        )
+    body.load_state_dict(loaded)
+
+
+def _from_timm(name: str) -> dict[str, Tensor]:
+    try:
+        return _from_hub(name)
+    except Exception as error:
+        raise UserError(
+            f"pretrained weights of {name} are neither in timm's cache nor to be had ({type(error).__name__}): go online once, "
+            "or set model.backbone.weights=FILE, or model.backbone.pretrained=false"
+        ) from error
+
+
+def _from_hub(name: str) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
+    return state
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a torch checkpoint (bare, or under `model` or `state_dict`); nothing is executed.
+
+    Raises:
+        UserError: no such file, or none of these.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        raise UserError(f"{path}: no readable weights ({str(error).splitlines()[0][:120]})") from None
+    for key in ("model", "state_dict"):
+        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
+            data = data[key]
+    if not isinstance(data, Mapping) or not all(isinstance(value, Tensor) for value in data.values()):
+        raise UserError(f"{path}: holds no state dict")
+    return dict(data)
+
+
+def _stage(body: nn.Module, name: str, stage: int) -> nn.Module:
+    """ResNet's stage 2-5 (res2 to res5); timm counts its layers from 1."""
+    layer = getattr(body, f"layer{stage - 1}", None)
+    if not isinstance(layer, nn.Module):
+        raise UserError(f"model.backbone: {name} has no stage res{stage}: deformable_stages and freeze_at need a ResNet")
+    return layer
+
+
+def _make_deformable(stage: nn.Module, version: int) -> None:
+    for block in stage.children():
+        conv = getattr(block, "conv2", None)
+        if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (3, 3) or conv.groups != 1:
+            raise UserError(f"model.backbone.deformable_stages: {type(block).__name__} has no plain 3x3 convolution conv2")
+        block.conv2 = DeformableConv2d(conv, version)
+
+
+def _freeze_stem_and_stages(body: nn.Module, config: BackboneConfig) -> None:
+    stages = [_stage(body, config.name, stage) for stage in range(2, config.freeze_at + 1)]
+    first = _stage(body, config.name, 2)
+    later = {id(p) for number in range(2, 6) for p in getattr(body, f"layer{number - 1}", first).parameters()}
+    for parameter in body.parameters():
+        if id(parameter) not in later:
+            parameter.requires_grad_(False)
+    for stage in stages:
+        stage.requires_grad_(False)

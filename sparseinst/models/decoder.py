@@ -1,0 +1,96 @@
+"""The IAM-based segmentation decoder (paper section 3.4): features to instances and their masks.
+
+B images, N instance maps, G groups, E encoder channels, D branch channels, K kernel_dim, H W height and width at 1/8.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparseinst.config import DecoderConfig
+from sparseinst.models.iam import KINDS
+from sparseinst.models.layers import FOCAL_PRIOR_BIAS, DeformableConv2d, conv3x3, kaiming_normal, normal
+
+
+class Predictions(NamedTuple):
+    """The model's raw output. Losses and scoring live outside the model."""
+
+    class_logits: Tensor
+    """(B, N, classes)."""
+    objectness_logits: Tensor
+    """(B, N): the predicted mask IoU, before the sigmoid."""
+    mask_logits: Tensor
+    """(B, N, s H, s W), s = `mask_scale`: with the default, 1/4 of the padded input."""
+    responses: Tensor
+    """(B, G N, H, W): non-negative instance activation maps before their normalisation."""
+
+
+def coordinates(like: Tensor) -> Tensor:
+    """x, then y, each from -1 to 1 over the padded map: (B, 2, H, W) for `like` of (B, C, H, W)."""
+    batch, _, height, width = like.shape
+    y = torch.linspace(-1, 1, height, device=like.device, dtype=like.dtype)
+    x = torch.linspace(-1, 1, width, device=like.device, dtype=like.dtype)
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)]).expand(batch, -1, -1, -1)
+
+
+def branch(config: DecoderConfig, in_channels: int) -> nn.Sequential:
+    """`depth` times 3x3 convolution and ReLU; the last one deformable where the config says so."""
+    layers: list[nn.Module] = []
+    for index in range(config.depth):
+        conv = conv3x3(in_channels if index == 0 else config.width, config.width)
+        kaiming_normal(conv)
+        last = index == config.depth - 1
+        layers += [DeformableConv2d(conv, config.deformable_version) if last and config.deformable else conv, nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class InstanceBranch(nn.Module):
+    """Features to instances: maps gather one feature an instance, from which three linear heads read.
+
+    Forward takes (B, E [+ 2], H, W) and gives class logits (B, N, classes), objectness logits (B, N), mask kernels
+    (B, N, K) and the map responses (B, G N, H, W).
+    """
+
+    def __init__(self, config: DecoderConfig, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.convs = branch(config, in_channels)
+        self.iam = KINDS[config.iam.kind](config.iam, config.width)
+        self.classes = nn.Linear(self.iam.out_channels, num_classes)
+        self.kernels = nn.Linear(self.iam.out_channels, config.kernel_dim)
+        self.objectness = nn.Linear(self.iam.out_channels, 1)
+        normal(self.classes, FOCAL_PRIOR_BIAS)
+        normal(self.kernels, 0.0)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        features, responses = self.iam(self.convs(x))  # B N GD, B GN H W
+        return self.classes(features), self.objectness(features).squeeze(-1), self.kernels(features), responses
+
+
+class Decoder(nn.Module):
+    """Instance branch and mask branch; a mask is the product of an instance's kernel and the mask features.
+
+    Forward takes the encoder's (B, E, H, W) and gives `Predictions`.
+    """
+
+    def __init__(self, config: DecoderConfig, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.coordinates = config.coordinates
+        self.mask_scale = config.mask_scale
+        channels = in_channels + (2 if config.coordinates else 0)
+        self.instance_branch = InstanceBranch(config, channels, num_classes)
+        self.mask_branch = branch(config, channels)
+        self.projection = nn.Conv2d(config.width, config.kernel_dim, 1)
+        kaiming_normal(self.projection)
+
+    def forward(self, x: Tensor) -> Predictions:
+        if self.coordinates:
+            x = torch.cat([coordinates(x), x], dim=1)  # B E+2 H W
+        classes, objectness, kernels, responses = self.instance_branch(x)
+        features = self.projection(self.mask_branch(x))  # B K H W
+        masks = (kernels @ features.flatten(2)).unflatten(2, features.shape[-2:])  # B N H W
+        masks = F.interpolate(masks, scale_factor=self.mask_scale, mode="bilinear", align_corners=False)  # B N sH sW
+        return Predictions(classes, objectness, masks, responses)

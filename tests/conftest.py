@@ -1,0 +1,85 @@
+"""Shared pieces: a config that trains in a second, small data sets, and where the real ones are."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparseinst.config import Config
+from sparseinst.data.shapes import write_shapes
+from sparseinst.overrides import load_config
+
+REAL_COCO = Path(os.environ.get("SPARSEINST_COCO", Path(__file__).parents[2] / "shared" / "data" / "coco-subset"))
+needs_coco = pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no COCO photos in {REAL_COCO} (set SPARSEINST_COCO)")
+
+TINY: dict[str, Any] = {
+    "model.num_classes": 8,
+    "model.backbone.name": "resnet10t",
+    "model.backbone.pretrained": False,
+    "model.backbone.frozen_norm": False,
+    "model.encoder.channels": 16,
+    "model.decoder.depth": 1,
+    "model.decoder.width": 16,
+    "model.decoder.kernel_dim": 8,
+    "model.decoder.iam.num_maps": 10,
+    "data.short_sides": [48, 64],
+    "data.long_side": 96,
+    "data.workers": 0,
+    "inference.short_side": 64,
+    "inference.long_side": 96,
+    "train.iterations": 6,
+    "train.batch_size": 4,
+    "train.learning_rate": 1e-3,
+    "train.warmup_iterations": 2,
+    "train.checkpoint_every": 2,
+    "train.log_every": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    write_shapes(root, train=24, val=6, side=64)
+    return root
+
+
+@pytest.fixture
+def tiny(shapes_root: Path) -> Config:
+    return load_config(overrides={**TINY, "data.root": str(shapes_root)})
+
+
+def write_coco(root: Path, images: list[dict[str, Any]], annotations: list[dict[str, Any]], categories: Any = None) -> Path:
+    """A COCO-format folder with the same train and val; images that have no file yet become random PNGs."""
+    random = np.random.default_rng(0)
+    categories = categories or [{"id": 7, "name": "seven"}, {"id": 1000, "name": "thousand"}]
+    for split in ("train2017", "val2017"):
+        (root / split).mkdir(parents=True, exist_ok=True)
+        for image in images:
+            path = root / split / image["file_name"]
+            if not path.exists():
+                pixels = random.integers(0, 256, (image["height"], image["width"], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path)
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def box(x: float, y: float, w: float, h: float) -> list[list[float]]:
+    """A rectangle as a COCO polygon."""
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def annotation(number: int, image: int, category: int, segmentation: Any, **more: Any) -> dict[str, Any]:
+    entry = {"id": number, "image_id": image, "category_id": category, "segmentation": segmentation}
+    return {**entry, "area": 16.0, "bbox": [0, 0, 4, 4], "iscrowd": 0, **more}

@@ -1,0 +1,165 @@
+"""Settings: layers, mistakes, round trips and content hashes."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from pydantic import ValidationError
+
+from sparseinst.config import MODELS, PRESETS, Config, Neutral, Section, content, content_hash
+from sparseinst.errors import UserError
+from sparseinst.overrides import leaf_paths, load_config, parse_override
+
+
+def test_defaults_are_the_paper() -> None:
+    config = Config()
+    assert load_config() == load_config(preset="paper") == config
+    assert (config.train.batch_size, config.train.iterations, config.model.decoder.iam.num_maps) == (64, 270_000, 100)
+    assert (config.loss.class_weight, config.loss.dice_weight, config.loss.pixel_weight, config.loss.objectness_weight) == (
+        2,
+        2,
+        2,
+        1,
+    )
+
+
+def test_release_preset() -> None:
+    release = load_config(preset="release")
+    assert (release.train.weight_decay, release.loss.pixel_weight) == (0.05, 5.0)
+    assert release.replace({"train.weight_decay": 1e-4, "loss.pixel_weight": 2}) == Config()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_model_and_preset_validates(model: str, preset: str) -> None:
+    assert load_config(model=model, preset=preset).model.num_classes == 80
+
+
+def test_layers_win_in_order(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("preset: release\nmodel: {decoder: {depth: 2, width: 64}}\n")
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\nmodel: {decoder: {width: 128}}\ntrain: {learning_rate: 1e-4}\n")
+    config = load_config(tmp_path / "child.yaml", model="r50-giam", overrides=["model.decoder.depth=6"])
+    assert config.train.weight_decay == 0.05
+    assert (config.model.decoder.depth, config.model.decoder.width, config.model.decoder.iam.groups) == (6, 128, 4)
+    assert config.train.learning_rate == 1e-4
+
+
+def test_round_trips(tmp_path: Path) -> None:
+    config = load_config(model="r50-dcn-giam", overrides={"train.clip_norm": 1.0, "data.short_sides": [64]})
+    for name, text in (("a.yaml", config.to_yaml()), ("a.json", config.to_json())):
+        (tmp_path / name).write_text(text)
+        assert load_config(tmp_path / name) == config
+        assert load_config(tmp_path / name).content_hash() == config.content_hash()
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Config().train.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.decoder.dept=2", "did you mean 'model.decoder.depth'"),
+        ("depth=2", "did you mean 'model.decoder.depth'"),
+        ("model.decoder.iam.kernel_sise=1", "did you mean 'model.decoder.iam.kernel_size'"),
+        ("loss.pixel=bse", "loss.pixel: input should be 'bce', 'focal' or 'none', got 'bse'"),
+        ("model.decoder.depth=four", "model.decoder.depth: input should be a valid integer, got 'four'"),
+        ("model.decoder.depth=0", "model.decoder.depth: input should be greater than or equal to 1, got 0"),
+        ("model.decoder.depth=2.5", "model.decoder.depth"),
+        ("train.learning_rate=.nan", "not plain data|finite|nan"),
+        ("model.encoder.ppm=1", "model.encoder.ppm: input should be a valid boolean, got 1"),
+        ("model.decoder.iam.groups=3", "groups=3 does not divide width=256"),
+        ("loss.objectness=none", "set inference.rescore=false"),
+        ("train.accumulate=3", "accumulate=3 does not divide batch_size=64"),
+        ("train.iterations=10", "warmup_iterations=1000 must be below iterations=10"),
+        ("train.iterations", "not of the form path=value"),
+        ("data.short_sides=[", "override 'data.short_sides=\\['"),
+        ("model=5", "unknown setting 'model'"),
+    ],
+)
+def test_mistakes_are_one_line(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(overrides=[override])
+    assert "\n" not in str(caught.value)
+
+
+def test_no_mask_loss_is_refused() -> None:
+    with pytest.raises(UserError, match="without a mask loss"):
+        load_config(overrides={"loss.dice": False, "loss.pixel": "none"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {decodr: {depth: 2}}", "unknown setting 'model.decodr'"),
+        ("model: [1, 2]", "model: a group of settings was expected"),
+        ("train: {seed: 1\nloss: ", "line 2"),
+        ("- a\n- b", "settings were expected at the top level"),
+        ("train: {seed: 1, seed: 2}", "duplicate key"),
+        ("preset: papre", "did you mean 'paper'"),
+        ("extends: nowhere.yaml", "no such file"),
+    ],
+)
+def test_mistakes_in_a_file_name_it(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+    if "preset" not in text:
+        assert str(tmp_path) in str(caught.value)
+
+
+def test_a_file_that_extends_itself(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: a.yaml")
+    with pytest.raises(UserError, match="extends itself"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_override_values_are_yaml_1_2() -> None:
+    assert parse_override("a=1e-4") == ("a", 1e-4)
+    assert parse_override("a=no") == ("a", "no")
+    assert parse_override("a=[4, 5]") == ("a", [4, 5])
+    assert parse_override("a=b=c") == ("a", "b=c")
+
+
+def test_golden_content_hashes() -> None:
+    """A change here orphans every result on disk: give a new field a `Neutral` value, and think twice about a default."""
+    assert Config().content_hash() == "GOLDEN_PAPER"
+    assert load_config(model="r50-giam", preset="release").content_hash() == "GOLDEN_RELEASE"
+
+
+def test_hash_sees_every_setting_but_operational_ones() -> None:
+    base = Config().content_hash()
+    operational = {"data.workers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.evaluate_every"}
+    for path in operational:
+        assert Config().replace({path: 7}).content_hash() == base, path
+    assert operational < set(leaf_paths(Config))
+    assert Config().replace({"train.seed": 1}).content_hash() != base
+    assert (
+        Config().replace({"train.learning_rate": 1}).content_hash()
+        == Config().replace({"train.learning_rate": 1.0}).content_hash()
+    )
+
+
+def test_neutral_fields_leave_the_hash_alone() -> None:
+    class Before(Section):
+        depth: int = 4
+
+    class After(Section):
+        depth: int = 4
+        extra: Annotated[bool, Neutral(False)] = False
+
+    assert content_hash(content(After())) == content_hash(content(Before()))
+    assert content_hash(content(After(extra=True))) != content_hash(content(Before()))
+
+
+def test_batch_advice() -> None:
+    def advice(**settings: Any) -> str | None:
+        return Config().replace({f"train.{k}": v for k, v in settings.items()}).train.batch_advice()
+
+    assert advice() is None
+    assert advice(batch_size=64, accumulate=8) is None
+    assert advice(batch_size=16, learning_rate=1.25e-5) is None
+    assert "train.learning_rate=1.25e-05" in str(advice(batch_size=16))

@@ -1,0 +1,279 @@
+"""COCO-format folders, images of all kinds, augmentation, loading order."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hotcoco import mask as hotcoco_mask
+from PIL import Image
+from pycocotools import mask as reference_mask
+
+from sparseinst.config import Config, DataConfig, InferenceConfig, TrainConfig
+from sparseinst.data.check import check_folder
+from sparseinst.data.coco import CocoSplit, ImageRecord, decode, encode, read_image, read_split, train_split
+from sparseinst.data.loader import BatchOrder, Draw, EvalSet, TrainSet, collate, train_loader
+from sparseinst.data.transforms import Sample, as_segment, augment, crop, flip, rasterise, resize
+from sparseinst.errors import DataError
+
+from .conftest import REAL_COCO, annotation, box, needs_coco, write_coco
+
+
+def image_entry(number: int, height: int = 40, width: int = 60, name: str | None = None) -> dict[str, Any]:
+    return {"id": number, "file_name": name or f"{number}.png", "height": height, "width": width}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two categories with ids 7 and 1000; image 1 has a polygon and run lengths, 2 a crowd alone, 3 nothing."""
+    mask = np.zeros((40, 60), dtype=np.uint8)
+    mask[5:15, 20:50] = 1
+    runs = {"size": [40, 60], "counts": hotcoco_mask.encode(np.asfortranarray(mask))["counts"].decode()}
+    crowd = {"size": [40, 60], "counts": [100, 50, 2250]}
+    annotations = [
+        annotation(1, 1, 1000, box(10, 10, 20, 8)),
+        annotation(2, 1, 7, runs),
+        annotation(3, 2, 7, crowd, iscrowd=1),
+    ]
+    return write_coco(tmp_path / "coco", [image_entry(i) for i in (1, 2, 3)], annotations)
+
+
+def read(folder: Path, limit: int | None = None) -> CocoSplit:
+    return read_split(folder / "annotations/instances_train2017.json", folder / "train2017", limit)
+
+
+def test_read_split(folder: Path) -> None:
+    split = read(folder)
+    assert [c.id for c in split.categories] == [7, 1000]
+    assert [len(image.annotations) for image in split.images] == [2, 1, 0]
+    assert [a.label for a in split.images[0].annotations] == [1, 0]
+    assert [image.id for image in split.with_instances().images] == [1]
+    assert [image.id for image in read(folder, limit=2).images] == [1, 2]
+
+
+def test_training_images_and_masks(folder: Path) -> None:
+    config = DataConfig(root=str(folder), short_sides=(40,), flip=0.0)
+    example = TrainSet(read(folder), config, seed=0)[Draw(0, 0)]
+    assert example.image.shape == (3, 40, 60)
+    assert example.labels.tolist() == [1, 0]
+    assert example.masks.sum(dim=(1, 2)).tolist() == [160, 300]
+    assert example.masks[1, 5:15, 20:50].all()
+
+
+@needs_coco
+def test_decode_equals_pycocotools_on_coco() -> None:
+    split = read_split(REAL_COCO / "annotations/instances_val2017.json", REAL_COCO / "val2017")
+    checked = 0
+    for image in split.images[:40]:
+        for entry in image.annotations:
+            ours = decode(entry.segmentation, image.height, image.width)
+            runs = reference_mask.frPyObjects(entry.segmentation, image.height, image.width)
+            theirs = reference_mask.decode(reference_mask.merge(runs) if isinstance(runs, list) else runs)
+            assert np.array_equal(ours, theirs)
+            [run] = encode(ours[None])
+            assert np.array_equal(reference_mask.decode({**run, "counts": run["counts"].encode()}), theirs)
+            checked += 1
+    assert checked > 200
+
+
+def write_kind(path: Path, kind: str) -> None:
+    random = np.random.default_rng(0)
+    grey = random.integers(0, 256, (40, 60), dtype=np.uint8)
+    if kind == "grey":
+        Image.fromarray(grey).save(path)
+    elif kind == "16 bit":
+        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    elif kind == "palette":
+        Image.fromarray(grey).convert("P").save(path)
+    elif kind == "transparent":
+        Image.fromarray(np.stack([grey] * 4, axis=2)).save(path)
+    elif kind == "cmyk":
+        Image.fromarray(grey).convert("CMYK").save(path, format="JPEG", quality=95)
+
+
+@pytest.mark.parametrize("kind", ["grey", "16 bit", "palette", "transparent", "cmyk"])
+def test_images_of_every_kind_become_rgb(tmp_path: Path, kind: str) -> None:
+    write_kind(tmp_path / "grey.png", "grey")
+    write_kind(tmp_path / "image.png", kind)
+    image = read_image(tmp_path / "image.png", (40, 60))
+    assert (image.mode, image.size) == ("RGB", (60, 40))
+    difference = np.abs(np.asarray(image, dtype=int) - np.asarray(read_image(tmp_path / "grey.png"), dtype=int))
+    assert difference.mean() < (4 if kind == "cmyk" else 1)
+
+
+def test_exif_rotation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to view
+    Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == (40, 60)
+    assert read_image(tmp_path / "turned.jpg", (60, 40)).size == (40, 60)
+    assert read_image(tmp_path / "turned.jpg", (40, 60)).size == (60, 40), "annotated as stored"
+    with pytest.raises(DataError, match="is 60 x 40, its annotations say 50 x 40"):
+        read_image(tmp_path / "turned.jpg", (40, 50))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "missing"])
+def test_damaged_images_are_named_or_skipped(folder: Path, damage: str) -> None:
+    content = json.loads((folder / "annotations/instances_train2017.json").read_text())
+    content["annotations"].append(annotation(4, 2, 7, box(3, 3, 9, 9)))
+    (folder / "annotations/instances_train2017.json").write_text(json.dumps(content))
+    path = folder / "train2017" / "1.png"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"truncated": path.read_bytes()[:900], "empty": b"", "text": b"no image at all"}[damage])
+    config = DataConfig(root=str(folder), short_sides=(40,))
+    with pytest.raises(DataError, match=r"1\.png: (truncated|no such image).*on_bad_image=skip"):
+        TrainSet(read(folder), config, seed=0)[Draw(0, 0)]
+    skipping = config.model_copy(update={"on_bad_image": "skip"})
+    example = TrainSet(read(folder), skipping, seed=0)[Draw(0, 0)]
+    assert example.record.id == 2
+    assert "1.png" in example.skipped[0]
+    evaluated = EvalSet(read(folder), skipping, InferenceConfig())
+    assert "1.png" in evaluated[0].skipped[0]
+    with pytest.raises(DataError, match="1.png"):
+        EvalSet(read(folder), config, InferenceConfig())[0]
+
+
+def test_nothing_readable_is_an_error_even_when_skipping(folder: Path) -> None:
+    for path in (folder / "train2017").iterdir():
+        path.write_bytes(b"")
+    config = DataConfig(root=str(folder), on_bad_image="skip")
+    with pytest.raises(DataError, match="not one of its 1 images can be read"):
+        TrainSet(read(folder), config, seed=0)[Draw(0, 0)]
+
+
+def sample(seed: int = 0) -> Sample:
+    random = np.random.default_rng(seed)
+    image = Image.fromarray(random.integers(0, 256, (80, 120, 3), dtype=np.uint8))
+    mask = np.zeros((80, 120), dtype=np.uint8)
+    mask[20:50, 30:90] = 1
+    segments = [as_segment(box(10, 15, 40, 30), 80, 120), mask]
+    return Sample(image, segments, np.array([3, 5]))
+
+
+def test_flip_moves_image_and_masks_together() -> None:
+    labels, masks = rasterise(flip(sample()))
+    _, before = rasterise(sample())
+    assert labels.tolist() == [3, 5]
+    assert np.array_equal(masks, before[:, :, ::-1])
+    assert np.array_equal(np.asarray(flip(sample()).image), np.asarray(sample().image)[:, ::-1])
+
+
+def test_crop_moves_image_and_masks_together() -> None:
+    _, before = rasterise(sample())
+    cropped = crop(sample(), 18, 25, 40, 60)
+    labels, masks = rasterise(cropped)
+    assert np.array_equal(masks, before[:, 18:58, 25:85])
+    assert np.array_equal(np.asarray(cropped.image), np.asarray(sample().image)[18:58, 25:85])
+    assert rasterise(crop(sample(), 60, 95, 20, 25))[0].tolist() == [], "what is cut off is dropped"
+    assert labels.tolist() == [3, 5]
+
+
+def test_resize_keeps_areas_in_proportion() -> None:
+    _, masks = rasterise(resize(sample(), (160, 240)))
+    assert masks.shape == (2, 160, 240)
+    assert masks.sum(axis=(1, 2)).tolist() == [4 * 40 * 30, 4 * 60 * 30]
+
+
+def test_augmentation_covers_its_options_and_repeats_with_its_seed() -> None:
+    config = DataConfig(short_sides=(64, 96), long_side=130, crop=0.5, crop_short_sides=(50, 100), crop_sizes=(30, 60))
+    sizes = set()
+    for number in range(60):
+        first, second = (augment(sample(), config, np.random.default_rng((0, number))) for _ in range(2))
+        assert np.array_equal(np.asarray(first.image), np.asarray(second.image))
+        assert min(first.image.size) in (64, 96) or max(first.image.size) == 130
+        sizes.add(first.image.size)
+    assert len(sizes) > 10
+
+
+def wide_and_tall(count: int) -> CocoSplit:
+    images = [ImageRecord(i, Path(f"{i}.png"), 40 + 30 * (i % 3 == 0), 60) for i in range(count)]
+    return CocoSplit(Path("a.json"), (), tuple(images))
+
+
+def order(split: CocoSplit, **where: Any) -> list[list[Draw]]:
+    config = TrainConfig(iterations=12, batch_size=4, accumulate=where.pop("accumulate", 1), warmup_iterations=0, seed=1)
+    return list(BatchOrder(split, config, **where))
+
+
+def test_order_resumes_exactly_and_groups_orientations() -> None:
+    split = wide_and_tall(10)
+    whole = order(split)
+    assert len(whole) == 12
+    for start in range(12):
+        assert order(split, start=start) == whole[start:]
+    assert order(split) == whole
+    for batch in whole:
+        assert len({split.images[d.image].width > split.images[d.image].height for d in batch}) == 1
+    numbers = [draw.number for batch in whole for draw in batch]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_processes_and_parts_share_each_batch() -> None:
+    split = wide_and_tall(10)
+    whole = [set(batch) for batch in order(split)]
+    halves = [order(split, rank=rank, world_size=2) for rank in range(2)]
+    assert [set(a) | set(b) for a, b in zip(*halves, strict=True)] == whole
+    parts = order(split, accumulate=2)
+    assert [set(parts[i]) | set(parts[i + 1]) for i in range(0, 24, 2)] == whole
+    with pytest.raises(DataError, match="cannot be shared by 3 processes"):
+        order(split, world_size=3)
+
+
+def test_every_image_is_used_evenly() -> None:
+    split = wide_and_tall(10)
+    config = TrainConfig(iterations=50, batch_size=4, warmup_iterations=0)
+    used = np.bincount([d.image for batch in BatchOrder(split, config) for d in batch], minlength=10)
+    assert used.min() >= 18
+    assert used.max() <= 22
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_do_not_depend_on_workers(tiny: Config, workers: int) -> None:
+    data = tiny.data.model_copy(update={"workers": workers})
+    dataset = TrainSet(train_split(data), data, seed=0)
+    batches = list(train_loader(dataset, BatchOrder(dataset.split, tiny.train), pin_memory=False))
+    assert len(batches) == 6
+    direct = [collate([dataset[d] for d in draws]) for draws in BatchOrder(dataset.split, tiny.train)]
+    for batch, expected in zip(batches, direct, strict=True):
+        assert torch.equal(batch.images, expected.images)
+        assert all(torch.equal(a, b) for a, b in zip(batch.masks, expected.masks, strict=True))
+        assert batch.images.shape[2] % 32 == batch.images.shape[3] % 32 == 0
+
+
+def test_check_folder_counts_and_finds(folder: Path) -> None:
+    content = json.loads((folder / "annotations/instances_val2017.json").read_text())
+    content["annotations"] += [
+        annotation(4, 3, 7, [[1, 1, 2, 2]]),
+        annotation(5, 3, 7, {"size": [9, 9], "counts": [81]}),
+        annotation(5, 3, 7, box(100, 100, 5, 5)),
+        {"id": 0, "image_id": 3, "category_id": 7, "segmentation": box(1, 1, 5, 5)},
+    ]
+    (folder / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    (folder / "val2017" / "2.png").write_bytes(b"broken")
+    reports = check_folder(DataConfig(root=str(folder)))
+    train = reports["train"]
+    assert (train.images, train.without_instances, train.instances, train.crowds) == (3, 2, 2, 1)
+    assert dict(train.categories) == {"seven": 1, "thousand": 1}
+    assert not train.problems
+    text = "\n".join(reports["val"].problems)
+    for expected in (
+        "id 5 is used 2 times",
+        "1 annotations have no area",
+        "annotation id 0",
+        "2.png: truncated or unreadable",
+        "annotation 4 (image 3.png): segmentation: a polygon needs",
+        "run lengths of size [9, 9]",
+        "no pixel inside the image",
+    ):
+        assert expected in text
+
+
+@needs_coco
+def test_check_folder_on_real_photos() -> None:
+    reports = check_folder(DataConfig(root=str(REAL_COCO)), read_images=False)
+    assert [(r.images, r.instances + r.crowds, r.crowds) for r in reports.values()] == [(208, 1678, 18), (79, 624, 5)]
+    assert not any(r.problems for r in reports.values())

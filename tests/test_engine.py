@@ -1,0 +1,420 @@
+"""Training, resuming, evaluating, predicting."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sparseinst import load_model
+from sparseinst.config import Config, TrainConfig
+from sparseinst.data.coco import read_split, val_split
+from sparseinst.engine.checkpoint import load_checkpoint, load_weights
+from sparseinst.engine.draw import outline, overlay, palette
+from sparseinst.engine.evaluate import FIGURES, coco_figures, evaluate, evaluate_run, evaluate_weights
+from sparseinst.engine.schedule import learning_rate_factor, parameter_groups
+from sparseinst.engine.train import train
+from sparseinst.errors import DataError, RunFailed, UserError
+from sparseinst.models.sparseinst import build_model
+from sparseinst.overrides import load_config
+from sparseinst.paths import RunPaths, atomic
+
+from .conftest import REAL_COCO, annotation, box, needs_coco, write_coco
+
+CPU = torch.device("cpu")
+
+
+def run(config: Config, output: Path) -> dict[str, torch.Tensor]:
+    return load_file(train(config, output, device=CPU, progress=False))
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RunPaths(output).metrics.read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_should(tiny: Config, tmp_path: Path) -> None:
+    config = tiny.replace({"train.evaluate_every": 3})
+    run(config, tmp_path / "run")
+    paths = RunPaths(tmp_path / "run")
+    assert load_config(paths.config) == config
+    assert [p.name for p in sorted(paths.checkpoints.iterdir())] == ["00000004.pt", "00000006.pt"], "keep_checkpoints=2"
+    records = lines(tmp_path / "run")
+    assert [r["iteration"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["iteration"] for r in records if "AP" in r] == [3]
+    assert {"loss_class", "loss_dice", "loss_pixel", "loss_objectness", "learning_rate", "seconds"} <= records[0].keys()
+    assert list(paths.tensorboard.iterdir())
+    assert "step 6/6" in paths.log.read_text()
+    before = paths.weights.stat().st_mtime_ns
+    run(config, tmp_path / "run")
+    assert paths.weights.stat().st_mtime_ns == before, "a finished run trains nothing"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"train.precision": "bf16"},
+        {"train.precision": "fp16"},
+        {"train.clip_norm": 0.1},
+        {"train.ema_decay": 0.9},
+        {"train.accumulate": 2},
+        {"data.workers": 2},
+        {"loss.reduction": "global", "train.schedule": "cosine", "train.weight_decay_on": "weights"},
+        {
+            "model.decoder.iam.kind": "cross_attention",
+            "data.crop": 0.5,
+            "data.crop_short_sides": [64],
+            "data.crop_sizes": [32, 48],
+        },
+    ],
+    ids=str,
+)
+def test_every_setting_trains_and_resumes_to_the_bit(tiny: Config, tmp_path: Path, settings: dict[str, Any]) -> None:
+    config = tiny.replace(settings)
+    whole = run(config, tmp_path / "whole")
+    assert all(torch.isfinite(tensor).all() for tensor in whole.values() if tensor.is_floating_point())
+    run(config, tmp_path / "resumed")
+    paths = RunPaths(tmp_path / "resumed")
+    paths.weights.unlink()
+    paths.checkpoint(6).unlink()  # as if it had been killed in the fifth or sixth step
+    with paths.metrics.open("a") as file:
+        file.write('{"iteration": 6, "lo')
+    assert_same(run(config, tmp_path / "resumed"), whole)
+    assert [r["iteration"] for r in lines(tmp_path / "resumed")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_seeds_differ_and_repeat(tiny: Config, tmp_path: Path) -> None:
+    first, again = (run(tiny, tmp_path / name) for name in ("a", "b"))
+    assert_same(first, again)
+    other = run(tiny.replace({"train.seed": 1}), tmp_path / "c")
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_accumulated_parts_count_like_processes(tiny: Config, tmp_path: Path) -> None:
+    """With `global` means and no batch statistics, two parts of two are one batch of four but for padding and rounding."""
+    settings = {"loss.reduction": "global", "data.short_sides": [64], "train.iterations": 3, "train.clip_norm": 1e9}
+    frozen = tiny.replace({**settings, "train.learning_rate": 1e-12, "model.backbone.name": "darknet17"})
+    norms = []
+    for accumulate in (1, 2):
+        run(frozen.replace({"train.accumulate": accumulate}), tmp_path / str(accumulate))
+        norms.append([r["loss"] for r in lines(tmp_path / str(accumulate))])
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(tiny: Config, tmp_path: Path, caplog: Any) -> None:
+    whole = run(tiny, tmp_path / "run")
+    paths = RunPaths(tmp_path / "run")
+    paths.weights.unlink()
+    newest = paths.checkpoint(6)
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    newest.write_bytes(data)
+    assert_same(run(tiny, tmp_path / "run"), whole)
+    assert "00000006.pt is damaged" in caplog.text
+    assert paths.checkpoint(6).with_suffix(".damaged").exists()
+
+    for path in (paths.checkpoint(4), paths.checkpoint(6)):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RunFailed, match="every checkpoint is damaged"):
+        load_checkpoint(paths, CPU)
+
+
+def test_full_disk_keeps_the_old_checkpoint(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tiny.replace({"train.iterations": 4}), tmp_path / "run")
+    paths = RunPaths(tmp_path / "run")
+    kept = paths.checkpoint(4).read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.save", full)
+    paths.weights.unlink()
+    paths.config.unlink()
+    with pytest.raises(RunFailed, match="no space left; what was there before is whole"):
+        run(tiny, tmp_path / "run")
+    assert paths.checkpoint(4).read_bytes() == kept
+    assert not list(paths.checkpoints.glob(".*"))
+
+
+def test_nan_stops_with_the_name_of_the_loss(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseinst import criterion
+
+    calls = []
+
+    def nan_later(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        loss = real(*arguments)
+        return loss * float("nan") if len(calls) == 4 else loss
+
+    real = criterion.dice_loss
+    monkeypatch.setattr(criterion, "dice_loss", nan_later)
+    with pytest.raises(RunFailed, match=r"the dice loss became nan in step 3; the last good checkpoint is kept"):
+        run(tiny, tmp_path / "run")
+    paths = RunPaths(tmp_path / "run")
+    assert [p.name for p in paths.checkpoints.iterdir()] == ["00000002.pt"]
+    assert not paths.weights.exists()
+
+
+def test_weights_that_blow_up_are_not_saved(tiny: Config, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"training diverged"):
+        run(tiny.replace({"train.learning_rate": 1e30, "train.warmup_iterations": 0}), tmp_path / "run")
+
+
+def test_folder_of_another_run_and_folder_in_use(tiny: Config, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    run(tiny, tmp_path / "run")
+    with pytest.raises(UserError, match=r"holds a run with other settings \(model\)"):
+        run(tiny.replace({"model.decoder.depth": 2}), tmp_path / "run")
+    with FileLock(RunPaths(tmp_path / "run").lock), pytest.raises(UserError, match="another process is training"):
+        run(tiny, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model.backbone.frozen_norm": True}, "norms frozen at their random start"),
+        ({"model.num_classes": 80}, "has 8 categories, model.num_classes is 80: set model.num_classes=8"),
+        ({"data.root": "nowhere"}, "nowhere/annotations/instances_train2017.json: no such file"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tiny: Config, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(tiny.replace(settings), tmp_path / "run")
+
+
+def test_small_batch_is_warned_of(tiny: Config, tmp_path: Path, caplog: Any) -> None:
+    run(tiny.replace({"train.learning_rate": 5e-5}), tmp_path / "run")
+    assert "set train.learning_rate=3.125e-06" in caplog.text
+
+
+def test_all_empty_batches_train(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instances that a crop leaves outside: a whole batch without any still trains, and pushes scores down."""
+    from sparseinst.data import loader
+
+    def nothing(sample: Any) -> Any:
+        size = (sample.image.height, sample.image.width)
+        return np.zeros(0, dtype=np.int64), np.zeros((0, *size), dtype=np.uint8)
+
+    monkeypatch.setattr(loader, "rasterise", nothing)
+    run(tiny.replace({"train.iterations": 12}), tmp_path / "run")
+    records = lines(tmp_path / "run")
+    assert all(r["loss_dice"] == r["loss_pixel"] == r["loss_objectness"] == 0 for r in records)
+    assert records[-1]["loss_class"] < records[0]["loss_class"]
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from sparseinst.engine.train import train
+from sparseinst.overrides import load_config
+torch.set_num_threads(2)
+train(load_config(sys.argv[1]), Path(sys.argv[2]), device=torch.device("cpu"), progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_killed_five_times_at_random_ends_to_the_bit(tiny: Config, tmp_path: Path) -> None:
+    config = tiny.replace({"train.iterations": 150, "train.checkpoint_every": 3, "train.precision": "bf16", "data.workers": 1})
+    whole = run(config, tmp_path / "whole")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    paths = RunPaths(tmp_path / "killed")
+    dice, kills, resumed_at = random.Random(0), 0, []
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "config.yaml"), str(tmp_path / "killed")]
+    while kills < 5:
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+            newest = lambda: max((int(p.stem) for p in paths.checkpoints.glob("*.pt")), default=0)  # noqa: E731
+            before = newest()
+            while newest() == before and process.poll() is None:  # it has to get somewhere between two kills
+                time.sleep(0.002)
+            time.sleep(dice.uniform(0, 0.3))
+            assert process.poll() is None, "it was to be killed before its end"
+            os.killpg(process.pid, signal.SIGKILL)
+        kills += 1
+        resumed_at.append(newest())
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert resumed_at == sorted(set(resumed_at)), resumed_at
+    assert_same(load_file(paths.weights), whole)
+    steps = [r["iteration"] for r in lines(tmp_path / "killed")]
+    assert steps == list(range(1, 151))
+
+
+def test_schedules() -> None:
+    step = TrainConfig(iterations=27, warmup_iterations=3, warmup_factor=0.5)
+    assert [round(learning_rate_factor(step, i), 6) for i in (0, 1, 2, 3, 20, 21, 24, 25, 26)] == [
+        0.5, 0.666667, 0.833333, 1, 1, 0.1, 0.1, 0.01, 0.01,
+    ]  # fmt: skip
+    cosine = step.model_copy(update={"schedule": "cosine"})
+    assert learning_rate_factor(cosine, 15) == pytest.approx(0.5)
+    assert learning_rate_factor(cosine, 26) < 0.01
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "pvt_v2_b0"])
+def test_parameter_groups(tiny: Config, backbone: str) -> None:
+    config = tiny.replace({"model.backbone.name": backbone, "train.backbone_multiplier": 0.1})
+    model = build_model(config.model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, config.train)
+    assert sum(len(g["params"]) for g in groups) == len(names)
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            factor = 0.1 if name.startswith("backbone.") else 1.0
+            assert group["lr"] == pytest.approx(config.train.learning_rate * factor)
+            spared = any(part in name for part in ("norm", ".bn", "patch_embed", "downsample.1", "downsample.2.weight"))
+            if backbone.startswith("pvt"):
+                spared |= "downsample" in name
+            elif "downsample.2.weight" in name or "downsample.1.weight" in name:
+                spared = parameter.ndim == 1
+            assert (group["weight_decay"] == 0) == spared, name
+
+
+def test_evaluation_figures_and_results(tiny: Config, tmp_path: Path) -> None:
+    run(tiny, tmp_path / "run")
+    result = evaluate_run(tmp_path / "run", device=CPU)
+    assert tuple(result.figures) == FIGURES
+    assert result.images == 6
+    again = evaluate_weights(tmp_path / "run", {}, device=CPU, predictions=tmp_path / "out.json", engine="pycocotools")
+    for name, value in result.figures.items():
+        assert value == pytest.approx(again.figures[name], abs=1e-9), name
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results
+    assert all(set(entry) == {"image_id", "category_id", "score", "segmentation"} for entry in results)
+    with pytest.raises(UserError, match="train.seed: belongs to the weights"):
+        evaluate_weights(tmp_path / "run", {"train.seed": 1}, device=CPU)
+
+
+def test_perfect_and_empty_results_score_100_and_0(tiny: Config) -> None:
+    split = val_split(tiny.data)
+    truth = json.loads(split.file.read_text())
+    perfect = [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "score": 0.9, "segmentation": a["segmentation"]}
+        for a in truth["annotations"]
+        if not a["iscrowd"]
+    ]
+    ids = [image.id for image in split.images]
+    for engine in ("hotcoco", "pycocotools"):
+        assert coco_figures(split.file, perfect, ids, engine)["AP"] == pytest.approx(100)  # type: ignore[arg-type]
+        assert coco_figures(split.file, [], ids, engine)["AP"] == 0  # type: ignore[arg-type]
+
+
+@needs_coco
+def test_hotcoco_equals_pycocotools_on_photos() -> None:
+    """Shifted, rescored and partly mislabelled ground truth of real photos, crowds included: all twelve figures."""
+    split = read_split(REAL_COCO / "annotations/instances_val2017.json", REAL_COCO / "val2017")
+    from sparseinst.data.coco import decode, encode
+
+    dice = np.random.default_rng(0)
+    results = []
+    for image in split.images:
+        for entry in image.annotations:
+            mask = np.roll(decode(entry.segmentation, image.height, image.width), dice.integers(-9, 10, 2), (0, 1))
+            label = entry.label if dice.random() < 0.8 else int(dice.integers(80))
+            for score in dice.random(2):
+                [runs] = encode(mask[None])
+                results.append(
+                    {"image_id": image.id, "category_id": split.categories[label].id, "score": score, "segmentation": runs}
+                )
+    ids = [image.id for image in split.images]
+    ours, theirs = (coco_figures(split.file, results, ids, engine) for engine in ("hotcoco", "pycocotools"))  # type: ignore[arg-type]
+    assert 5 < float(ours["AP"] or 0) < 60
+    for name in FIGURES:
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-9), name
+
+
+def test_evaluation_skips_and_counts_bad_images(tiny: Config, tmp_path: Path) -> None:
+    entries = [{"id": i, "file_name": f"{i}.png", "height": 40, "width": 60} for i in (1, 2)]
+    categories = [{"id": i, "name": str(i)} for i in range(1, 9)]
+    write_coco(tmp_path / "coco", entries, [annotation(i, i, 3, box(5, 5, 20, 20)) for i in (1, 2)], categories)
+    (tmp_path / "coco/val2017/2.png").write_bytes(b"")
+    config = tiny.replace({"data.root": str(tmp_path / "coco"), "data.on_bad_image": "skip"})
+    model = build_model(config.model).eval()
+    result = evaluate(model, val_split(config.data), config, device=CPU, progress=False)
+    assert (result.images, len(result.skipped)) == (1, 1)
+    strict = config.replace({"data.on_bad_image": "error"})
+    with pytest.raises(DataError, match="2.png"):
+        evaluate(model, val_split(strict.data), strict, device=CPU, progress=False)
+
+
+def test_prediction_equals_evaluation(tiny: Config, tmp_path: Path) -> None:
+    """One scoring path: `predict` finds what evaluation finds."""
+    run(tiny, tmp_path / "run")
+    evaluate_weights(tmp_path / "run", {}, device=CPU, predictions=tmp_path / "out.json")
+    predictor = load_model(tmp_path / "run", device="cpu")
+    image = val_split(tiny.data).images[0]
+    found = predictor.predict(image.path)
+    expected = [entry for entry in json.loads((tmp_path / "out.json").read_text()) if entry["image_id"] == image.id]
+    expected.sort(key=lambda entry: -entry["score"])
+    assert len(found.scores) == len(expected) > 0
+    np.testing.assert_allclose(found.scores, [entry["score"] for entry in expected], rtol=1e-6)
+    assert [predictor.categories[label].id for label in found.labels] == [entry["category_id"] for entry in expected]
+    assert found.masks.shape == (len(expected), image.height, image.width)
+    assert found.masks.dtype == bool
+
+
+def test_predictor_takes_files_images_and_arrays(tiny: Config, tmp_path: Path) -> None:
+    run(tiny, tmp_path / "run")
+    predictor = load_model(tmp_path / "run")
+    path = val_split(tiny.data).images[0].path
+    picture = Image.open(path).convert("RGB")
+    a, b, c = (predictor.predict(kind) for kind in (path, picture, np.asarray(picture)))
+    assert np.array_equal(a.scores, b.scores)
+    assert np.array_equal(a.scores, c.scores)
+    assert predictor.predict(np.asarray(picture.convert("L"))).masks.shape[1:] == (picture.height, picture.width)
+    assert len(predictor.predict(path, score=2.0).scores) == 0
+    with pytest.raises(DataError, match=r"\(H, W, 3\)"):
+        predictor.predict(np.zeros((4, 4, 4), dtype=np.uint8))
+
+
+def test_weights_files_that_are_not_ours(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with pytest.raises(UserError, match="no such file"):
+        load_weights(tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(UserError, match="no readable safetensors"):
+        load_weights(tmp_path / "text.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="carries no config"):
+        load_weights(tmp_path / "bare.safetensors")
+
+
+def test_atomic_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+
+    def fail() -> None:
+        with atomic(tmp_path / "a") as temporary:
+            temporary.write_text("half")
+            raise OSError
+
+    with pytest.raises(OSError):  # noqa: PT011
+        fail()
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")]
+
+
+def test_drawing(tiny: Config, tmp_path: Path) -> None:
+    run(tiny, tmp_path / "run")
+    predictor = load_model(tmp_path / "run")
+    image = Image.new("RGB", (90, 60), "white")
+    found = predictor.predict(image)
+    drawn = overlay(image, found)
+    assert drawn.size == image.size
+    mask = np.zeros((9, 9), dtype=bool)
+    mask[2:7, 2:7] = True
+    assert outline(mask, 1).sum() == 16
+    assert len(set(palette(30))) == 30
