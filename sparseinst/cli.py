@@ -118,6 +118,26 @@ def predict(
         raise RunFailed(f"{failed} of {len(files)} images could not be read; see the warnings above")
 
 
+@app.command()
+def run(
+    tables: Annotated[list[str], typer.Argument(metavar="TABLE ...", help="table5, or a path to a spec.")],
+    profile: Annotated[str, typer.Option(help="The scale: a file in experiments/profiles, by name or path.")] = "coco",
+    row: Annotated[str | None, typer.Option(help="Only the rows whose name holds this text.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Draw predictions of each row below this folder.")] = None,
+    device: Device = None,
+) -> None:
+    """Train and evaluate the rows of a table, here and now; what is done is not done again."""
+    from sparseinst.ablation.run import run_rows, show
+    from sparseinst.ablation.study import read_profile, read_spec, select_rows
+
+    specs = [read_spec(table) for table in tables]
+    settings = read_profile(profile)
+    for spec in specs:
+        rows = select_rows(spec, row)
+        results = run_rows(spec, rows, settings, device=device, pictures=pictures)
+        show(spec, rows, results, profile)
+
+
 @data_app.command()
 def shapes(
     output: Annotated[Path, typer.Option(help="A new folder.")],

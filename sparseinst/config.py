@@ -120,6 +120,28 @@ class ModelConfig(Section):
     backbone: BackboneConfig = BackboneConfig()
     encoder: EncoderConfig = EncoderConfig()
     decoder: DecoderConfig = DecoderConfig()
+    width_factor: Positive = 1.0
+    """Scales the channels of encoder and decoder, so that "width 128 of 256" keeps its meaning in a small model."""
+
+    def scaled(self) -> ModelConfig:
+        """The same with `width_factor` worked into the channels. Raises `ValueError` where heads or groups then do not divide."""
+
+        def scale(channels: int) -> int:
+            return max(1, round(channels * self.width_factor))
+
+        decoder = {"width": scale(self.decoder.width), "kernel_dim": scale(self.decoder.kernel_dim)}
+        return ModelConfig(
+            num_classes=self.num_classes,
+            backbone=self.backbone,
+            encoder=self.encoder.model_copy(update={"channels": scale(self.encoder.channels)}),
+            decoder=DecoderConfig.model_validate({**dict(self.decoder), **decoder}),
+        )
+
+    @model_validator(mode="after")
+    def _scales(self) -> Self:
+        if self.width_factor != 1.0:
+            self.scaled()
+        return self
 
 
 class LossConfig(Section):

@@ -33,7 +33,7 @@ def load_config(
     Raises:
         UserError: anything wrong, in one line.
     """
-    file_layer = _file_layers(Path(path)) if path is not None else {}
+    file_layer = read_layer(Path(path)) if path is not None else {}
     file_preset = file_layer.pop("preset", None)
     layers = [
         nest(choose("preset", preset or file_preset or "paper", PRESETS)),
@@ -57,7 +57,7 @@ def parse_config(data: Mapping[str, Any], where: str = "") -> Config:
         # JSON mode: strict about types, but arrays are tuples and whole numbers are floats, as YAML and JSON write them.
         return Config.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        raise UserError(_one_line(error, where)) from None
+        raise UserError(one_line(error, where, Config)) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{where + ': ' if where else ''}not plain data: {error}") from None
 
@@ -143,7 +143,7 @@ def leaf_paths(section: type[Section], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_layer(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The settings of a file over those of the file it extends."""
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself")
@@ -157,7 +157,7 @@ def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return data
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends: a path was expected, got {parent!r}")
-    return _overlay(_file_layers(path.parent / parent, (*seen, path.resolve())), data)
+    return _overlay(read_layer(path.parent / parent, (*seen, path.resolve())), data)
 
 
 def _overlay(base: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
@@ -181,14 +181,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (valid: {', '.join(names)})" if len(names) <= 20 else ""
 
 
-def _one_line(error: ValidationError, where: str) -> str:
+def one_line(error: ValidationError, where: str, schema: type[Section]) -> str:
     """The first problem that pydantic found, in one line; the number of others after it."""
     problems = error.errors(include_url=False)
     first = problems[0]
     path = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = f"unknown setting{nearest(path, leaf_paths(Config))}"
+        message = f"unknown setting{nearest(path, leaf_paths(schema))}"
     elif first["type"] not in ("value_error",):
         message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

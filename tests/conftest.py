@@ -18,7 +18,7 @@ REAL_COCO = Path(os.environ.get("SPARSEINST_COCO", Path(__file__).parents[2] / "
 needs_coco = pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no COCO photos in {REAL_COCO} (set SPARSEINST_COCO)")
 
 TINY: dict[str, Any] = {
-    "model.num_classes": 8,
+    "model.num_classes": 6,
     "model.backbone.name": "resnet10t",
     "model.backbone.pretrained": False,
     "model.backbone.frozen_norm": False,

@@ -13,8 +13,10 @@ from pycocotools import mask as coco_mask
 from sparseinst.data import shapes
 from sparseinst.errors import UserError
 
-DIGEST = "?"
+DIGEST = "ac46ddffdd0b808dd3c6c0e6e2e483cdab387cdfa9198bd313521ea4e72d6c01"
 """Of `write_shapes(root, train=6, val=4)`. Where it changes on purpose, `shapes.VERSION` goes up."""
+
+SIDE = 96
 
 
 def read(root: Path, split: str) -> Any:
@@ -36,7 +38,7 @@ def decode(entry: dict[str, Any]) -> NDArray[np.bool_]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "shapes"
-    shapes.write_shapes(root, train=150, val=20)
+    shapes.write_shapes(root, train=150, val=20, side=SIDE)
     return root
 
 
@@ -59,7 +61,7 @@ def test_digest_is_of_pixels_not_of_bytes(tmp_path: Path) -> None:
 
 
 def test_images_do_not_depend_on_their_number(root: Path, tmp_path: Path) -> None:
-    shapes.write_shapes(tmp_path / "few", train=3, val=2)
+    shapes.write_shapes(tmp_path / "few", train=3, val=2, side=SIDE)
     for split, number in (("train", 3), ("val", 2)):
         many, few = read(root, split), read(tmp_path / "few", split)
         assert few["images"] == many["images"][:number]
@@ -69,7 +71,7 @@ def test_images_do_not_depend_on_their_number(root: Path, tmp_path: Path) -> Non
 
 
 def test_splits_and_seeds_differ(root: Path, tmp_path: Path) -> None:
-    shapes.write_shapes(tmp_path / "other", train=1, val=1, seed=1)
+    shapes.write_shapes(tmp_path / "other", train=1, val=1, side=SIDE, seed=1)
     first = {"file_name": "000000000001.png"}
     images = [pixels(root, "train", first), pixels(root, "val", first), pixels(tmp_path / "other", "train", first)]
     assert len({image.tobytes() for image in images}) == 3
@@ -80,14 +82,13 @@ def test_coco_layout(root: Path, split: str) -> None:
     data = read(root, split)
     assert {"info", "licenses", "images", "annotations", "categories"} == set(data)
     ids = [category["id"] for category in data["categories"]]
-    assert len(ids) == 8
-    assert max(ids) > len(ids), "the ids have gaps"
+    assert max(ids) > len(set(ids)) == len(ids) == len(shapes._SHAPES), "distinct, with gaps"
     assert [a["id"] for a in data["annotations"]] == list(range(1, len(data["annotations"]) + 1))
     names = [entry["file_name"] for entry in data["images"]]
     assert sorted(file.name for file in (root / f"{split}2017").iterdir()) == names
     for entry in data["images"]:
         assert pixels(root, split, entry).shape == (entry["height"], entry["width"], 3)
-        assert min(entry["height"], entry["width"]) == 128
+        assert min(entry["height"], entry["width"]) == SIDE
 
 
 def test_masks_are_modal_and_match_area_and_box(root: Path) -> None:
@@ -98,7 +99,7 @@ def test_masks_are_modal_and_match_area_and_box(root: Path) -> None:
         for entry in data["annotations"]:
             mask = decode(entry)
             assert mask.shape == sizes[entry["image_id"]]
-            assert entry["area"] == mask.sum() >= 12
+            assert entry["area"] == mask.sum() >= shapes._MIN_VISIBLE_AREA
             row, column = np.nonzero(mask)
             box = [column.min(), row.min(), np.ptp(column) + 1, np.ptp(row) + 1]
             assert entry["bbox"] == box
@@ -111,8 +112,8 @@ def test_scenes_are_varied(root: Path) -> None:
     objects = [a for a in data["annotations"] if not a["iscrowd"]]
     assert {a["category_id"] for a in objects} == {category["id"] for category in data["categories"]}
     extents = [max(a["bbox"][2:]) for a in objects]
-    assert min(extents) <= 12
-    assert max(extents) >= 64
+    assert min(extents) <= 0.15 * SIDE
+    assert max(extents) >= 0.5 * SIDE
     shapes_of_images = {np.sign(entry["width"] - entry["height"]) for entry in data["images"]}
     assert shapes_of_images == {-1, 0, 1}, "landscape, portrait and square"
     numbers = np.bincount([a["image_id"] for a in data["annotations"]], minlength=len(data["images"]) + 1)[1:]
@@ -122,10 +123,10 @@ def test_scenes_are_varied(root: Path) -> None:
 def test_objects_hide_each_other() -> None:
     hidden = 0
     for index in range(20):
-        _, objects, owner = shapes._scene(np.random.Generator(np.random.PCG64(index)), 128)
+        _, objects, owner = shapes._scene(np.random.Generator(np.random.PCG64(index)), SIDE)
         for number, item in enumerate(objects):
             seen = (owner == number).sum()
-            assert seen >= max(12, 0.15 * item.whole_area)
+            assert seen >= max(shapes._MIN_VISIBLE_AREA, shapes._MIN_VISIBLE * item.whole_area)
             hidden += seen < item.mask.sum()
     assert hidden >= 5
 

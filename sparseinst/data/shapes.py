@@ -1,8 +1,9 @@
 """The embedded data set: procedural scenes of geometric shapes in COCO format. Imports no torch.
 
 For tests, examples and ablations without a download: a small model learns much of it on two CPU cores in minutes.
-Shape alone tells the category: colour, texture, aspect and rotation are drawn independently of it. Objects hide each
-other, are cut by the border and extend from 8 pixels to 0.6 of the short side.
+Most objects have their category's usual hue, the others any; texture, aspect and rotation say nothing of the category.
+Objects are brighter than the background, hide each other and are cut by the border; they extend from 0.25 to 0.75 of the
+short side.
 
 H W height and width of an image in pixels, h w of the box around one object.
 """
@@ -39,11 +40,12 @@ SPLITS = ("train", "val")
 
 _SMALLEST_SIDE = 32
 _LONGEST = 1.25  # times the short side: 128 to 160 pixels, so that padding to multiples of 32 wastes little
-_MIN_EXTENT, _MAX_EXTENT = 8.0, 0.6  # pixels; fraction of the short side
+_MIN_EXTENT, _MAX_EXTENT = 0.25, 0.75  # fractions of the short side
 _MIN_AREA = 40  # pixels of a whole object: below, a star cannot be told from a circle
-_MIN_VISIBLE_AREA, _MIN_VISIBLE = 12, 0.2  # pixels, fraction of the whole object
+_MIN_VISIBLE_AREA, _MIN_VISIBLE = 12, 0.3  # pixels, fraction of the whole object
 _MIN_CONTRAST = 75.0  # sum over R, G, B of the difference to what lies below, in grey levels
-_MAX_OBJECTS, _TRIES = 9, 20
+_USUAL, _HUE_SPREAD = 0.95, 0.04  # fraction of a category's objects that have its usual hue; how far they stray from it
+_MAX_OBJECTS, _TRIES = 4, 20
 _EMPTY, _CROWDED = 0.02, 0.01  # fractions of the images
 
 
@@ -62,8 +64,6 @@ _SHAPES: dict[str, tuple[int, Callable[[Floats, Floats], Mask]]] = {
     "star": (7, _star),
     "ring": (11, lambda x, y: abs(np.hypot(x, y) - 0.775) <= 0.225),
     "cross": (13, lambda x, y: (np.maximum(abs(x), abs(y)) <= 0.95) & (np.minimum(abs(x), abs(y)) <= 0.3)),
-    "crescent": (17, lambda x, y: (np.hypot(x, y) <= 1) & (np.hypot(x - 0.5, y) > 0.8)),
-    "bar": (22, lambda x, y: (abs(x) <= 0.97) & (abs(y) <= 0.22)),
 }
 """Category id (with gaps, as in COCO) and which points of the unit disc are inside, x right and y down."""
 
@@ -89,7 +89,7 @@ def write_shapes(root: Path, *, train: int = 800, val: int = 200, side: int = 12
             the same root at the same time: one set is kept.
         train: images of the training split; image i is the same whatever their number is.
         val: images of the validation split, from other random streams than those of training.
-        side: the shorter side of every image in pixels; the longer one is up to 1.4 times that.
+        side: the shorter side of every image in pixels; the longer one is up to 1.25 times that.
         seed: 0 or more.
 
     Raises:
@@ -189,7 +189,7 @@ def _write_split(root: Path, split: str, seeds: list[tuple[int, int, int]], side
         "licenses": [{"id": 1, "name": "MIT License", "url": "https://opensource.org/license/mit"}],
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": category_id, "name": name, "supercategory": "shape"} for name, (category_id, _) in _SHAPES.items()],
+        "categories": [{"id": shape[0], "name": name, "supercategory": "shape"} for name, shape in _SHAPES.items()],
     }
     file.write_text(json.dumps(data), encoding="utf-8")
 
@@ -227,12 +227,12 @@ def _scene(rng: Generator, side: int) -> tuple[NDArray[np.uint8], list[_Object],
         for _ in range(_TRIES):
             item = _place(rng, name, crowded and index == 0, size, side)
             if _leaves_enough(item, objects, owner):
-                _fill(rng, canvas[:, *item.box], item.mask)
+                _fill(rng, canvas[:, *item.box], item.mask, list(_SHAPES).index(name) / len(_SHAPES))
                 owner[item.box][item.mask] = len(objects)
                 objects.append(item)
                 break
     canvas *= 1 + _field(rng, size, 3, 0.15)  # light that varies over the scene
-    canvas += (4 + 16 * rng.random()) * (rng.random(canvas.shape) - 0.5)
+    canvas += (4 + 12 * rng.random()) * (rng.random(canvas.shape) - 0.5)
     return canvas.clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0), objects, owner
 
 
@@ -251,7 +251,7 @@ def _place(rng: Generator, name: str, crowd: bool, size: tuple[int, int], side: 
 def _single(rng: Generator, name: str, side: int) -> Mask:
     """A shape of log-uniform extent."""
     while True:
-        mask = _rasterise(rng, name, _MIN_EXTENT * (_MAX_EXTENT * side / _MIN_EXTENT) ** rng.random())
+        mask = _rasterise(rng, name, side * _MIN_EXTENT * (_MAX_EXTENT / _MIN_EXTENT) ** rng.random())
         if mask.sum() >= _MIN_AREA:
             return mask
 
@@ -269,9 +269,9 @@ def _cluster(rng: Generator, name: str) -> Mask:
 def _rasterise(rng: Generator, name: str, extent: float) -> Mask:
     """The pixels (h, w) whose centre is inside the shape, `extent` pixels long, with random aspect and rotation.
 
-    The aspect, 2/3 to 3/2, is narrow enough to tell a stretched square from a shortened bar.
+    The aspect is at most 1.3.
     """
-    aspect = 1.5 ** (2 * rng.random() - 1)
+    aspect = 1.3 ** (2 * rng.random() - 1)
     length = math.ceil(extent) + 2
     x, y = _rotated(rng, (length, length))
     return _SHAPES[name][1](x * 2 / extent / min(1, aspect), y * 2 / extent / min(1, 1 / aspect))
@@ -297,13 +297,20 @@ def _leaves_enough(item: _Object, objects: list[_Object], owner: Owner) -> bool:
     )
 
 
-def _fill(rng: Generator, box: Floats, mask: Mask) -> None:
+def _fill(rng: Generator, box: Floats, mask: Mask, usual_hue: float) -> None:
     """Colour the object in its part of the canvas (3, h, w): unlike what lies below it, with a texture."""
-    colours = 20 + 215 * rng.random((12, 3))
+    hues = usual_hue + _HUE_SPREAD * (2 * rng.random(12) - 1) if rng.random() < _USUAL else rng.random(12)
+    colours = _rgb(hues, 0.5 + 0.5 * rng.random(12), 0.6 + 0.4 * rng.random(12))
     differences = abs(colours - box[:, mask].mean(axis=1)).sum(axis=1)
     colour = colours[np.argmax(differences >= _MIN_CONTRAST)]
-    contrast = 50 * (2 * rng.random(3) - 1)
+    contrast = 25 * (2 * rng.random(3) - 1)
     box[:, mask] = colour[:, None] + contrast[:, None] * _texture(rng, mask.shape)[mask]
+
+
+def _rgb(hue: Floats, saturation: Floats, value: Floats) -> Floats:
+    """(n,) each, hue in turns, the others in [0, 1], to (n, 3) in [0, 255]."""
+    distance = abs((6 * hue[:, None] + [0, 4, 2]) % 6 - 3)  # from the hue at which the channel is darkest
+    return np.asarray(255 * value[:, None] * (1 - saturation[:, None] * (2 - distance).clip(0, 1)))
 
 
 def _texture(rng: Generator, shape: tuple[int, ...]) -> Floats:
@@ -319,11 +326,11 @@ def _texture(rng: Generator, shape: tuple[int, ...]) -> Floats:
 
 def _background(rng: Generator, size: tuple[int, int]) -> Floats:
     """(3, H, W) in about [0, 255]: gradients, low-frequency noise, blotches, scribbles; nothing that is labelled."""
-    canvas: Floats = (40 + 175 * rng.random(3))[:, None, None] + _field(rng, size, 2, 50, 3) + _field(rng, size, 5, 20, 3)
+    canvas: Floats = (30 + 60 * rng.random(3))[:, None, None] + _field(rng, size, 2, 30, 3) + _field(rng, size, 5, 15, 3)
     for _ in range(rng.integers(3)):
         blotches = _field(rng, size, int(rng.integers(4, 12)), 3) - 1
-        canvas += blotches.clip(0, 1) * (50 * (2 * rng.random((3, 1, 1)) - 1))
-    for _ in range(rng.integers(6)):
+        canvas += blotches.clip(0, 1) * (35 * (2 * rng.random((3, 1, 1)) - 1))
+    for _ in range(rng.integers(5)):
         _scribble(rng, canvas)
     return canvas
 
@@ -347,4 +354,4 @@ def _scribble(rng: Generator, canvas: Floats) -> None:
     row, column = ((rng.random((2, 3)) * [[bottom], [right]]) @ weights).astype(np.int64)
     offsets = np.array([(0, 0), (0, 1), (1, 0)][: 1 if rng.random() < 0.5 else 3])[..., None]  # thickness, 2, 1
     row, column = np.minimum(row + offsets[:, 0], bottom), np.minimum(column + offsets[:, 1], right)
-    canvas[:, row, column] = 20 + 215 * rng.random((3, 1, 1))
+    canvas[:, row, column] = 20 + 150 * rng.random((3, 1, 1))

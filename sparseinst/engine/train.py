@@ -80,9 +80,9 @@ class _Training:
         self.categories = split.categories
         self.dataset = TrainSet(split, config.data, config.train.seed)
         torch.manual_seed(config.train.seed)
-        self.model = build_model(config.model).to(device).train()
+        self.model = build_model(config.model).to(device).to(memory_format=torch.channels_last).train()
         self.criterion = Criterion(config.loss, config.matcher)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.train))
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.train), fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         decay = config.train.ema_decay
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
@@ -129,7 +129,8 @@ class _Training:
         total: dict[str, Tensor] = {}
         for part, target in zip(parts, targets, strict=True):
             with autocast(self.device, self.config.train.precision):
-                images = self.model.normalise(part.images.to(self.device, non_blocking=True), part.sizes)
+                images = part.images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+                images = self.model.normalise(images, part.sizes)
                 predictions = self.model(images)
             losses = self.criterion(predictions, target, counts)
             mean = {name: loss / len(parts) for name, loss in losses.items()}

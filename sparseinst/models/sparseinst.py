@@ -59,6 +59,7 @@ def build_model(config: ModelConfig, *, load_pretrained: bool = True) -> SparseI
     Raises:
         UserError: an unknown backbone, one without features at 1/8, 1/16, 1/32, or pretrained weights that cannot be had.
     """
+    config = config.scaled()
     backbone = Backbone(config.backbone, load_pretrained=load_pretrained)
     encoder = Encoder(config.encoder, backbone.channels)
     decoder = Decoder(config.decoder, config.encoder.channels, config.num_classes)

@@ -1,0 +1,276 @@
+"""The command line as a user meets it: what it prints, its exit codes, and one line for each of many mistakes."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from sparseinst.cli import run_cli
+from sparseinst.config import Config
+from sparseinst.engine.train import train
+from sparseinst.paths import RunPaths
+
+from .conftest import TINY, annotation, box, write_coco
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def trained(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sparseinst.overrides import load_config
+
+    config = load_config(overrides={**TINY, "data.root": str(shapes_root)})
+    output = tmp_path_factory.mktemp("trained")
+    train(config, output, device=torch.device("cpu"), progress=False)
+    return output
+
+
+def small_settings(**more: Any) -> list[str]:
+    return [part for key, value in {**TINY, **more}.items() for part in ("-o", f"{key}={json.dumps(value)}")]
+
+
+def test_train_evaluate_predict(shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    command = ["train", "--data", str(shapes_root), "--output", str(run), *small_settings()]
+    assert run_cli(command) == 0
+    assert "AP75" in capsys.readouterr().out
+    began = time.perf_counter()
+    assert run_cli(command) == 0
+    assert time.perf_counter() - began < 2, "a finished run is not done again"
+
+    capsys.readouterr()
+    assert run_cli(["evaluate", "--weights", str(run), "--json", "--predictions", str(tmp_path / "out.json")]) == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert len(figures) == 12
+    assert json.loads((tmp_path / "out.json").read_text())
+
+    picture = shapes_root / "val2017" / "000000000001.png"
+    inputs = [str(shapes_root / "val2017"), str(picture)]
+    assert run_cli(["predict", *inputs, "--weights", str(run), "--output", str(tmp_path / "p"), "--score", "0"]) == 0
+    drawn = sorted(path.name for path in (tmp_path / "p").glob("*.jpg"))
+    assert len(drawn) == 7
+    assert "000000000001-2.jpg" in drawn
+    assert Image.open(tmp_path / "p" / drawn[0]).size == Image.open(picture).size
+    result = json.loads((tmp_path / "p" / "predictions.json").read_text())
+    assert [image["id"] for image in result["images"]] == list(range(1, 8))
+    assert {entry["category_id"] for entry in result["annotations"]} <= {entry["id"] for entry in result["categories"]}
+    assert len({entry["id"] for entry in result["annotations"]}) == len(result["annotations"])
+
+
+def test_train_takes_classes_from_the_data(tmp_path: Path) -> None:
+    entries = [{"id": i, "file_name": f"{i}.png", "height": 40, "width": 60} for i in (1, 2)]
+    folder = write_coco(tmp_path / "coco", entries, [annotation(i, i, 1000, box(5, 5, 20, 20)) for i in (1, 2)])
+    settings = {key: value for key, value in TINY.items() if key != "model.num_classes"}
+    overrides = [part for key, value in settings.items() for part in ("-o", f"{key}={json.dumps(value)}")]
+    assert run_cli(["train", "--data", str(folder), "--output", str(tmp_path / "run"), *overrides]) == 0
+    from sparseinst.overrides import load_config
+
+    assert load_config(RunPaths(tmp_path / "run").config).model.num_classes == 2
+
+
+def test_predict_counts_what_it_cannot_read(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (50, 40)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    assert run_cli(["predict", str(tmp_path), "--weights", str(trained), "--output", str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert "1 of 2 images could not be read" in captured.err
+    assert (tmp_path / "out" / "good.jpg").exists()
+
+
+def test_data_shapes_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["data", "shapes", "--output", str(tmp_path / "s"), "--train", "5", "--val", "3"]) == 0
+    assert run_cli(["data", "check", str(tmp_path / "s")]) == 0
+    capsys.readouterr()
+    assert run_cli(["data", "check", str(tmp_path / "s"), "--json", "--no-read"]) == 0
+    assert json.loads(capsys.readouterr().out)["train"]["images"] == 5
+    (tmp_path / "s" / "val2017" / "000000000002.png").unlink()
+    assert run_cli(["data", "check", str(tmp_path / "s")]) == 2
+    captured = capsys.readouterr()
+    assert "000000000002.png: no such image" in captured.out
+    assert "1 problem found" in captured.err
+
+
+def edit(path: Path, change: Any) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def bad_inputs() -> dict[str, tuple[list[str], str]]:
+    """What is typed, with {trained}, {shapes}, {bad} and {tmp} for folders, and what must be said."""
+    train = ["train", "--output", "{tmp}/run", *small_settings()]
+    data = [*train, "--data"]
+    return {
+        "unknown setting": ([*train, "-o", "model.decoder.deph=2"], "did you mean 'model.decoder.depth'"),
+        "wrong type": ([*train, "-o", "train.seed=one"], "train.seed: input should be a valid integer, got 'one'"),
+        "out of range": ([*train, "-o", "data.flip=1.5"], "data.flip: input should be less than or equal to 1, got 1.5"),
+        "no value": ([*train, "-o", "train.seed"], "not of the form path=value"),
+        "unknown model": ([*train, "--model", "r50-gaim"], "did you mean 'r50-giam'"),
+        "unknown preset": ([*train, "--preset", "papers"], "did you mean 'paper'"),
+        "unknown device": ([*train, "--device", "gpu"], "device 'gpu' cannot be used"),
+        "unknown backbone": ([*data, "{shapes}", "-o", "model.backbone.name=resnet51"], "timm has no such model"),
+        "config missing": ([*train, "--config", "{tmp}/none.yaml"], "none.yaml: no such file"),
+        "config is a folder": ([*train, "--config", "{tmp}"], "is a folder, a file was expected"),
+        "config broken": ([*train, "--config", "{bad}/broken.yaml"], "broken.yaml: line 2"),
+        "config unknown key": ([*train, "--config", "{bad}/key.yaml"], "key.yaml: unknown setting 'train.sead'"),
+        "data missing": ([*data, "{tmp}/none"], "instances_train2017.json: no such file"),
+        "data broken JSON": ([*data, "{bad}/json"], "broken JSON at line 1, column"),
+        "data not COCO": ([*data, "{bad}/list"], "not a COCO annotation file"),
+        "data without folder": ([*data, "{bad}/folder"], "no such folder of images"),
+        "data unknown image": ([*data, "{bad}/image_id"], "image_id 99 is not among the file's images"),
+        "data unknown category": ([*data, "{bad}/category_id"], "category_id 5 is not among the file's categories"),
+        "data without segmentation": ([*data, "{bad}/boxes"], "lacks segmentation (boxes alone are not enough)"),
+        "data without instances": ([*data, "{bad}/nothing"], "no image holds an instance"),
+        "image truncated": ([*data, "{bad}/truncated"], "1.png: truncated or unreadable image"),
+        "image missing": ([*data, "{bad}/missing"], "1.png: no such image"),
+        "image of another size": ([*data, "{bad}/size"], "is 60 x 40, its annotations say 61 x 40"),
+        "polygon of two points": ([*data, "{bad}/polygon"], "a polygon needs at least three points"),
+        "classes differ": ([*data, "{shapes}", "-o", "model.num_classes=80"], "set model.num_classes=6"),
+        "output is a file": (["train", "--output", "{bad}/broken.yaml", "--data", "{shapes}"], "cannot be made a folder"),
+        "weights missing": (["evaluate", "--weights", "{tmp}/none.safetensors"], "none.safetensors: no such file"),
+        "weights are text": (["evaluate", "--weights", "{bad}/text.safetensors"], "no readable safetensors file"),
+        "weights without config": (["evaluate", "--weights", "{bad}/bare.safetensors"], "carries no config"),
+        "weights of other classes": (["evaluate", "--weights", "{trained}", "--data", "{bad}/polygon"], "are not the 6 of"),
+        "evaluation of a model setting": (["evaluate", "--weights", "{trained}", "-o", "train.seed=1"], "belongs to the weights"),
+        "picture missing": (
+            ["predict", "{tmp}/n.jpg", "--weights", "{trained}", "--output", "{tmp}/o"],
+            "no such image or folder",
+        ),
+        "no pictures": (["predict", "{bad}/list", "--weights", "{trained}", "--output", "{tmp}/o"], "no image (.bmp"),
+        "shapes over something": (["data", "shapes", "--output", "{bad}"], "name another folder"),
+        "unknown table": (["run", "tabel5", "--profile", "mini"], "did you mean 'table5'"),
+        "unknown profile": (["run", "table5", "--profile", "minni"], "did you mean 'mini'"),
+        "unknown row": (["run", "table5", "--profile", "mini", "--row", "l2"], "no row of"),
+        "unknown option": (["train", "--outpt", "x"], "No such option"),
+        "unknown engine": (["evaluate", "--weights", "{trained}", "--engine", "x"], "Invalid value"),
+    }
+
+
+@pytest.fixture(scope="session")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders and files, each with one thing wrong."""
+    root = tmp_path_factory.mktemp("bad")
+    images = [{"id": 1, "file_name": "1.png", "height": 40, "width": 60}]
+    changes: dict[str, Any] = {
+        "image_id": lambda d: d["annotations"][0].update(image_id=99),
+        "category_id": lambda d: d["annotations"][0].update(category_id=5),
+        "boxes": lambda d: d["annotations"][0].pop("segmentation"),
+        "nothing": lambda d: d["annotations"].clear(),
+        "size": lambda d: d["images"][0].update(width=61),
+        "polygon": lambda d: d["annotations"][0].update(segmentation=[[1, 1, 2, 2]]),
+        "json": None, "list": None, "folder": None, "truncated": None, "missing": None,
+    }  # fmt: skip
+    for name, change in changes.items():
+        folder = write_coco(root / name, images, [annotation(1, 1, 7, box(5, 5, 20, 20))])
+        for split in ("train2017", "val2017"):
+            file = folder / "annotations" / f"instances_{split}.json"
+            picture = folder / split / "1.png"
+            if change is not None:
+                edit(file, change)
+            elif name == "json":
+                file.write_text('{"images": [')
+            elif name == "list":
+                file.write_text("[]")
+            elif name == "folder":
+                picture.unlink()
+                picture.parent.rmdir()
+            elif name == "truncated":
+                picture.write_bytes(picture.read_bytes()[:1000])
+            else:
+                picture.unlink()
+    (root / "broken.yaml").write_text("train: {seed: 1\nmodel: ]")
+    (root / "key.yaml").write_text("train: {sead: 1}")
+    (root / "text.safetensors").write_text("weights, honestly")
+    save_file({"a": torch.zeros(1)}, root / "bare.safetensors")
+    return root
+
+
+@pytest.mark.parametrize("case", bad_inputs())
+def test_bad_input_is_one_line(
+    case: str,
+    bad: Path,
+    trained: Path,
+    shapes_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    arguments, message = bad_inputs()[case]
+    folders = {"bad": bad, "trained": trained, "shapes": shapes_root, "tmp": tmp_path}
+    code = run_cli([a if a.startswith(("[", "{}")) else a.format(**folders) for a in arguments])
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert message in error
+    assert "Traceback" not in error
+    if error.startswith("error:"):
+        assert len(error.strip().splitlines()) == 1, error
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    from sparseinst.errors import UserError
+
+    with pytest.raises(UserError):
+        run_cli(["--debug", "evaluate", "--weights", str(tmp_path / "none")])
+
+
+def test_failed_run_exits_with_1(tmp_path: Path, shapes_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = small_settings(**{"train.learning_rate": 1e30, "train.warmup_iterations": 0})
+    assert run_cli(["train", "--data", str(shapes_root), "--output", str(tmp_path / "run"), *settings]) == 1
+    assert capsys.readouterr().err.startswith("error: training diverged")
+
+
+def test_run_a_table(
+    tmp_path: Path, shapes_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of Table 5 at a scale of seconds; a second call trains nothing."""
+    from sparseinst.overrides import load_config
+
+    config = load_config(overrides={**TINY, "data.root": str(shapes_root)})
+    profile = {
+        "model": {**config.model.model_dump(mode="json")},
+        "data": config.data.model_dump(mode="json"),
+        "train": config.train.model_dump(mode="json"),
+    }
+    profile_path = tmp_path / "tiny.yaml"
+    profile_path.write_text(json.dumps(profile))
+    monkeypatch.chdir(tmp_path)
+    command = ["run", str(ROOT / "experiments/table5.yaml"), "--profile", str(profile_path), "--row", "BCE"]
+    assert run_cli([*command, "--pictures", "pictures"]) == 0
+    out = capsys.readouterr().out
+    assert "32.0" in out
+    assert "23.9" in out
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert len(list((tmp_path / "pictures" / "BCE alone").glob("*.jpg"))) == 6
+    began = time.perf_counter()
+    assert run_cli(command) == 0
+    assert time.perf_counter() - began < 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["data", "check", "{shapes}", "--no-read"]])
+def test_starts_in_half_a_second_without_torch(arguments: list[str], shapes_root: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "sparseinst", *(a.format(shapes=shapes_root) for a in arguments)]
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - began)
+    assert not [line for line in result.stderr.splitlines() if line.split("|")[-1].strip() == "torch"]
+    assert min(seconds) < 0.5, seconds
+
+
+def test_config_type_is_public() -> None:
+    import sparseinst
+
+    assert sparseinst.Config is Config
+    assert set(sparseinst.__all__) <= set(dir(sparseinst)) | set(sparseinst._HOME)
+    with pytest.raises(AttributeError):
+        _ = sparseinst.nothing
