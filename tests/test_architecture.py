@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "sparseinst"
 ALLOWED = {
     "errors": set(),
     "paths": set(),
-    "config": {"errors"},
+    "config": {"overrides"},  # inside `Config.replace` alone
     "overrides": {"config", "errors"},
     "models": {"config", "overrides", "errors"},
     "data": {"config", "overrides", "errors", "paths"},

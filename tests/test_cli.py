@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, its exit codes, and one line for each of many mistakes."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -32,8 +33,9 @@ def trained(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return output
 
 
-def small_settings(**more: Any) -> list[str]:
-    return [part for key, value in {**TINY, **more}.items() for part in ("-o", f"{key}={json.dumps(value)}")]
+def small_settings(without: str = "", **more: Any) -> list[str]:
+    settings = {key: value for key, value in {**TINY, **more}.items() if key != without}
+    return [part for key, value in settings.items() for part in ("-o", f"{key}={json.dumps(value)}")]
 
 
 def test_train_evaluate_predict(shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +59,8 @@ def test_train_evaluate_predict(shapes_root: Path, tmp_path: Path, capsys: pytes
     drawn = sorted(path.name for path in (tmp_path / "p").glob("*.jpg"))
     assert len(drawn) == 7
     assert "000000000001-2.jpg" in drawn
-    assert Image.open(tmp_path / "p" / drawn[0]).size == Image.open(picture).size
+    with Image.open(tmp_path / "p" / drawn[0]) as overlay, Image.open(picture) as original:
+        assert overlay.size == original.size
     result = json.loads((tmp_path / "p" / "predictions.json").read_text())
     assert [image["id"] for image in result["images"]] == list(range(1, 8))
     assert {entry["category_id"] for entry in result["annotations"]} <= {entry["id"] for entry in result["categories"]}
@@ -67,8 +70,7 @@ def test_train_evaluate_predict(shapes_root: Path, tmp_path: Path, capsys: pytes
 def test_train_takes_classes_from_the_data(tmp_path: Path) -> None:
     entries = [{"id": i, "file_name": f"{i}.png", "height": 40, "width": 60} for i in (1, 2)]
     folder = write_coco(tmp_path / "coco", entries, [annotation(i, i, 1000, box(5, 5, 20, 20)) for i in (1, 2)])
-    settings = {key: value for key, value in TINY.items() if key != "model.num_classes"}
-    overrides = [part for key, value in settings.items() for part in ("-o", f"{key}={json.dumps(value)}")]
+    overrides = small_settings(without="model.num_classes")
     assert run_cli(["train", "--data", str(folder), "--output", str(tmp_path / "run"), *overrides]) == 0
     from sparseinst.overrides import load_config
 
@@ -106,7 +108,7 @@ def edit(path: Path, change: Any) -> None:
 def bad_inputs() -> dict[str, tuple[list[str], str]]:
     """What is typed, with {trained}, {shapes}, {bad} and {tmp} for folders, and what must be said."""
     train = ["train", "--output", "{tmp}/run", *small_settings()]
-    data = [*train, "--data"]
+    data = [*train[:3], *small_settings(without="model.num_classes"), "--data"]
     return {
         "unknown setting": ([*train, "-o", "model.decoder.deph=2"], "did you mean 'model.decoder.depth'"),
         "wrong type": ([*train, "-o", "train.seed=one"], "train.seed: input should be a valid integer, got 'one'"),
@@ -257,13 +259,16 @@ def test_run_a_table(
 
 @pytest.mark.parametrize("arguments", [["--help"], ["data", "check", "{shapes}", "--no-read"]])
 def test_starts_in_half_a_second_without_torch(arguments: list[str], shapes_root: Path) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "sparseinst", *(a.format(shapes=shapes_root) for a in arguments)]
+    command = [sys.executable, "-m", "sparseinst", *(a.format(shapes=shapes_root) for a in arguments)]
     seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - began)
-    assert not [line for line in result.stderr.splitlines() if line.split("|")[-1].strip() == "torch"]
+    for _ in range(5):
+        before = os.times()
+        subprocess.run(command, capture_output=True, check=True)
+        after = os.times()
+        # Processor time: a shared machine may let the process wait.
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    traced = subprocess.run([*command[:1], "-X", "importtime", *command[1:]], capture_output=True, text=True, check=True)
+    assert not [line for line in traced.stderr.splitlines() if line.split("|")[-1].strip() == "torch"]
     assert min(seconds) < 0.5, seconds
 
 

@@ -28,9 +28,9 @@ class Report:
     """In one image, crowds left out."""
     over_100: int = 0
     """Images with more instances than the 100 maps of the default model."""
-    sizes: Counter[str] = field(default_factory=Counter)
+    sizes: dict[str, int] = field(default_factory=lambda: {"small": 0, "medium": 0, "large": 0})
     """Instances that are small, medium, large."""
-    categories: Counter[str] = field(default_factory=Counter)
+    categories: dict[str, int] = field(default_factory=dict)
     """Instances by category name; zero for a category without any."""
     problems: list[str] = field(default_factory=list)
     """One line each."""
