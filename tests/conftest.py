@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from sparseinst.config import Config
 from sparseinst.data.shapes import write_shapes
+from sparseinst.engine.train import train
 from sparseinst.overrides import load_config
 
 REAL_COCO = Path(os.environ.get("SPARSEINST_COCO", Path(__file__).parents[2] / "shared" / "data" / "coco-subset"))
@@ -56,6 +58,14 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(shapes_root: Path) -> Config:
     return load_config(overrides={**TINY, "data.root": str(shapes_root)})
+
+
+CPU = torch.device("cpu")
+
+
+def run(config: Config, output: Path) -> dict[str, torch.Tensor]:
+    """Train; returns the weights."""
+    return load_file(train(config, output, device=CPU, progress=False))
 
 
 def write_coco(root: Path, images: list[dict[str, Any]], annotations: list[dict[str, Any]], categories: Any = None) -> Path:

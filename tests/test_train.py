@@ -1,4 +1,4 @@
-"""Training, resuming, evaluating, predicting."""
+"""Training and resuming."""
 
 import json
 import os
@@ -13,29 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from sparseinst import load_model
 from sparseinst.config import Config, TrainConfig
-from sparseinst.data.coco import read_split, val_split
-from sparseinst.engine.checkpoint import load_checkpoint, load_weights
-from sparseinst.engine.draw import outline, overlay, palette
-from sparseinst.engine.evaluate import FIGURES, coco_figures, evaluate, evaluate_run, evaluate_weights
+from sparseinst.engine.checkpoint import load_checkpoint
 from sparseinst.engine.schedule import learning_rate_factor, parameter_groups
-from sparseinst.engine.train import train
-from sparseinst.errors import DataError, RunFailed, UserError
+from sparseinst.errors import RunFailed, UserError
 from sparseinst.models.sparseinst import build_model
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths, atomic
 
-from .conftest import REAL_COCO, annotation, box, needs_coco, write_coco
-
-CPU = torch.device("cpu")
-
-
-def run(config: Config, output: Path) -> dict[str, torch.Tensor]:
-    return load_file(train(config, output, device=CPU, progress=False))
+from .conftest import CPU, run
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -283,116 +271,6 @@ def test_parameter_groups(tiny: Config, backbone: str) -> None:
             assert (group["weight_decay"] == 0) == spared, name
 
 
-def test_evaluation_figures_and_results(tiny: Config, tmp_path: Path) -> None:
-    run(tiny, tmp_path / "run")
-    result = evaluate_run(tmp_path / "run", device=CPU)
-    assert tuple(result.figures) == FIGURES
-    assert result.images == 6
-    again = evaluate_weights(tmp_path / "run", {}, device=CPU, predictions=tmp_path / "out.json", engine="pycocotools")
-    for name, value in result.figures.items():
-        assert value == pytest.approx(again.figures[name], abs=1e-9), name
-    results = json.loads((tmp_path / "out.json").read_text())
-    assert results
-    assert all(set(entry) == {"image_id", "category_id", "score", "segmentation"} for entry in results)
-    with pytest.raises(UserError, match="train.seed: belongs to the weights"):
-        evaluate_weights(tmp_path / "run", {"train.seed": 1}, device=CPU)
-
-
-def test_perfect_and_empty_results_score_100_and_0(tiny: Config) -> None:
-    split = val_split(tiny.data)
-    truth = json.loads(split.file.read_text())
-    perfect = [
-        {"image_id": a["image_id"], "category_id": a["category_id"], "score": 0.9, "segmentation": a["segmentation"]}
-        for a in truth["annotations"]
-        if not a["iscrowd"]
-    ]
-    ids = [image.id for image in split.images]
-    for engine in ("hotcoco", "pycocotools"):
-        assert coco_figures(split.file, perfect, ids, engine)["AP"] == pytest.approx(100)  # type: ignore[arg-type]
-        assert coco_figures(split.file, [], ids, engine)["AP"] == 0  # type: ignore[arg-type]
-
-
-@needs_coco
-def test_hotcoco_equals_pycocotools_on_photos() -> None:
-    """Shifted, rescored and partly mislabelled ground truth of real photos, crowds included: all twelve figures."""
-    split = read_split(REAL_COCO / "annotations/instances_val2017.json", REAL_COCO / "val2017")
-    from sparseinst.data.coco import decode, encode
-
-    dice = np.random.default_rng(0)
-    results = []
-    for image in split.images:
-        for entry in image.annotations:
-            mask = np.roll(decode(entry.segmentation, image.height, image.width), dice.integers(-9, 10, 2), (0, 1))
-            label = entry.label if dice.random() < 0.8 else int(dice.integers(80))
-            for score in dice.random(2):
-                [runs] = encode(mask[None])
-                results.append(
-                    {"image_id": image.id, "category_id": split.categories[label].id, "score": score, "segmentation": runs}
-                )
-    ids = [image.id for image in split.images]
-    ours, theirs = (coco_figures(split.file, results, ids, engine) for engine in ("hotcoco", "pycocotools"))  # type: ignore[arg-type]
-    assert 5 < float(ours["AP"] or 0) < 60
-    for name in FIGURES:
-        assert ours[name] == pytest.approx(theirs[name], abs=1e-9), name
-
-
-def test_evaluation_skips_and_counts_bad_images(tiny: Config, tmp_path: Path) -> None:
-    entries = [{"id": i, "file_name": f"{i}.png", "height": 40, "width": 60} for i in (1, 2)]
-    categories = [{"id": i, "name": str(i)} for i in range(1, 9)]
-    write_coco(tmp_path / "coco", entries, [annotation(i, i, 3, box(5, 5, 20, 20)) for i in (1, 2)], categories)
-    (tmp_path / "coco/val2017/2.png").write_bytes(b"")
-    config = tiny.replace({"data.root": str(tmp_path / "coco"), "data.on_bad_image": "skip"})
-    model = build_model(config.model).eval()
-    result = evaluate(model, val_split(config.data), config, device=CPU, progress=False)
-    assert (result.images, len(result.skipped)) == (1, 1)
-    strict = config.replace({"data.on_bad_image": "error"})
-    with pytest.raises(DataError, match="2.png"):
-        evaluate(model, val_split(strict.data), strict, device=CPU, progress=False)
-
-
-def test_prediction_equals_evaluation(tiny: Config, tmp_path: Path) -> None:
-    """One scoring path: `predict` finds what evaluation finds."""
-    run(tiny, tmp_path / "run")
-    evaluate_weights(tmp_path / "run", {}, device=CPU, predictions=tmp_path / "out.json")
-    predictor = load_model(tmp_path / "run", device="cpu")
-    image = val_split(tiny.data).images[0]
-    found = predictor.predict(image.path)
-    expected = [entry for entry in json.loads((tmp_path / "out.json").read_text()) if entry["image_id"] == image.id]
-    expected.sort(key=lambda entry: -entry["score"])
-    assert len(found.scores) == len(expected) > 0
-    np.testing.assert_allclose(found.scores, [entry["score"] for entry in expected], rtol=1e-6)
-    assert [predictor.categories[label].id for label in found.labels] == [entry["category_id"] for entry in expected]
-    assert found.masks.shape == (len(expected), image.height, image.width)
-    assert found.masks.dtype == bool
-
-
-def test_predictor_takes_files_images_and_arrays(tiny: Config, tmp_path: Path) -> None:
-    run(tiny, tmp_path / "run")
-    predictor = load_model(tmp_path / "run")
-    path = val_split(tiny.data).images[0].path
-    picture = Image.open(path).convert("RGB")
-    a, b, c = (predictor.predict(kind) for kind in (path, picture, np.asarray(picture)))
-    assert np.array_equal(a.scores, b.scores)
-    assert np.array_equal(a.scores, c.scores)
-    assert predictor.predict(np.asarray(picture.convert("L"))).masks.shape[1:] == (picture.height, picture.width)
-    assert len(predictor.predict(path, score=2.0).scores) == 0
-    with pytest.raises(DataError, match=r"\(H, W, 3\)"):
-        predictor.predict(np.zeros((4, 4, 4), dtype=np.uint8))
-
-
-def test_weights_files_that_are_not_ours(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    with pytest.raises(UserError, match="no such file"):
-        load_weights(tmp_path / "none.safetensors")
-    (tmp_path / "text.safetensors").write_text("hello")
-    with pytest.raises(UserError, match="no readable safetensors"):
-        load_weights(tmp_path / "text.safetensors")
-    save_file({"a": torch.zeros(1)}, tmp_path / "bare.safetensors")
-    with pytest.raises(UserError, match="carries no config"):
-        load_weights(tmp_path / "bare.safetensors")
-
-
 def test_atomic_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
 
@@ -404,16 +282,3 @@ def test_atomic_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(OSError):  # noqa: PT011
         fail()
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")]
-
-
-def test_drawing(tiny: Config, tmp_path: Path) -> None:
-    run(tiny, tmp_path / "run")
-    predictor = load_model(tmp_path / "run")
-    image = Image.new("RGB", (90, 60), "white")
-    found = predictor.predict(image)
-    drawn = overlay(image, found)
-    assert drawn.size == image.size
-    mask = np.zeros((9, 9), dtype=bool)
-    mask[2:7, 2:7] = True
-    assert outline(mask, 1).sum() == 16
-    assert len(set(palette(30))) == 30
