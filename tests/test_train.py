@@ -184,6 +184,7 @@ def test_folder_of_another_run_and_folder_in_use(tiny: Config, tmp_path: Path) -
 def test_what_cannot_be_trained_is_refused(tiny: Config, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(tiny.replace(settings), tmp_path / "run")
+    assert not RunPaths(tmp_path / "run").config.exists(), "the folder is still free for the mended settings"
 
 
 def test_small_batch_is_warned_of(tiny: Config, tmp_path: Path, caplog: Any) -> None:

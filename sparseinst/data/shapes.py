@@ -44,8 +44,8 @@ _MIN_EXTENT, _MAX_EXTENT = 0.25, 0.75  # fractions of the short side
 _MIN_AREA = 40  # pixels of a whole object: below, a star cannot be told from a circle
 _MIN_VISIBLE_AREA, _MIN_VISIBLE = 12, 0.3  # pixels, fraction of the whole object
 _MIN_CONTRAST = 75.0  # sum over R, G, B of the difference to what lies below, in grey levels
-_USUAL, _HUE_SPREAD = 0.95, 0.03  # fraction of a category's objects that have its usual hue; how far they stray from it
-_MAX_OBJECTS, _TRIES = 3, 20
+_USUAL, _HUE_SPREAD = 0.95, 0.04  # fraction of a category's objects that have its usual hue; how far they stray from it
+_MAX_OBJECTS, _TRIES = 4, 20
 _EMPTY, _CROWDED = 0.02, 0.01  # fractions of the images
 
 
@@ -300,7 +300,7 @@ def _leaves_enough(item: _Object, objects: list[_Object], owner: Owner) -> bool:
 def _fill(rng: Generator, box: Floats, mask: Mask, usual_hue: float) -> None:
     """Colour the object in its part of the canvas (3, h, w): unlike what lies below it, with a texture."""
     hues = usual_hue + _HUE_SPREAD * (2 * rng.random(12) - 1) if rng.random() < _USUAL else rng.random(12)
-    colours = _rgb(hues, 0.75 + 0.25 * rng.random(12), 0.6 + 0.4 * rng.random(12))
+    colours = _rgb(hues, 0.5 + 0.5 * rng.random(12), 0.6 + 0.4 * rng.random(12))
     differences = abs(colours - box[:, mask].mean(axis=1)).sum(axis=1)
     colour = colours[np.argmax(differences >= _MIN_CONTRAST)]
     contrast = 25 * (2 * rng.random(3) - 1)

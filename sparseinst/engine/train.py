@@ -50,23 +50,25 @@ def train(config: Config, output: Path, *, device: torch.device, progress: bool 
     lock = FileLock(paths.lock, timeout=0)
     try:
         with lock, logging_to(paths.log):
-            _claim(paths, config)
+            _refuse_other_run(paths, config)
             if not paths.weights.exists():
-                _Training(config, paths, device, progress).run()
+                training = _Training(config, paths, device, progress)
+                # Not before the parts could be built: a mistake must not claim the folder.
+                with atomic(paths.config) as temporary:
+                    temporary.write_text(config.to_yaml(), encoding="utf-8")
+                training.run()
     except Timeout:
         raise UserError(f"{output}: another process is training in this folder") from None
     return paths.weights
 
 
-def _claim(paths: RunPaths, config: Config) -> None:
-    """Write the config, or make sure that the folder belongs to a run with the same one."""
-    if paths.config.exists():
-        theirs, ours = content(load_config(paths.config)), content(config)
-        if theirs != ours:
-            parts = ", ".join(part for part in ours if ours[part] != theirs[part])
-            raise UserError(f"{paths.root}: holds a run with other settings ({parts}): name another folder, or remove it")
-    with atomic(paths.config) as temporary:
-        temporary.write_text(config.to_yaml(), encoding="utf-8")
+def _refuse_other_run(paths: RunPaths, config: Config) -> None:
+    if not paths.config.exists():
+        return
+    theirs, ours = content(load_config(paths.config)), content(config)
+    if theirs != ours:
+        parts = ", ".join(part for part in ours if ours[part] != theirs[part])
+        raise UserError(f"{paths.root}: holds a run with other settings ({parts}): name another folder, or remove it")
 
 
 class _Training:
