@@ -257,19 +257,22 @@ def test_run_a_table(
     assert time.perf_counter() - began < 2
 
 
+def processor_seconds(command: list[str]) -> float:
+    """What a command takes of the processor, without what it waits."""
+    before = os.times()
+    subprocess.run(command, capture_output=True, check=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["data", "check", "{shapes}", "--no-read"]])
 def test_starts_in_half_a_second_without_torch(arguments: list[str], shapes_root: Path) -> None:
     command = [sys.executable, "-m", "sparseinst", *(a.format(shapes=shapes_root) for a in arguments)]
-    seconds = []
-    for _ in range(5):
-        before = os.times()
-        subprocess.run(command, capture_output=True, check=True)
-        after = os.times()
-        # Processor time: a shared machine may let the process wait.
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    seconds, yardstick = (min(processor_seconds(c) for _ in range(5)) for c in (command, [sys.executable, "-c", "import numpy"]))
     traced = subprocess.run([*command[:1], "-X", "importtime", *command[1:]], capture_output=True, text=True, check=True)
     assert not [line for line in traced.stderr.splitlines() if line.split("|")[-1].strip() == "torch"]
-    assert min(seconds) < 0.5, seconds
+    # A shared machine may be slow for a while: importing numpy takes 0.12 s where the half second is meant.
+    assert seconds < 0.5 * max(1.0, yardstick / 0.12), (seconds, yardstick)
 
 
 def test_config_type_is_public() -> None:
