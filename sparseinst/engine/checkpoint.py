@@ -106,7 +106,7 @@ def load_weights(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: no readable safetensors file ({str(error).splitlines()[0]})") from None
     if "config" not in metadata:
-        raise UserError(f"{path}: carries no config; weights from elsewhere come in through `sparseinst import-weights`")
+        raise UserError(f"{path}: carries no config, so it was not written by this package")
     config = parse_config(json.loads(metadata["config"]), where=f"{path}: config")
     categories = tuple(Category(**entry) for entry in json.loads(metadata["categories"]))
     model = build_model(config.model, load_pretrained=False)
