@@ -65,7 +65,9 @@ def test_parity_forward(kind: str) -> None:
     torch.testing.assert_close(encoded, tensors["output.encoder"], **TOLERANCE)
     torch.testing.assert_close(output.class_logits, tensors["output.pred_logits"], **TOLERANCE)
     torch.testing.assert_close(output.objectness_logits[..., None], tensors["output.pred_scores"], **TOLERANCE)
-    torch.testing.assert_close(output.mask_logits, tensors["output.pred_masks"], **TOLERANCE)
+    # The tolerance is for tensors of order 1; mask logits reach 150, where sums rounded in another order differ by more.
+    masks = tensors["output.pred_masks"]
+    torch.testing.assert_close(output.mask_logits, masks, rtol=1e-4, atol=1e-4 * max(1.0, float(masks.abs().mean())))
     maps = F.interpolate(logits[0], scale_factor=2, mode="bilinear", align_corners=False)
     torch.testing.assert_close(maps, tensors["output.pred_iam"], **TOLERANCE)
 
