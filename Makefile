@@ -6,7 +6,8 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: mini test lint clean
 mini: $(INSTALLED)
-	$(BIN)/sparseinst run table5 --profile mini --row BCE --pictures runs/pictures
+	$(BIN)/sparseinst run table5 --profile mini --results runs/mini --pictures runs/pictures
+	$(BIN)/sparseinst report table5 --profile mini --results runs/mini --show
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -15,11 +15,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Stage = Literal["train", "evaluate", "latency"]
+"""What a row of a table becomes: a training, an evaluation of its weights, and a timing."""
 Activation = Literal["sigmoid", "softmax"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+
+SHAPES_VERSION = "2"
+"""Of the embedded data set; goes up with every change of its content, so that a stale folder is refused and results are kept
+apart."""
 
 STRIDES = (8, 16, 32)
 """Of the backbone's features C3, C4 and C5."""
@@ -41,22 +47,51 @@ class Operational:
     """Marks a field that cannot change a result (worker counts, how often to log): never part of the content hash."""
 
 
+@dataclass(frozen=True)
+class Only:
+    """Marks a field that one stage alone reads."""
+
+    stage: Stage
+
+
 class Section(BaseModel):
     """Frozen, closed and strict: unknown keys, wrong types, NaN and infinity are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 
+    def content(self, stage: Stage | None = None) -> dict[str, Any]:
+        """The resolved values that can change a result, as plain data for `content_hash`.
+
+        Operational fields are left out, and fields at their `Neutral` value.
+
+        Args:
+            stage: leave out, too, what only the other stages read.
+        """
+        data: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if any(_leaves_out(mark, value, stage) for mark in field.metadata):
+                continue
+            data[name] = value.content(stage) if isinstance(value, Section) else value
+        return data
+
+
+def _leaves_out(mark: Any, value: Any, stage: Stage | None) -> bool:
+    if isinstance(mark, Only):
+        return stage not in (None, mark.stage)
+    return isinstance(mark, Operational) or (isinstance(mark, Neutral) and mark.value == value)
+
 
 class BackboneConfig(Section):
     name: str = "resnet50.tv_in1k"
     """Any timm model with features at strides 8, 16 and 32."""
-    pretrained: bool = True
+    pretrained: Annotated[bool, Only("train")] = True
     """Start from the weights timm names for `name`, from its cache or, when online, its hub."""
-    weights: str | None = None
+    weights: Annotated[str | None, Only("train")] = None
     """A local file (.safetensors, .pth) with ImageNet weights in timm's names; used in place of timm's cache."""
-    frozen_norm: bool = True
+    frozen_norm: Annotated[bool, Only("train")] = True
     """Freeze statistics and affine of every BatchNorm; needs pretrained weights to make sense in training."""
-    freeze_at: Annotated[int, Field(ge=0, le=5)] = 0
+    freeze_at: Annotated[int, Field(ge=0, le=5), Only("train")] = 0
     """Freeze the stem (1) and the stages up to this one (2-5, ResNet counting); 0 trains everything."""
     deformable_stages: tuple[Literal[2, 3, 4, 5], ...] = ()
     """ResNet stages whose 3x3 convolutions become deformable; the paper's DCN models use (4, 5)."""
@@ -120,7 +155,7 @@ class ModelConfig(Section):
     backbone: BackboneConfig = BackboneConfig()
     encoder: EncoderConfig = EncoderConfig()
     decoder: DecoderConfig = DecoderConfig()
-    width_factor: Positive = 1.0
+    width_factor: Annotated[Positive, Neutral(1.0)] = 1.0
     """Scales the channels of encoder and decoder, so that "width 128 of 256" keeps its meaning in a small model."""
 
     def scaled(self) -> ModelConfig:
@@ -136,6 +171,10 @@ class ModelConfig(Section):
             encoder=self.encoder.model_copy(update={"channels": scale(self.encoder.channels)}),
             decoder=DecoderConfig.model_validate({**dict(self.decoder), **decoder}),
         )
+
+    def content(self, stage: Stage | None = None) -> dict[str, Any]:
+        """Of the channels as they are built: half of 256 is the model with 128."""
+        return super(ModelConfig, self.scaled()).content(stage)
 
     @model_validator(mode="after")
     def _scales(self) -> Self:
@@ -180,25 +219,30 @@ class DataConfig(Section):
     source: Literal["coco", "shapes"] = "coco"
     """`coco`: a folder in COCO format at `root`; `shapes`: the embedded set, written to `root` when it is not there yet."""
     root: str = "datasets/coco"
-    train_images: str = "train2017"
-    train_annotations: str = "annotations/instances_train2017.json"
-    val_images: str = "val2017"
-    val_annotations: str = "annotations/instances_val2017.json"
-    train_limit: PositiveInt | None = None
+    train_images: Annotated[str, Only("train")] = "train2017"
+    train_annotations: Annotated[str, Only("train")] = "annotations/instances_train2017.json"
+    val_images: Annotated[str, Only("evaluate")] = "val2017"
+    val_annotations: Annotated[str, Only("evaluate")] = "annotations/instances_val2017.json"
+    train_limit: Annotated[PositiveInt | None, Only("train")] = None
     """Use the first images of the training split only."""
-    val_limit: PositiveInt | None = None
-    short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = tuple(range(416, 641, 32))
+    val_limit: Annotated[PositiveInt | None, Only("evaluate")] = None
+    short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Only("train")] = tuple(range(416, 641, 32))
     """Training draws the shorter side, in pixels, from these."""
-    long_side: PositiveInt = 853
+    long_side: Annotated[PositiveInt, Only("train")] = 853
     """Most pixels of the longer side in training; the paper's text says 864."""
-    flip: Fraction = 0.5
-    crop: Fraction = 0.0
+    flip: Annotated[Fraction, Only("train")] = 0.5
+    crop: Annotated[Fraction, Only("train")] = 0.0
     """Chance of the crop augmentation of Table 1."""
-    crop_short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (400, 500, 600)
-    crop_sizes: tuple[PositiveInt, PositiveInt] = (384, 600)
+    crop_short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Only("train")] = (400, 500, 600)
+    crop_sizes: Annotated[tuple[PositiveInt, PositiveInt], Only("train")] = (384, 600)
     on_bad_image: Literal["error", "skip"] = "error"
     """A missing, truncated or unreadable image: stop with its name, or leave it out and count it."""
     workers: Annotated[int, Field(ge=0), Operational()] = 2
+
+    def content(self, stage: Stage | None = None) -> dict[str, Any]:
+        """Of the embedded set its version counts, not where it lies."""
+        data = super().content(stage)
+        return {**data, "root": f"shapes {SHAPES_VERSION}"} if self.source == "shapes" else data
 
     @model_validator(mode="after")
     def _crop_range(self) -> Self:
@@ -210,6 +254,8 @@ class DataConfig(Section):
 class InferenceConfig(Section):
     short_side: PositiveInt = 640
     long_side: PositiveInt = 853
+    size_factor: Annotated[Positive, Neutral(1.0)] = 1.0
+    """Scales both sides, so that "512 against 640" keeps its meaning in a small experiment."""
     score_threshold: Fraction = 0.005
     mask_threshold: Fraction = 0.45
     rescore: bool = True
@@ -217,6 +263,16 @@ class InferenceConfig(Section):
     maskness: bool = True
     """Multiply the score by the mean probability of the mask's pixels; in the reference, not in the paper."""
     precision: Precision = "fp32"
+
+    def sides(self) -> tuple[int, int]:
+        """Shorter side, and most pixels of the longer one, of the resized image."""
+        return max(1, round(self.short_side * self.size_factor)), max(1, round(self.long_side * self.size_factor))
+
+    def content(self, stage: Stage | None = None) -> dict[str, Any]:
+        """Of the sides as they are used."""
+        short, long = self.sides()
+        resolved = self.model_copy(update={"short_side": short, "long_side": long, "size_factor": 1.0})
+        return super(InferenceConfig, resolved).content(stage)
 
 
 class TrainConfig(Section):
@@ -309,9 +365,28 @@ class Config(Section):
         YAML(typ="safe").dump(self.model_dump(mode="json"), stream)
         return stream.getvalue()
 
-    def content_hash(self) -> str:
-        """16 hexadecimal digits over the resolved values of everything that can change a result; see `content`."""
-        return content_hash(content(self))
+    def train_content(self) -> dict[str, Any]:
+        """All that can change the trained weights."""
+        parts = {"model": self.model, "loss": self.loss, "matcher": self.matcher, "data": self.data, "train": self.train}
+        return {"stage": "train", **{name: part.content("train") for name, part in parts.items()}}
+
+    def train_key(self) -> str:
+        """Names the training, and its folder: equal keys are one run."""
+        return content_hash(self.train_content())
+
+    def evaluate_key(self) -> str:
+        """Names the evaluation of these weights with these inference settings on these data."""
+        parts = {"inference": self.inference.content("evaluate"), "data": self.data.content("evaluate")}
+        return content_hash({"stage": "evaluate", "train": self.train_key(), **parts})
+
+    def latency_key(self, device: str, mode: str = "eager") -> str:
+        """Names the timing on a device of that name; what is timed comes first, see `latency_prefix`."""
+        return f"{self.latency_prefix()}-{content_hash({'device': device, 'mode': mode})[:8]}"
+
+    def latency_prefix(self) -> str:
+        """Names what is timed: this model, with any weights, at this size, precision and thresholds."""
+        parts = {"model": self.model.content("latency"), "inference": self.inference.content("latency")}
+        return content_hash({"stage": "latency", **parts})
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -337,22 +412,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "pvtv2-b2-li-giam": {**_GIAM, "model.backbone.name": "pvt_v2_b2_li.in1k"},
 }
 """The released models by name, as overrides."""
-
-
-def content(section: Section) -> dict[str, Any]:
-    """The resolved values of a config or a part of it that can change a result, as plain data for `content_hash`.
-
-    Operational fields are left out, and fields at their `Neutral` value.
-    """
-    data: dict[str, Any] = {}
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if any(isinstance(mark, Operational) for mark in field.metadata):
-            continue
-        if any(isinstance(mark, Neutral) and mark.value == value for mark in field.metadata):
-            continue
-        data[name] = content(value) if isinstance(value, Section) else value
-    return data
 
 
 def content_hash(data: Any) -> str:

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -184,12 +184,34 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def one_line(error: ValidationError, where: str, schema: type[Section]) -> str:
     """The first problem that pydantic found, in one line; the number of others after it."""
     problems = error.errors(include_url=False)
-    first = problems[0]
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key explains a missing one
     path = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = f"unknown setting{nearest(path, leaf_paths(schema))}"
+        section = _section_at(schema, first["loc"][:-1])
+        known = leaf_paths(schema) if section in (schema, None) else section.model_fields
+        message = f"unknown setting{nearest(path if section in (schema, None) else str(first['loc'][-1]), known)}"
+    elif first["type"] == "missing":
+        message = "is missing"
     elif first["type"] not in ("value_error",):
         message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{where + ': ' if where else ''}{path + ': ' if path else ''}{message}{more}"
+
+
+def _section_at(schema: type[Section], location: tuple[int | str, ...]) -> type[Section] | None:
+    """The section that a location in nested data belongs to, through tuples and dicts of sections; None where there is none."""
+    section: type[Section] | None = schema
+    for part in location:
+        if section is None:
+            return None
+        if part in section.model_fields:
+            section = next(_sections_in(section.model_fields[str(part)].annotation), None)
+    return section
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)

@@ -52,8 +52,24 @@ class RunPaths:
         return self.root / "evaluation.json"
 
     @property
+    def predictions(self) -> Path:
+        """Of an evaluation: its instances in COCO's result format, for comparisons over the same images."""
+        return self.root / "predictions.json"
+
+    @property
+    def state(self) -> Path:
+        """What a stage's process last said of itself."""
+        return self.root / "state.json"
+
+    @property
     def lock(self) -> Path:
+        """Held while this folder is trained in."""
         return self.root / ".lock"
+
+    @property
+    def claim(self) -> Path:
+        """Held by the process that works on the stage of this folder."""
+        return self.root / ".claim"
 
 
 @contextmanager

@@ -20,7 +20,8 @@ ALLOWED = {
     "criterion": {"config", "matcher", "models"},
     "postprocess": {"config", "models"},
     "integrations": {"config", "models", "errors"},
-    "ablation": {"config", "overrides", "errors", "data", "engine"},
+    "ablation": {"config", "overrides", "errors", "paths", "data", "engine"},
+    "report": {"config", "paths", "ablation"},
     "engine": {"config", "overrides", "errors", "paths", "models", "data", "matcher", "criterion", "postprocess"},
 }
 """What each room of the package may import from; `cli` may import all."""
@@ -36,7 +37,19 @@ WITHOUT_TORCH = [
     "data.shapes",
     "data.check",
     "ablation.study",
+    "ablation.plan",
+    "ablation.store",
     "ablation.run",
+    "ablation.work",
+    "ablation.compare",
+    "ablation.status",
+    "ablation.statistics",
+    "ablation.provenance",
+    "report.collect",
+    "report.tables",
+    "report.plots",
+    "report.pages",
+    "report.terminal",
 ]
 
 

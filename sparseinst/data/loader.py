@@ -107,7 +107,7 @@ class EvalSet(Dataset[Example]):
                 raise DataError(f"{error}; data.on_bad_image=skip leaves such images out") from None
             nothing = torch.zeros((3, 1, 1), dtype=torch.uint8)
             return Example(nothing, labels, nothing[:0], record, (str(error),))
-        size = short_side_size(image.height, image.width, self.inference.short_side, self.inference.long_side)
+        size = short_side_size(image.height, image.width, *self.inference.sides())
         return Example(_tensor(resize_image(image, size)), labels, torch.zeros((0, *size), dtype=torch.uint8), record, ())
 
 

@@ -2,8 +2,7 @@
 
 For tests, examples and ablations without a download: a small model learns much of it on two CPU cores in minutes.
 Most objects have their category's usual hue, the others any; texture, aspect and rotation say nothing of the category.
-Objects are brighter than the background, hide each other and are cut by the border; they extend from 0.25 to 0.75 of the
-short side.
+Objects are brighter than the background, hide each other and are cut by the border; they extend from 0.3 to 0.7 of the image.
 
 H W height and width of an image in pixels, h w of the box around one object.
 """
@@ -26,6 +25,7 @@ from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
 from PIL import Image
 
+from sparseinst.config import SHAPES_VERSION
 from sparseinst.errors import UserError
 
 Floats = NDArray[np.float64]
@@ -34,24 +34,21 @@ Owner = NDArray[np.int64]
 """(H, W): the index of the object that is visible there, -1 for none."""
 
 DESCRIPTION = "sparseinst shapes"
-VERSION = "1"
-"""Goes up with every change of the default set's content, so that a stale folder is refused and never trained on."""
 SPLITS = ("train", "val")
 
 _SMALLEST_SIDE = 32
-_LONGEST = 1.25  # times the short side: 128 to 160 pixels, so that padding to multiples of 32 wastes little
-_MIN_EXTENT, _MAX_EXTENT = 0.25, 0.75  # fractions of the short side
+_MIN_EXTENT, _MAX_EXTENT = 0.3, 0.7  # fractions of the side
 _MIN_AREA = 40  # pixels of a whole object: below, a star cannot be told from a circle
 _MIN_VISIBLE_AREA, _MIN_VISIBLE = 12, 0.3  # pixels, fraction of the whole object
 _MIN_CONTRAST = 75.0  # sum over R, G, B of the difference to what lies below, in grey levels
 _USUAL, _HUE_SPREAD = 0.95, 0.04  # fraction of a category's objects that have its usual hue; how far they stray from it
-_MAX_OBJECTS, _TRIES = 4, 20
+_MAX_OBJECTS, _TRIES = 6, 20
 _EMPTY, _CROWDED = 0.02, 0.01  # fractions of the images
 
 
 def _star(x: Floats, y: Floats) -> Mask:
-    """Five points at radius 1 and corners at 0.45 between them."""
-    half, corner = math.pi / 5, 0.45
+    """Five points at radius 1 and corners at 0.6 between them."""
+    half, corner = math.pi / 5, 0.6
     angle = abs(np.arctan2(x, -y) % (2 * half) - half)  # 0 at a corner, `half` at a point
     along, across = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
     return (math.cos(half) - corner) * across >= math.sin(half) * (along - corner)
@@ -62,8 +59,8 @@ _SHAPES: dict[str, tuple[int, Callable[[Floats, Floats], Mask]]] = {
     "square": (2, lambda x, y: np.maximum(abs(x), abs(y)) <= math.sqrt(0.5)),
     "triangle": (4, lambda x, y: np.maximum(y, math.sqrt(0.75) * abs(x) - y / 2) <= 0.5),
     "star": (7, _star),
-    "ring": (11, lambda x, y: abs(np.hypot(x, y) - 0.775) <= 0.225),
-    "cross": (13, lambda x, y: (np.maximum(abs(x), abs(y)) <= 0.95) & (np.minimum(abs(x), abs(y)) <= 0.3)),
+    "ring": (11, lambda x, y: abs(np.hypot(x, y) - 0.7) <= 0.3),
+    "cross": (13, lambda x, y: (np.maximum(abs(x), abs(y)) <= 0.9) & (np.minimum(abs(x), abs(y)) <= 0.4)),
 }
 """Category id (with gaps, as in COCO) and which points of the unit disc are inside, x right and y down."""
 
@@ -89,7 +86,7 @@ def write_shapes(root: Path, *, train: int = 800, val: int = 200, side: int = 12
             the same root at the same time: one set is kept.
         train: images of the training split; image i is the same whatever their number is.
         val: images of the validation split, from other random streams than those of training.
-        side: the shorter side of every image in pixels; the longer one is up to 1.25 times that.
+        side: of every image, which is square, in pixels.
         seed: 0 or more.
 
     Raises:
@@ -100,7 +97,7 @@ def write_shapes(root: Path, *, train: int = 800, val: int = 200, side: int = 12
     root = root.resolve()
     try:
         if root.exists() and not (root.is_dir() and next(root.iterdir(), None) is None):
-            what = "a shapes set" if _is_complete(root) else f"something other than a shapes set of version {VERSION}"
+            what = "a shapes set" if _is_complete(root) else f"something other than a shapes set of version {SHAPES_VERSION}"
             raise UserError(f"{root}: holds {what} already; name another folder or delete this one")
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
@@ -166,7 +163,7 @@ def _is_complete(root: Path) -> bool:
         found = (info["description"], info["version"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return found == (DESCRIPTION, VERSION)
+    return found == (DESCRIPTION, SHAPES_VERSION)
 
 
 def _write_split(root: Path, split: str, seeds: list[tuple[int, int, int]], side: int) -> None:
@@ -185,7 +182,7 @@ def _write_split(root: Path, split: str, seeds: list[tuple[int, int, int]], side
         for entry in _annotate(objects, owner):
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **entry})
     data = {
-        "info": {"description": DESCRIPTION, "version": VERSION, "seed": seeds[0][0], "side": side},
+        "info": {"description": DESCRIPTION, "version": SHAPES_VERSION, "seed": seeds[0][0], "side": side},
         "licenses": [{"id": 1, "name": "MIT License", "url": "https://opensource.org/license/mit"}],
         "images": images,
         "annotations": annotations,
@@ -215,8 +212,7 @@ def _annotate(objects: list[_Object], owner: Owner) -> list[dict[str, Any]]:
 
 def _scene(rng: Generator, side: int) -> tuple[NDArray[np.uint8], list[_Object], Owner]:
     """An image (H, W, 3), its objects from back to front, and which of them is visible where."""
-    long = side if rng.random() < 0.2 else round(side * (1 + (_LONGEST - 1) * rng.random()))
-    size = (side, long) if rng.random() < 0.5 else (long, side)
+    size = (side, side)
     canvas = _background(rng, size)
     owner: Owner = np.full(size, -1)
     objects: list[_Object] = []
@@ -300,7 +296,7 @@ def _leaves_enough(item: _Object, objects: list[_Object], owner: Owner) -> bool:
 def _fill(rng: Generator, box: Floats, mask: Mask, usual_hue: float) -> None:
     """Colour the object in its part of the canvas (3, h, w): unlike what lies below it, with a texture."""
     hues = usual_hue + _HUE_SPREAD * (2 * rng.random(12) - 1) if rng.random() < _USUAL else rng.random(12)
-    colours = _rgb(hues, 0.5 + 0.5 * rng.random(12), 0.6 + 0.4 * rng.random(12))
+    colours = _rgb(hues, 0.85 + 0.15 * rng.random(12), 0.6 + 0.4 * rng.random(12))
     differences = abs(colours - box[:, mask].mean(axis=1)).sum(axis=1)
     colour = colours[np.argmax(differences >= _MIN_CONTRAST)]
     contrast = 25 * (2 * rng.random(3) - 1)

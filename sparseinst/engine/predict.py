@@ -63,7 +63,7 @@ class Predictor:
         """
         picture = as_image(image)
         inference = self.config.inference
-        size = short_side_size(picture.height, picture.width, inference.short_side, inference.long_side)
+        size = short_side_size(picture.height, picture.width, *inference.sides())
         pixels = torch.from_numpy(np.array(resize_image(picture, size))).permute(2, 0, 1)[None]  # 1 3 h w
         height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size)
         padded = torch.nn.functional.pad(pixels, (0, width - size[1], 0, height - size[0])).to(self.device)

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sparseinst.config import Config, content
+from sparseinst.config import Config
 from sparseinst.criterion import Criterion, count, prepare_targets
 from sparseinst.data.coco import CocoSplit, train_split, val_split
 from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
@@ -65,7 +65,7 @@ def train(config: Config, output: Path, *, device: torch.device, progress: bool 
 def _refuse_other_run(paths: RunPaths, config: Config) -> None:
     if not paths.config.exists():
         return
-    theirs, ours = content(load_config(paths.config)), content(config)
+    theirs, ours = load_config(paths.config).train_content(), config.train_content()
     if theirs != ours:
         parts = ", ".join(part for part in ours if ours[part] != theirs[part])
         raise UserError(f"{paths.root}: holds a run with other settings ({parts}): name another folder, or remove it")

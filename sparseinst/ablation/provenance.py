@@ -1,0 +1,69 @@
+"""Under what conditions a result came about. Imports no torch."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import platform
+import resource
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("sparseinst", "torch", "torchvision", "timm", "numpy", "scipy", "hotcoco")
+
+
+@cache
+def code_version() -> dict[str, str | None]:
+    """The commit of the code that runs, and a hash of what differs from it; None where it is no git checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+            return None
+        return done.stdout
+
+    commit = git("rev-parse", "HEAD")
+    changes = git("diff", "HEAD", "--", ".")
+    digest = hashlib.sha256(changes.encode()).hexdigest()[:16] if changes else None
+    return {"commit": commit.strip() if commit else None, "changes": digest}
+
+
+def describe(*, profile: str, device: str, seed: int, seconds: float, data: str | None) -> dict[str, Any]:
+    """Provenance of one stage that just ended in this process.
+
+    Args:
+        device: the name of the device it ran on.
+        seconds: wall time.
+        data: hash of the annotation file it read.
+    """
+    return {
+        **code_version(),
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "profile": profile,
+        "device": device,
+        "world_size": 1,
+        "seed": seed,
+        "data": data,
+        "seconds": round(seconds, 1),
+        "peak_memory_mb": _peak_memory_mb(),
+        "ended": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def file_digest(path: Path) -> str:
+    """16 hexadecimal digits of a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _peak_memory_mb() -> int:
+    """Of this process so far, in the machine's memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1024 if sys.platform != "darwin" else 1024**2))

@@ -1,0 +1,80 @@
+"""Records: what came out of each stage, one small JSON file a key. Imports no torch.
+
+Written atomically, never edited. A record's file is there: the stage is done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sparseinst.config import Stage
+from sparseinst.paths import atomic
+
+_log = logging.getLogger(__name__)
+
+RESULTS = Path("results")
+Kind = Stage | Literal["compare"]
+
+
+@dataclass(frozen=True)
+class Record:
+    kind: Kind
+    key: str
+    result: dict[str, Any]
+    """train: `steps`, `losses`, `parameters`. evaluate: `figures`, `images`. latency: `whole_ms`, `modules_ms`, `size`.
+    compare: `baseline` and `other` (evaluate keys), `difference` and `interval` by figure."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Every setting, resolved; none for a comparison."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """commit, versions, device, seed, wall time and so on; see `provenance`."""
+
+
+class Store:
+    """The records below a results folder. Any number of processes may read and write at once."""
+
+    def __init__(self, results: Path = RESULTS) -> None:
+        self.results = results
+        self.folder = results / "records"
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}.json"
+
+    def has(self, key: str) -> bool:
+        return self.path(key).exists()
+
+    def keys(self) -> set[str]:
+        """Of all records, from one listing of the folder."""
+        return {path.stem for path in self.folder.glob("*.json")} if self.folder.is_dir() else set()
+
+    def load(self, key: str) -> Record | None:
+        """None where there is none. A damaged record is set aside with a warning, so that its stage is done again."""
+        path = self.path(key)
+        try:
+            record = Record(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            self._set_aside(path, str(error))
+            return None
+        if record.key != key:
+            self._set_aside(path, f"it is of {record.key}")
+            return None
+        return record
+
+    def write(self, record: Record) -> None:
+        """Keep a record; one that is there already stays as it is."""
+        if not self.has(record.key):
+            with atomic(self.path(record.key)) as temporary:
+                temporary.write_text(json.dumps(asdict(record), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _set_aside(self, path: Path, why: str) -> None:
+        aside = path.with_suffix(".damaged")
+        try:
+            path.rename(aside)
+        except FileNotFoundError:  # another process was first
+            return
+        _log.warning("%s is damaged (%s): set aside as %s; its stage counts as not done", path, why, aside.name)

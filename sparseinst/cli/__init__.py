@@ -1,0 +1,61 @@
+"""The command line: one thin command a verb. Imports no torch before a command needs it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from sparseinst import __version__
+from sparseinst.cli import data, models, tables
+from sparseinst.errors import RunFailed, UserError
+
+app = typer.Typer(
+    name="sparseinst",
+    help="A reproducible research and ablation workbench for SparseInst.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(tables.app)
+app.add_typer(models.app)
+app.add_typer(data.app, name="data", help="Write the embedded data set; check a COCO-format folder.")
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """A reproducible research and ablation workbench for SparseInst."""
+    # A terminal has the progress bar; a log file wants the steps.
+    quiet = sys.stderr.isatty() and not debug
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING if quiet else logging.INFO)
+    logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[console])
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 a run failed or was interrupted, 2 bad input."""
+    sys.exit(run_cli(sys.argv[1:]))
+
+
+def run_cli(arguments: list[str]) -> int:
+    """Run one command line; returns the exit code."""
+    command = typer.main.get_command(app)
+    try:
+        command.main(arguments, prog_name="sparseinst")
+    except (UserError, RunFailed) as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except SystemExit as ended:  # how typer ends, well or with its own one-line errors
+        return ended.code if isinstance(ended.code, int) else 1
+    return 0

@@ -1,0 +1,47 @@
+"""Commands for data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparseinst.cli.options import Json, Overrides
+from sparseinst.errors import UserError
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.command()
+def shapes(
+    output: Annotated[Path, typer.Option(help="A new folder.")],
+    train_images: Annotated[int, typer.Option("--train", min=1)] = 800,
+    val_images: Annotated[int, typer.Option("--val", min=1)] = 200,
+    side: Annotated[int, typer.Option(min=32, help="Side of the square images in pixels.")] = 128,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write the embedded data set, in COCO format."""
+    from sparseinst.data.shapes import write_shapes
+
+    write_shapes(output, train=train_images, val=val_images, side=side, seed=seed)
+    print(f"{train_images} + {val_images} images in {output}")
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    override: Overrides = [],  # noqa: B006
+    read: Annotated[bool, typer.Option(help="Decode every image, not only look whether it is there.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Validate a COCO-format folder and say what is in it; exit code 2 where something is wrong."""
+    from sparseinst.data.check import check_folder, show
+    from sparseinst.overrides import load_config, parse_override
+
+    settings = load_config(overrides={**dict(map(parse_override, override)), "data.root": str(folder)})
+    reports = check_folder(settings.data, read_images=read)
+    show(reports, as_json=as_json)
+    problems = sum(len(report.problems) for report in reports.values())
+    if problems:
+        raise UserError(f"{folder}: {problems} problem{'s' if problems > 1 else ''} found")

@@ -1,0 +1,102 @@
+"""Commands for one model outside any table: train, evaluate, predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from sparseinst.cli.options import Device, Json, Overrides
+from sparseinst.errors import RunFailed
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option(help="The run's folder; the same command resumes a stopped run.")],
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON with any of the settings.")] = None,
+    preset: Annotated[str | None, typer.Option(help="paper (default) or release.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model by name, such as r50-giam.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A COCO-format folder; sets data.root and model.num_classes.")] = None,
+    override: Overrides = [],  # noqa: B006 (typer reads the default)
+    device: Device = None,
+) -> None:
+    """Train one model on any COCO-format data, then evaluate it."""
+    from sparseinst.overrides import load_config, parse_override
+
+    overrides: dict[str, Any] = dict(map(parse_override, override))
+    if data is not None:
+        overrides = {"data.root": str(data), **overrides}
+    settings = load_config(config, preset=preset, model=model, overrides=overrides)
+    if data is not None and "model.num_classes" not in overrides:
+        from sparseinst.data.coco import train_split
+
+        classes = len(train_split(settings.data).categories)
+        settings = settings.replace({"model.num_classes": classes})
+    from sparseinst.engine.device import pick_device
+    from sparseinst.engine.evaluate import evaluate_run
+    from sparseinst.engine.train import train as run
+
+    chosen = pick_device(device)
+    weights = run(settings, output, device=chosen)
+    _print_figures(evaluate_run(output, device=chosen))
+    print(f"weights: {weights}")
+
+
+@app.command()
+def evaluate(
+    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
+    data: Annotated[Path | None, typer.Option(help="A COCO-format folder; default: the one it was trained on.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="Also write the instances, in COCO's result format.")] = None,
+    override: Overrides = [],  # noqa: B006
+    engine: Annotated[Literal["hotcoco", "pycocotools"], typer.Option(help="Who computes the figures.")] = "hotcoco",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """The twelve COCO mask figures of a model."""
+    from sparseinst.engine.device import pick_device
+    from sparseinst.engine.evaluate import evaluate_weights
+    from sparseinst.overrides import parse_override
+
+    overrides: dict[str, Any] = {} if data is None else {"data.root": str(data), "data.source": "coco"}
+    overrides |= dict(map(parse_override, override))
+    result = evaluate_weights(weights, overrides, device=pick_device(device), predictions=predictions, engine=engine)
+    _print_figures(result, as_json)
+
+
+@app.command()
+def predict(
+    inputs: Annotated[list[Path], typer.Argument(metavar="IMAGE|DIR ...")],
+    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
+    output: Annotated[Path, typer.Option(help="Folder for the overlays and predictions.json.")],
+    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Leave out instances below.")] = 0.4,
+    device: Device = None,
+) -> None:
+    """Segment images: an overlay for each, and all instances as COCO JSON."""
+    from sparseinst.engine.predict import load_model
+    from sparseinst.engine.predict_files import find_images, predict_files
+
+    files = find_images(inputs)
+    failed = predict_files(load_model(weights, device), files, output, score=score)
+    print(f"{len(files) - failed} images: overlays and predictions.json in {output}")
+    if failed:
+        raise RunFailed(f"{failed} of {len(files)} images could not be read; see the warnings above")
+
+
+def _print_figures(result: Any, as_json: bool = False) -> None:
+    import json
+    from dataclasses import asdict
+
+    if as_json:
+        print(json.dumps(asdict(result)))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*result.figures, title=f"COCO mask figures over {result.images} images, in percent", min_width=60)
+    table.add_row(*("-" if value is None else f"{value:.1f}" for value in result.figures.values()))
+    Console().print(table)
+    if result.skipped:
+        print(f"{len(result.skipped)} images were left out; see the warnings")

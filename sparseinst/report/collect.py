@@ -1,0 +1,207 @@
+"""From the store to what a table shows: measured figures, the paper's, differences, verdicts. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from sparseinst.ablation.compare import compare_key
+from sparseinst.ablation.statistics import Difference, Sample, Verdict, difference, pooled_spread, verdict
+from sparseinst.ablation.store import Record, Store
+from sparseinst.ablation.study import AccuracyFigure, Figure, Profile, Row, Table, row_config
+
+SEEDS = range(10)
+"""Which seeds a report looks for."""
+ACCURACY: tuple[str, ...] = get_args(AccuracyFigure)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of numbers."""
+
+    figure: Figure
+    device: str | None = None
+    """Where latency was measured; figures of two devices never share a column."""
+
+    @property
+    def title(self) -> str:
+        return self.figure if self.device is None else f"{self.figure} ({self.device})"
+
+
+@dataclass(frozen=True)
+class Cell:
+    measured: Sample | None
+    """None for a gap."""
+    paper: float | None
+    difference: Difference | None = None
+    """From the reference row; None for that row itself, and where nothing is known of the noise."""
+
+
+@dataclass(frozen=True)
+class RowResult:
+    row: Row
+    state: str
+    """`done`, or what is missing: the state of its run."""
+    cells: dict[Column, Cell]
+    paper_difference: float | None
+    """In AP, from the reference row."""
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True)
+class TableResult:
+    table: Table
+    profile: str
+    columns: list[Column]
+    rows: list[RowResult]
+    provenance: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.table.name}-{self.profile}"
+
+
+@dataclass
+class _Found:
+    """The records of one row."""
+
+    evaluations: dict[int, Record]
+    """By seed."""
+    latencies: dict[str, Record]
+    """By device."""
+    state: str
+
+
+def collect(table: Table, profile: Profile, store: Store, states: Mapping[str, str], keys: set[str] | None = None) -> TableResult:
+    """All that one table shows.
+
+    Args:
+        states: by key, of stages that are not done; others are pending.
+        keys: of the store, where the caller has them already.
+    """
+    keys = store.keys() if keys is None else keys
+    found = {row.name: _find(table, row, profile, store, states, keys) for row in table.spec.rows}
+    devices = sorted({device for entry in found.values() for device in entry.latencies})
+    columns = [column for figure in table.spec.figures for column in _columns(figure, devices)]
+    samples = {
+        (name, column): sample
+        for name, entry in found.items()
+        for column in columns
+        if (sample := _sample(entry, column)) is not None
+    }
+    spreads = {column: pooled_spread(s for (_, c), s in samples.items() if c == column) for column in columns}
+    reference = table.spec.reference
+    rows = []
+    for row in table.spec.rows:
+        errors = _standard_errors(found[row.name], found[reference], store, keys) if reference not in (None, row.name) else {}
+        cells = {}
+        for column in columns:
+            measured = samples.get((row.name, column))
+            base = samples.get((reference, column)) if reference not in (None, row.name) else None
+            noise = errors.get(column.figure, []) if column.device is None else []
+            both = measured is not None and base is not None and column.figure in ACCURACY
+            gap = difference(measured, base, spreads[column], noise) if both and measured and base else None
+            cells[column] = Cell(measured, row.paper.get(column.figure), gap)
+        paper = _paper_difference(table, row)
+        ap = cells.get(Column("AP"))
+        told = verdict(ap.difference, paper) if ap is not None and paper is not None else None
+        rows.append(RowResult(row, found[row.name].state, cells, paper, told))
+    return TableResult(table, profile.name, columns, rows, _provenance(found.values()))
+
+
+def _columns(figure: Figure, devices: Sequence[str]) -> list[Column]:
+    if figure in ACCURACY:
+        return [Column(figure)]
+    return [Column(figure, device) for device in devices] or [Column(figure)]
+
+
+def _find(table: Table, row: Row, profile: Profile, store: Store, states: Mapping[str, str], keys: set[str]) -> _Found:
+    stages = table.spec.stages()
+    base = row_config(table.spec, row, profile)
+    entry = _Found({}, {}, "done")
+    if "evaluate" in stages:
+        for seed in SEEDS:
+            config = base.model_copy(update={"train": base.train.model_copy(update={"seed": seed})})
+            key = config.evaluate_key()
+            record = store.load(key) if key in keys else None
+            if record is not None:
+                entry.evaluations[seed] = record
+            elif seed == SEEDS[0]:
+                told = (states.get(stage_key) for stage_key in (key, config.train_key()))
+                entry.state = next((state for state in told if state not in (None, "pending", "done")), None) or "pending"
+        if entry.evaluations:
+            entry.state = "done"
+    if "latency" in stages:
+        prefix = base.latency_prefix()
+        for key in sorted(key for key in keys if key.startswith(f"{prefix}-")):
+            record = store.load(key)
+            if record is not None:
+                entry.latencies[record.provenance.get("device", "unknown device")] = record
+        if "evaluate" not in stages and not entry.latencies:
+            entry.state = "pending"
+    return entry
+
+
+def _sample(entry: _Found, column: Column) -> Sample | None:
+    if column.figure in ACCURACY:
+        values = [record.result["figures"].get(column.figure) for _, record in sorted(entry.evaluations.items())]
+        known = tuple(float(value) for value in values if value is not None)
+        return Sample(known) if known else None
+    record = entry.latencies.get(column.device or "")
+    return Sample((_latency(record.result, column.figure),)) if record is not None else None
+
+
+def _latency(result: dict[str, Any], figure: str) -> float:
+    if figure in result["modules_ms"]:
+        return float(result["modules_ms"][figure])
+    median = float(result["whole_ms"]["median"])
+    return median if figure == "ms" else 1000 / median
+
+
+def _standard_errors(row: _Found, reference: _Found, store: Store, keys: set[str]) -> dict[str, list[float]]:
+    """Of the paired bootstrap over images, by figure, one a seed that both rows have."""
+    errors: dict[str, list[float]] = {}
+    for seed, record in row.evaluations.items():
+        baseline = reference.evaluations.get(seed)
+        key = compare_key(baseline.key, record.key) if baseline is not None else ""
+        comparison = store.load(key) if key in keys else None
+        for figure, error in (comparison.result["standard_error"] if comparison is not None else {}).items():
+            errors.setdefault(figure, []).append(error)
+    return errors
+
+
+def _paper_difference(table: Table, row: Row) -> float | None:
+    reference = next((other for other in table.spec.rows if other.name == table.spec.reference), None)
+    if reference is None or reference is row or "AP" not in row.paper or "AP" not in reference.paper:
+        return None
+    return round(row.paper["AP"] - reference.paper["AP"], 1)
+
+
+def _provenance(found: Any) -> list[str]:
+    """What the records say of themselves, each fact once."""
+    records = [r for entry in found for r in (*entry.evaluations.values(), *entry.latencies.values())]
+    if not records:
+        return []
+
+    def all_of(*path: str) -> str:
+        values = set()
+        for record in records:
+            value: Any = record.provenance
+            for name in path:
+                value = value.get(name) if isinstance(value, dict) else None
+            if value is not None:
+                values.add(str(value))
+        return ", ".join(sorted(values)) or "unknown"
+
+    commits = sorted({str(r.provenance.get("commit"))[:10] + ("+" if r.provenance.get("changes") else "") for r in records})
+    return [
+        f"{len(records)} records",
+        f"device {all_of('device')}",
+        f"seeds {all_of('seed')}",
+        f"sparseinst {all_of('versions', 'sparseinst')} at {', '.join(commits)}",
+        f"torch {all_of('versions', 'torch')}",
+        f"evaluator hotcoco {all_of('versions', 'hotcoco')}",
+        f"validation data {all_of('data')}",
+    ]

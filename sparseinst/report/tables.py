@@ -1,0 +1,165 @@
+"""A table's results as Markdown, CSV, LaTeX and HTML. Pure functions; import no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from sparseinst.ablation.statistics import Difference
+from sparseinst.report.collect import ACCURACY, Cell, Column, TableResult
+
+NOISE = "≈"
+"""Marks a cell whose difference from the reference row lies within noise."""
+
+
+def frame(result: TableResult) -> pd.DataFrame:
+    """The table as people read it: text, one row a row."""
+    spec = result.table.spec
+    compares = spec.reference is not None and Column("AP") in result.columns
+    rows = []
+    for entry in result.rows:
+        cells = {name: str(entry.row.labels.get(name, "")) for name in spec.columns}
+        cells |= {column.title: _cell(entry.cells[column], entry.state, column) for column in result.columns}
+        if compares:
+            ap = entry.cells[Column("AP")]
+            cells["difference in AP"] = _interval(ap.difference) if entry.row.name != spec.reference else "reference"
+            cells["in the paper"] = f"{entry.paper_difference:+.1f}" if entry.paper_difference is not None else ""
+            cells["verdict"] = entry.verdict or ""
+        rows.append(cells)
+    for quoted in spec.quoted:
+        cells = {name: str(quoted.labels.get(name, "")) for name in spec.columns}
+        for column in result.columns:
+            value = quoted.figures.get(column.figure)
+            mark = f" [{quoted.protocol}]" if column.figure not in ACCURACY else ""
+            cells[column.title] = f"quoted {value:.1f}{mark}" if value is not None else ""
+        rows.append(cells)
+    return pd.DataFrame(rows).fillna("")
+
+
+def _cell(cell: Cell, state: str, column: Column) -> str:
+    digits = 1 if column.figure in (*ACCURACY, "FPS") else 2
+    if cell.measured is None:
+        measured = "-" if state == "done" else state
+    else:
+        measured = f"{cell.measured.mean:.{digits}f}"
+        if cell.measured.deviation is not None:
+            measured += f" ± {cell.measured.deviation:.{digits}f} ({len(cell.measured.values)})"
+        if cell.difference is not None and cell.difference.within_noise:
+            measured += f" {NOISE}"
+    return f"{measured} | {cell.paper:.1f}" if cell.paper is not None else measured
+
+
+def _interval(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    text = f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+    return text if found.seeds_known else f"{text} over images alone"
+
+
+def notes(result: TableResult) -> list[str]:
+    """What stands below the table."""
+    scale = f"Measured at {result.profile} scale | the paper's, on COCO: compare signs and sizes of differences, not values."
+    lines = ["Measured | the paper's." if result.profile == "coco" else scale]
+    if any(cell.measured and cell.measured.deviation is not None for row in result.rows for cell in row.cells.values()):
+        lines.append("± is the standard deviation over seeds, their number in brackets.")
+    if result.table.spec.reference is not None:
+        lines.append(
+            f"Differences are from the row '{result.table.spec.reference}', with a 95 % interval from the spread over seeds "
+            f"(pooled over the table's rows) and a paired bootstrap over images; {NOISE} marks what lies within it. "
+            "The verdict says whether the sign of the paper's difference replicates."
+        )
+    lines += [
+        f"[{name}]: {protocol.device}, {protocol.description}; {protocol.source}."
+        for name, protocol in result.table.spec.protocols.items()
+    ]
+    lines += list(result.table.spec.footnotes)
+    lines.append("Provenance: " + "; ".join(result.provenance) + "." if result.provenance else "Nothing is measured yet.")
+    return lines
+
+
+def markdown(result: TableResult) -> str:
+    data = frame(result)
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+    text = f"# {result.table.spec.title}\n\n" + line(list(data.columns)) + line(["---"] * len(data.columns))
+    text += "".join(line([str(value) for value in row]) for row in data.itertuples(index=False))
+    return text + "\n" + "".join(f"- {note}\n" for note in notes(result))
+
+
+def csv(result: TableResult) -> str:
+    """Long format, one line a number, unrounded: for scripts and notebooks."""
+    lines = []
+    for entry in result.rows:
+        for column, cell in entry.cells.items():
+            gap = cell.difference
+            lines.append(
+                {
+                    "table": result.table.name,
+                    "profile": result.profile,
+                    "row": entry.row.name,
+                    **{name: entry.row.labels.get(name, "") for name in result.table.spec.columns},
+                    "figure": column.figure,
+                    "device": column.device or "",
+                    "state": entry.state,
+                    "measured": cell.measured.mean if cell.measured else None,
+                    "deviation": cell.measured.deviation if cell.measured else None,
+                    "seeds": len(cell.measured.values) if cell.measured else 0,
+                    "paper": cell.paper,
+                    "difference": gap.value if gap else None,
+                    "low": gap.low if gap else None,
+                    "high": gap.high if gap else None,
+                    "verdict": (entry.verdict or "") if column.figure == "AP" else "",
+                }
+            )
+    return pd.DataFrame(lines).to_csv(index=False, float_format="%.4f", lineterminator="\n")
+
+
+def latex(result: TableResult) -> str:
+    """A table environment for booktabs."""
+    data = frame(result)
+    data.columns = data.columns.map(_tex)
+    styled = data.map(_tex).style.hide(axis="index")
+    below = "".join(f"\\par {_tex(note)}\n" for note in notes(result))
+    table = styled.to_latex(hrules=True, caption=_tex(result.table.spec.title), label=f"tab:{result.name}", position="t")
+    return table.replace("\\end{table}", f"\\footnotesize\n{below}\\end{{table}}")
+
+
+def _tex(text: str) -> str:
+    for plain, tex in (("\\", "\\textbackslash "), ("&", "\\&"), ("%", "\\%"), ("_", "\\_"), ("#", "\\#"), ("$", "\\$")):
+        text = text.replace(plain, tex)
+    for plain, tex in (
+        ("±", "$\\pm$"),
+        (NOISE, "$\\approx$"),
+        ("|", "$|$"),
+        ("<", "$<$"),
+        (">", "$>$"),
+        ("^", "\\^{}"),
+        ("~", "\\~{}"),
+    ):
+        text = text.replace(plain, tex)
+    return text
+
+
+def html(result: TableResult) -> str:
+    """A page of its own."""
+    data = frame(result)
+    title = _escape(result.table.spec.title)
+    below = "".join(f"<li>{_escape(note)}</li>\n" for note in notes(result))
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>\n<style>\n'
+        "body { font: 15px/1.45 sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em }\n"
+        "table { border-collapse: collapse; border-top: 2px solid; border-bottom: 2px solid }\n"
+        "th { border-bottom: 1px solid; text-align: left } th, td { padding: .25em .8em; white-space: nowrap }\n"
+        "ul { color: #444; font-size: 13px; padding-left: 1.2em }\n</style></head>\n"
+        f"<body>\n<h1>{title}</h1>\n{data.to_html(index=False, border=0)}\n<ul>\n{below}</ul>\n</body>\n</html>\n"
+    )
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+FORMATS: dict[str, Callable[[TableResult], str]] = {"md": markdown, "csv": csv, "tex": latex, "html": html}

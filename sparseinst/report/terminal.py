@@ -1,0 +1,23 @@
+"""A table's results on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from sparseinst.report.collect import TableResult
+from sparseinst.report.tables import frame, notes
+
+
+def print_table(result: TableResult) -> None:
+    """Print the table and what stands below it."""
+    data = frame(result)
+    table = Table(title=f"{result.table.spec.title} ({result.profile})", title_justify="left", show_lines=False)
+    labels = len(result.table.spec.columns)
+    for number, column in enumerate(data.columns):
+        table.add_column(str(column), justify="left" if number < labels else "right")
+    for row in data.itertuples(index=False):
+        table.add_row(*map(str, row))
+    Console(width=max(Console().width, 110)).print(table, markup=False)  # a narrow terminal wraps lines, not cells
+    for note in notes(result):
+        print(f"- {note}")

@@ -1,0 +1,203 @@
+"""Running a plan: once, by several processes, through failures and damage; what status and the report say of it."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sparseinst.ablation.compare import compare_key
+from sparseinst.ablation.plan import Plan, make_plan
+from sparseinst.ablation.run import run_plan
+from sparseinst.ablation.status import plan_status
+from sparseinst.ablation.store import Record, Store
+from sparseinst.ablation.study import read_profile, read_tables
+from sparseinst.cli import run_cli
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs and results below an empty folder, specs from the project."""
+    (tmp_path / "experiments").symlink_to(EXPERIMENTS)
+    monkeypatch.chdir(tmp_path)
+
+
+def smoke(store: Store, *tables: str, row: str | None = None) -> Plan:
+    return make_plan(read_tables(tables, EXPERIMENTS), read_profile("smoke", EXPERIMENTS), store, row=row, device="cpu")
+
+
+def test_every_row_of_every_table_builds_trains_and_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole study at smoke scale; a second call does nothing, and the report has a number in every cell."""
+    assert run_cli(["run", "all", "--profile", "smoke", "--device", "cpu"]) == 0
+    began = time.perf_counter()
+    assert run_cli(["run", "all", "--profile", "smoke", "--device", "cpu"]) == 0
+    assert time.perf_counter() - began < 3
+    plan = smoke(Store(), "all")
+    assert not plan.to_do()
+    records = [Store().load(key) for key in plan.runs]
+    for record in records:
+        assert record is not None
+        assert record.config["train"]["iterations"] == 2
+        assert {"commit", "versions", "device", "seed", "seconds", "profile", "data"} <= set(record.provenance)
+    compared = [planned for planned in plan.rows if planned.table.spec.reference not in (None, planned.row.name)]
+    for planned in compared:
+        reference = next(p for p in plan.rows if (p.table, p.row.name) == (planned.table, planned.table.spec.reference))
+        assert Store().has(compare_key(reference.keys["evaluate"], planned.keys["evaluate"])) or (
+            reference.keys["evaluate"] == planned.keys["evaluate"]
+        )
+
+    assert run_cli(["report", "--profile", "smoke"]) == 0
+    for table in Path("results/tables").glob("*.md"):
+        assert "pending" not in table.read_text()
+    files = {path: path.read_bytes() for path in Path("results").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run_cli(["report", "--profile", "smoke"]) == 0
+    assert "nothing new" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in Path("results").rglob("*") if path.is_file()} == files
+    for name in ("table8-smoke-modules", "figure1-smoke-speed-accuracy", "table5-smoke-differences"):
+        assert (Path("results/figures") / f"{name}.png").stat().st_size > 5000
+    assert run_cli(["status", "--profile", "smoke"]) == 0
+    assert f"{len(plan.runs)} done" in capsys.readouterr().out
+
+
+def test_two_processes_share_the_work() -> None:
+    """Both end well, each stage was begun once."""
+    command = [sys.executable, "-m", "sparseinst", "run", "table5", "--profile", "smoke", "--device", "cpu"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    begun = [line.split(": ")[-1] for out, _ in outputs for line in out.splitlines() if line.startswith("[")]
+    assert sorted(begun) == sorted(smoke(Store(), "table5").runs)
+
+
+def test_a_failure_is_told_and_does_not_stop_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sparseinst.ablation import work
+
+    train = work._DO["train"]
+
+    def failing(run: object, *rest: object) -> object:
+        if "focal" in run.label:  # type: ignore[attr-defined]
+            raise RuntimeError("the card fell out\nof its slot")
+        return train(run, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(work._DO, "train", failing)
+    plan = smoke(Store(), "table5")
+    failed = run_plan(plan, Store(), device="cpu", progress=False)
+    assert sorted(failed.values()) == sorted(["RuntimeError: the card fell out", f"training {next(iter(failed))} failed"])
+    states = {status.run.key: status for status in plan_status(smoke(Store(), "table5"))}
+    assert sum(status.state == "done" for status in states.values()) == 6
+    assert [s.reason for s in states.values() if s.state == "failed"] == ["RuntimeError: the card fell out"]
+    assert run_cli(["report", "table5", "--profile", "smoke"]) == 0
+    assert "failed" in Path("results/tables/table5-smoke.md").read_text()
+
+    monkeypatch.setitem(work._DO, "train", train)
+    capsys.readouterr()
+    assert run_cli(["run", "table5", "--profile", "smoke", "--device", "cpu"]) == 0
+    assert "6 of them before" in capsys.readouterr().out
+
+
+def test_exit_code_of_a_failed_run(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/data/shapes").mkdir(parents=True)
+    Path("runs/data/shapes/mine.txt").write_text("not a data set")
+    assert run_cli(["run", "table5", "--profile", "smoke", "--row", "dice alone", "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert "something other than a shapes set" in error
+    assert "2 of 2 runs failed" in error
+    assert Path("runs/data/shapes/mine.txt").exists()
+
+
+def test_a_damaged_record_is_named_set_aside_and_done_again(caplog: pytest.LogCaptureFixture) -> None:
+    store = Store()
+    plan = smoke(store, "table5", row="dice alone")
+    run_plan(plan, store, device="cpu", progress=False)
+    key = next(run.key for run in plan.runs.values() if run.stage == "evaluate")
+    whole = store.path(key).read_text()
+    store.path(key).write_text(whole[:100])
+    assert run_cli(["report", "table5", "--profile", "smoke"]) == 0
+    assert f"{key}.json is damaged" in caplog.text
+    assert store.path(key).with_suffix(".damaged").read_text() == whole[:100]
+    run_plan(smoke(store, "table5", row="dice alone"), store, device="cpu", progress=False)
+    again = store.load(key)
+    assert again is not None
+    assert again.result == json.loads(whole)["result"]
+
+
+def test_weights_that_are_gone_are_trained_again(caplog: pytest.LogCaptureFixture) -> None:
+    store = Store()
+    plan = smoke(store, "table5", row="dice alone")
+    run_plan(plan, store, device="cpu", progress=False)
+    train, evaluation = plan.runs.values()
+    figures = store.load(evaluation.key)
+    store.path(evaluation.key).unlink()
+    (Path("runs") / train.key / "model.safetensors").unlink()
+    for checkpoint in (Path("runs") / train.key / "checkpoints").iterdir():
+        checkpoint.unlink()
+    run_plan(smoke(store, "table5", row="dice alone"), store, device="cpu", progress=False)
+    assert "training again" in caplog.text
+    again = store.load(evaluation.key)
+    assert again is not None
+    assert figures is not None
+    assert again.result == figures.result
+
+
+def test_concurrent_writers_leave_whole_records() -> None:
+    store = Store()
+    record = Record("train", "0" * 16, {"values": list(range(1000))})
+    threads = [threading.Thread(target=store.write, args=(record,)) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.load(record.key) == record
+    assert [path.name for path in store.folder.iterdir()] == [f"{record.key}.json"]
+    store.write(Record("train", "0" * 16, {"values": []}))
+    assert store.load(record.key) == record, "a record is never edited"
+
+
+def test_budget_refuses_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["run", "all", "--profile", "coco", "--budget", "100", "--device", "cpu"]) == 2
+    assert "over the budget of 100: nothing was started" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_status_and_logs_of_an_interrupted_training(capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store()
+    key = next(run.key for run in smoke(store, "table5", row="dice alone").runs.values())
+    folder = Path("runs") / key
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text('{"state": "running", "pid": 1}')
+    (folder / "metrics.jsonl").write_text('{"iteration": 1, "loss": 3.0, "seconds": 60.0}\n{"iterat')
+    (folder / "log.txt").write_text("step 1/2\n")
+    assert run_cli(["status", "table5", "--profile", "smoke", "--json", "--device", "cpu"]) == 0
+    runs = {run["key"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert (runs[key]["state"], runs[key]["progress"]) == ("interrupted", 0.5)
+    assert sorted(run["state"] for run in runs.values()) == ["interrupted"] + ["pending"] * 7
+    assert run_cli(["logs", key[:6], "--profile", "smoke"]) == 0
+    assert capsys.readouterr().out == "step 1/2\n"
+    assert run_cli(["logs", "no such", "--profile", "smoke"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "tabel5"], "did you mean 'table5'"),
+        (["run", "table5", "--profile", "mimi"], "did you mean 'mini'"),
+        (["run", "table5", "--row", "no such"], "no row is called 'no such' (rows: BCE alone"),
+        (["plan", "nowhere/x.yaml"], "no such table"),
+        (["plan", "--profile", "nowhere/p.yaml"], "no such profile"),
+    ],
+)
+def test_mistakes_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert message in error
+    assert "\n" not in error

@@ -1,0 +1,173 @@
+"""Specs and profiles as data: the paper's counts, golden keys, mistakes, and a new table without code."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from sparseinst.ablation.plan import as_json, costs, make_plan
+from sparseinst.ablation.store import Record, Store
+from sparseinst.ablation.study import Profile, list_tables, read_profile, read_spec, read_tables, row_config
+from sparseinst.config import Config
+from sparseinst.errors import UserError
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+ABLATIONS = [f"table{number}" for number in range(2, 8)]
+PROFILES = ("coco", "mini", "smoke")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_papers_counts(profile: str, tmp_path: Path) -> None:
+    """28 rows are 20 trainings and 21 evaluations: the default stands in six tables, Table 7 repeats rows of Table 4."""
+    plan = make_plan(read_tables(ABLATIONS, EXPERIMENTS), read_profile(profile, EXPERIMENTS), Store(tmp_path), device="cpu")
+    count = {stage: sum(run.stage == stage for run in plan.runs.values()) for stage in ("train", "evaluate")}
+    assert (len(plan.rows), count) == (28, {"train": 20, "evaluate": 21})
+
+
+def test_seeds_train_anew_and_time_once(tmp_path: Path) -> None:
+    tables = read_tables(["table4"], EXPERIMENTS)
+    plan = make_plan(tables, read_profile("mini", EXPERIMENTS), Store(tmp_path), seeds=range(3), device="cpu")
+    stages = [run.stage for run in plan.runs.values()]
+    assert (stages.count("train"), stages.count("evaluate"), stages.count("latency")) == (18, 18, 6)
+
+
+def test_golden_keys() -> None:
+    """A change here orphans every record: give a new field a `Neutral` value, and think twice about a default."""
+    config = Config()
+    assert (config.train_key(), config.evaluate_key()) == ("f6658b6ecf78c55f", "9f1c454959378ab9")
+    assert config.latency_key("NVIDIA GeForce RTX 2080 Ti") == "3484bf5f2d9914a1-e4881650"
+    spec = read_spec("table4", EXPERIMENTS)
+    mini = row_config(spec, spec.rows[5], read_profile("mini", EXPERIMENTS))
+    assert (mini.train_key(), mini.evaluate_key()) == ("49c02f2c04ed502a", "5e868a01eadd1b4c")
+
+
+def test_a_stage_knows_only_what_can_change_it() -> None:
+    config = Config()
+
+    def keys(**settings: object) -> tuple[bool, bool, bool]:
+        other = config.replace({name.replace("__", "."): value for name, value in settings.items()})
+        return (
+            other.train_key() != config.train_key(),
+            other.evaluate_key() != config.evaluate_key(),
+            other.latency_key("x") != config.latency_key("x"),
+        )
+
+    assert keys(inference__rescore=False) == (False, True, True)
+    assert keys(data__val_limit=5) == (False, True, False)
+    assert keys(data__flip=0.0) == (True, True, False)
+    assert keys(train__seed=1) == (True, True, False)
+    assert keys(model__decoder__depth=2) == (True, True, True)
+    assert keys(model__backbone__pretrained=False) == (True, True, False)
+    assert keys(data__workers=7) == (False, False, False)
+    assert config.latency_key("a").split("-")[0] == config.latency_key("b").split("-")[0] == config.latency_prefix()
+
+
+def test_scaled_channels_and_sides_are_what_counts() -> None:
+    half = Config().replace({"model.width_factor": 0.5, "inference.size_factor": 0.5})
+    spelled = {"encoder.channels": 128, "decoder.width": 128, "decoder.kernel_dim": 64}
+    plain = Config().replace({f"model.{name}": value for name, value in spelled.items()})
+    plain = plain.replace({"inference.short_side": 320, "inference.long_side": 426})
+    assert (half.train_key(), half.evaluate_key()) == (plain.train_key(), plain.evaluate_key())
+
+
+@pytest.mark.parametrize("table", list_tables(EXPERIMENTS))
+def test_every_row_fits_every_profile(table: str) -> None:
+    spec = read_spec(table, EXPERIMENTS)
+    for profile in PROFILES:
+        for row in spec.rows:
+            row_config(spec, row, read_profile(profile, EXPERIMENTS))
+    assert all(row.paper for row in spec.rows) or table == "figure1"
+
+
+SPEC = """\
+title: My ablation
+columns: [heads]
+figures: [AP]
+reference: four
+rows:
+  - name: four
+    labels: {heads: 4}
+    set: {model.decoder.iam.kind: cross_attention}
+  - name: eight
+    labels: {heads: 8}
+    set: {model.decoder.iam.kind: cross_attention, model.decoder.iam.heads: 8}
+"""
+
+
+def test_a_new_table_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(SPEC)
+    plan = make_plan(read_tables([str(tmp_path / "mine.yaml")]), Profile(name="p"), Store(tmp_path), device="cpu")
+    assert [run.stage for run in plan.runs.values()] == ["train", "train", "evaluate", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("iam.heads: 8", "iam.head: 8", r"mine.yaml: row 'eight': unknown setting 'model.decoder.iam.head' \(did you mean"),
+        ("iam.heads: 8", "iam.heads: eight", r"mine.yaml: row 'eight': model.decoder.iam.heads: input should be .*'eight'"),
+        ("iam.heads: 8", "iam.heads: 7", r"mine.yaml: row 'eight': .*heads=7 does not divide"),
+        ("labels: {heads: 8}", "label: {heads: 8}", r"mine.yaml: row 'eight': label: unknown setting \(did you mean 'labels'"),
+        ("labels: {heads: 8}", "labels: {head: 8}", r"row 'eight': no column is called 'head' \(did you mean 'heads'"),
+        ("reference: four", "reference: for", r"no row is called 'for' \(did you mean 'four'"),
+        ("figures: [AP]", "figures: [mAP]", "figures.0"),
+        ("name: eight", "name: four", "two rows are called 'four'"),
+        ("title: My ablation", "title: [", "line"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(SPEC.replace(old, new))
+    with pytest.raises(UserError, match=message) as caught:
+        read_spec(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_names_are_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'table5'"):
+        read_spec("tabel5", EXPERIMENTS)
+    with pytest.raises(UserError, match="did you mean 'mini'"):
+        read_profile("mimi", EXPERIMENTS)
+
+
+def test_profile_mistakes(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("train: {iteration: 5}\n")
+    with pytest.raises(UserError, match=r"p.yaml: unknown setting 'train.iteration' \(did you mean 'train.iterations'"):
+        read_profile(str(path))
+    path.write_text("cost: {unit: GPU-hours, train: -1, evaluate: 0, latency: 0, source: x}\n")
+    with pytest.raises(UserError, match="cost.train"):
+        read_profile(str(path))
+
+
+def test_costs_come_from_records_of_the_same_place(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    profile = read_profile("coco", EXPERIMENTS)
+
+    def plan_again() -> object:
+        return make_plan(read_tables(["table5"], EXPERIMENTS), profile, store, device="cpu")
+
+    plan = make_plan(read_tables(["table5"], EXPERIMENTS), profile, store, device="cpu")
+    assert costs(plan, store).of(plan.to_do()) == pytest.approx(4 * 368 + 4 * 0.2)
+    done, elsewhere = plan.to_do()[:2]
+    about = {"profile": "coco", "device": plan.device, "seconds": 3600.0, "world_size": 8}
+    store.write(Record("train", done.key, {}, provenance=about))
+    store.write(Record("train", elsewhere.key, {}, provenance={**about, "device": "another", "seconds": 1.0}))
+    plan = make_plan(read_tables(["table5"], EXPERIMENTS), profile, store, device="cpu")
+    cost = costs(plan, store)
+    assert (cost.hours["train"], cost.measured["train"]) == (8.0, 1)
+    data = json.loads(json.dumps(as_json(plan, cost)))
+    assert data["total"] == {"to_do": 6, "cost_hours": pytest.approx(16.8), "unit": "GPU-hours"}
+    assert {stage["done"] for stage in data["stages"]} == {True, False}
+    assert plan_again() == plan
+
+
+def test_plan_is_fast_with_many_records(tmp_path: Path) -> None:
+    """2 s at 10,000 records is the promise; processor time, so that a busy machine does not matter."""
+    store = Store(tmp_path)
+    store.folder.mkdir(parents=True)
+    for number in range(10_000):
+        (store.folder / f"{number:016x}.json").write_text("{}")
+    began = time.process_time()
+    make_plan(read_tables(["all"], EXPERIMENTS), read_profile("coco", EXPERIMENTS), store, device="cpu")
+    assert time.process_time() - began < 2
