@@ -35,6 +35,7 @@ def load_config(
     """
     file_layer = read_layer(Path(path)) if path is not None else {}
     file_preset = file_layer.pop("preset", None)
+    file_layer.pop("cost", None)  # a profile of the tables serves as a config, too
     layers = [
         nest(choose("preset", preset or file_preset or "paper", PRESETS)),
         nest(choose("model", model, MODELS) if model is not None else {}),

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sparseinst.data import shapes
+from sparseinst.data import scenes, shapes
 from sparseinst.errors import UserError
 
-DIGEST = "cbb25f35fceb38614c408c299a403a479341ce6b6f6a7ba32efe3f0065220646"
+DIGEST = "fecb7dd3943cb076cdb94280941193f10c50d21a8415c4ffb80187df55f7b6b7"
 """Of `write_shapes(root, train=6, val=4)`. Where it changes on purpose, `SHAPES_VERSION` goes up."""
 
 SIDE = 96
@@ -99,7 +99,7 @@ def test_masks_are_modal_and_match_area_and_box(root: Path) -> None:
         for entry in data["annotations"]:
             mask = decode(entry)
             assert mask.shape == sizes[entry["image_id"]]
-            assert entry["area"] == mask.sum() >= shapes._MIN_VISIBLE_AREA
+            assert entry["area"] == mask.sum() >= scenes._MIN_VISIBLE_AREA
             row, column = np.nonzero(mask)
             box = [column.min(), row.min(), np.ptp(column) + 1, np.ptp(row) + 1]
             assert entry["bbox"] == box
@@ -124,7 +124,7 @@ def test_objects_hide_each_other() -> None:
         _, objects, owner = shapes._scene(np.random.Generator(np.random.PCG64(index)), SIDE)
         for number, item in enumerate(objects):
             seen = (owner == number).sum()
-            assert seen >= max(shapes._MIN_VISIBLE_AREA, shapes._MIN_VISIBLE * item.whole_area)
+            assert seen >= max(scenes._MIN_VISIBLE_AREA, scenes._MIN_VISIBLE * item.whole_area)
             hidden += seen < item.mask.sum()
     assert hidden >= 5
 
@@ -152,7 +152,7 @@ def test_what_is_there_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
     (tmp_path / "empty").mkdir()
     shapes.write_shapes(tmp_path / "empty", train=1, val=1)
-    with pytest.raises(UserError, match="a shapes set already"):
+    with pytest.raises(UserError, match="a shapes set of version . already"):
         shapes.write_shapes(tmp_path / "empty", train=1, val=1)
 
 
@@ -164,12 +164,12 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, numbers: dict[str, int
 
 @pytest.mark.parametrize("cause", [KeyboardInterrupt, OSError])
 def test_an_interrupted_write_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cause: type[BaseException]) -> None:
-    def stop(root: Path, split: str, *rest: Any, write: Any = shapes._write_split) -> None:
+    def stop(root: Path, split: str, *rest: Any, write: Any = shapes.write_split) -> None:
         write(root, split, *rest)
         if split == "val":
             raise cause("no space left")
 
-    monkeypatch.setattr(shapes, "_write_split", stop)
+    monkeypatch.setattr(shapes, "write_split", stop)
     with pytest.raises(UserError if cause is OSError else cause, match="no space left"):
         shapes.write_shapes(tmp_path / "set", train=1, val=1)
     assert list(tmp_path.iterdir()) == []

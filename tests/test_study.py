@@ -39,7 +39,7 @@ def test_golden_keys() -> None:
     assert config.latency_key("NVIDIA GeForce RTX 2080 Ti") == "3484bf5f2d9914a1-e4881650"
     spec = read_spec("table4", EXPERIMENTS)
     mini = row_config(spec, spec.rows[5], read_profile("mini", EXPERIMENTS))
-    assert (mini.train_key(), mini.evaluate_key()) == ("49c02f2c04ed502a", "5e868a01eadd1b4c")
+    assert (mini.train_key(), mini.evaluate_key()) == ("cd820ee75829a48a", "6ec57f2eb75c855d")
 
 
 def test_a_stage_knows_only_what_can_change_it() -> None:

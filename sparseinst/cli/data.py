@@ -29,6 +29,23 @@ def shapes(
 
 
 @app.command()
+def collage(
+    cutouts: Annotated[Path, typer.Option(help="One folder a class, with transparent images in it.")],
+    backgrounds: Annotated[Path, typer.Option(help="Images to lay them on.")],
+    output: Annotated[Path, typer.Option(help="A new folder.")],
+    train_images: Annotated[int, typer.Option("--train", min=1)] = 2000,
+    val_images: Annotated[int, typer.Option("--val", min=1)] = 300,
+    side: Annotated[int, typer.Option(min=64, help="Side of the square images in pixels.")] = 256,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Compose scenes from cut-outs on backgrounds, in COCO format; train and val share neither."""
+    from sparseinst.data.collage import write_collage
+
+    found = write_collage(output, cutouts, backgrounds, train=train_images, val=val_images, side=side, seed=seed)
+    print(f"{train_images} + {val_images} images in {output}, from {sum(found.values())} cut-outs in {len(found)} classes")
+
+
+@app.command()
 def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
     override: Overrides = [],  # noqa: B006

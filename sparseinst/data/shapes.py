@@ -12,12 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -26,22 +22,31 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sparseinst.config import SHAPES_VERSION
+from sparseinst.data.scenes import (
+    SPLITS,
+    Item,
+    Mask,
+    Owner,
+    Scene,
+    annotation_file,
+    image_folder,
+    leaves_enough,
+    place,
+    write_new,
+    write_split,
+)
 from sparseinst.errors import UserError
 
 Floats = NDArray[np.float64]
-Mask = NDArray[np.bool_]
-Owner = NDArray[np.int64]
-"""(H, W): the index of the object that is visible there, -1 for none."""
 
 DESCRIPTION = "sparseinst shapes"
-SPLITS = ("train", "val")
+LICENCE = ("MIT License", "https://opensource.org/license/mit")
 
 _SMALLEST_SIDE = 32
 _MIN_EXTENT, _MAX_EXTENT = 0.3, 0.7  # fractions of the side
 _MIN_AREA = 40  # pixels of a whole object: below, a star cannot be told from a circle
-_MIN_VISIBLE_AREA, _MIN_VISIBLE = 12, 0.3  # pixels, fraction of the whole object
 _MIN_CONTRAST = 75.0  # sum over R, G, B of the difference to what lies below, in grey levels
-_USUAL, _HUE_SPREAD = 0.95, 0.04  # fraction of a category's objects that have its usual hue; how far they stray from it
+_USUAL, _HUE_SPREAD = 0.98, 0.03  # fraction of a category's objects that have its usual hue; how far they stray from it
 _MAX_OBJECTS, _TRIES = 6, 20
 _EMPTY, _CROWDED = 0.02, 0.01  # fractions of the images
 
@@ -65,19 +70,6 @@ _SHAPES: dict[str, tuple[int, Callable[[Floats, Floats], Mask]]] = {
 """Category id (with gaps, as in COCO) and which points of the unit disc are inside, x right and y down."""
 
 
-@dataclass(frozen=True)
-class _Object:
-    """One shape or, as a crowd, a cluster of tiny ones."""
-
-    category_id: int
-    crowd: bool
-    box: tuple[slice, slice]
-    mask: Mask
-    """(h, w), the object inside the image, also where it is hidden."""
-    whole_area: int
-    """Pixels, with those outside the image."""
-
-
 def write_shapes(root: Path, *, train: int = 800, val: int = 200, side: int = 128, seed: int = 0) -> None:
     """Write the data set to a folder that is not there yet, or is empty; all of it appears at once or nothing does.
 
@@ -94,23 +86,16 @@ def write_shapes(root: Path, *, train: int = 800, val: int = 200, side: int = 12
     """
     if side < _SMALLEST_SIDE or min(train, val) < 1 or seed < 0:
         raise UserError(f"shapes: side={side} (at least {_SMALLEST_SIDE}), train={train}, val={val} (1), seed={seed} (0)")
-    root = root.resolve()
-    try:
-        if root.exists() and not (root.is_dir() and next(root.iterdir(), None) is None):
-            what = "a shapes set" if _is_complete(root) else f"something other than a shapes set of version {SHAPES_VERSION}"
-            raise UserError(f"{root}: holds {what} already; name another folder or delete this one")
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
-            made = Path(scratch) / root.name  # a folder in the scratch folder, whose mode 0700 root shall not get
-            for index, (split, number) in enumerate(zip(SPLITS, (train, val), strict=True)):
-                _write_split(made, split, [(seed, index, image) for image in range(number)], side)
-            try:
-                made.rename(root)
-            except OSError:
-                if not _is_complete(root):
-                    raise
-    except OSError as error:
-        raise UserError(f"{root}: cannot be written ({error})") from None
+    categories = [{"id": shape[0], "name": name, "supercategory": "shape"} for name, shape in _SHAPES.items()]
+    info = {"description": DESCRIPTION, "version": SHAPES_VERSION, "seed": seed, "side": side}
+
+    def write(made: Path) -> None:
+        for index, (split, number) in enumerate(zip(SPLITS, (train, val), strict=True)):
+            # A stream for each image, so that it does not depend on how many there are.
+            streams = (Generator(PCG64(SeedSequence((seed, index, image)))) for image in range(number))
+            write_split(made, split, (_scene(stream, side) for stream in streams), categories, info, LICENCE)
+
+    write_new(root, write, f"a shapes set of version {SHAPES_VERSION}", _is_complete)
 
 
 def ensure_shapes(root: Path) -> None:
@@ -139,109 +124,47 @@ def content_digest(root: Path) -> str:
     """
     digest = hashlib.sha256()
     for split in SPLITS:
-        data = json.loads(_annotation_file(root, split).read_text(encoding="utf-8"))
+        data = json.loads(annotation_file(root, split).read_text(encoding="utf-8"))
         content = {key: data[key] for key in ("images", "annotations", "categories")}
         digest.update(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
         for entry in data["images"]:
-            with Image.open(_image_folder(root, split) / entry["file_name"]) as file:
+            with Image.open(image_folder(root, split) / entry["file_name"]) as file:
                 digest.update(np.asarray(file.convert("RGB")).tobytes())
     return digest.hexdigest()
-
-
-def _annotation_file(root: Path, split: str) -> Path:
-    return root / "annotations" / f"instances_{split}2017.json"
-
-
-def _image_folder(root: Path, split: str) -> Path:
-    return root / f"{split}2017"
 
 
 def _is_complete(root: Path) -> bool:
     """Whether a set of this version is at `root`. Sets appear at once, so that what is there is all there."""
     try:
-        info = json.loads(_annotation_file(root, "val").read_text(encoding="utf-8"))["info"]
+        info = json.loads(annotation_file(root, "val").read_text(encoding="utf-8"))["info"]
         found = (info["description"], info["version"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return found == (DESCRIPTION, SHAPES_VERSION)
 
 
-def _write_split(root: Path, split: str, seeds: list[tuple[int, int, int]], side: int) -> None:
-    file, folder = _annotation_file(root, split), _image_folder(root, split)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir()
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image_id, image_seed in enumerate(seeds, start=1):
-        # A stream for each image, so that it does not depend on how many there are.
-        pixels, objects, owner = _scene(Generator(PCG64(SeedSequence(image_seed))), side)
-        name = f"{image_id:012}.png"
-        Image.fromarray(pixels).save(folder / name, compress_type=zlib.Z_HUFFMAN_ONLY)
-        height, width = owner.shape
-        images.append({"id": image_id, "file_name": name, "height": height, "width": width, "license": 1})
-        for entry in _annotate(objects, owner):
-            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **entry})
-    data = {
-        "info": {"description": DESCRIPTION, "version": SHAPES_VERSION, "seed": seeds[0][0], "side": side},
-        "licenses": [{"id": 1, "name": "MIT License", "url": "https://opensource.org/license/mit"}],
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": shape[0], "name": name, "supercategory": "shape"} for name, shape in _SHAPES.items()],
-    }
-    file.write_text(json.dumps(data), encoding="utf-8")
-
-
-def _annotate(objects: list[_Object], owner: Owner) -> list[dict[str, Any]]:
-    """COCO entries, still without ids, of what is visible of each object."""
-    from pycocotools import mask as coco_mask
-
-    runs: Any = coco_mask  # its functions carry no annotations
-    entries: list[dict[str, Any]] = []
-    for index, item in enumerate(objects):
-        visible = np.asfortranarray(owner == index)
-        encoded = runs.encode(visible.view(np.uint8))
-        counts: str | list[int] = encoded["counts"].decode("ascii")
-        if item.crowd:  # as in COCO: lengths of runs in column order, beginning with the background's
-            edges = np.flatnonzero(np.diff(visible.ravel(order="F"), prepend=False))
-            counts = np.diff(edges, prepend=0, append=visible.size).tolist()
-        entry = {"category_id": item.category_id, "iscrowd": int(item.crowd), "area": float(runs.area(encoded))}
-        entry["bbox"] = runs.toBbox(encoded).tolist()
-        entries.append({**entry, "segmentation": {"size": list(owner.shape), "counts": counts}})
-    return entries
-
-
-def _scene(rng: Generator, side: int) -> tuple[NDArray[np.uint8], list[_Object], Owner]:
+def _scene(rng: Generator, side: int) -> Scene:
     """An image (H, W, 3), its objects from back to front, and which of them is visible where."""
     size = (side, side)
     canvas = _background(rng, size)
     owner: Owner = np.full(size, -1)
-    objects: list[_Object] = []
+    objects: list[Item] = []
     number = 0 if rng.random() < _EMPTY else rng.integers(1, _MAX_OBJECTS + 1)
     crowded = rng.random() < _CROWDED
     for index in range(number):
         name = list(_SHAPES)[rng.integers(len(_SHAPES))]
         for _ in range(_TRIES):
-            item = _place(rng, name, crowded and index == 0, size, side)
-            if _leaves_enough(item, objects, owner):
+            crowd = crowded and index == 0
+            mask = _cluster(rng, name) if crowd else _single(rng, name, side)
+            item, _ = place(rng, mask, size, _SHAPES[name][0], crowd=crowd)
+            if leaves_enough(item, objects, owner):
                 _fill(rng, canvas[:, *item.box], item.mask, list(_SHAPES).index(name) / len(_SHAPES))
                 owner[item.box][item.mask] = len(objects)
                 objects.append(item)
                 break
     canvas *= 1 + _field(rng, size, 3, 0.15)  # light that varies over the scene
     canvas += (4 + 12 * rng.random()) * (rng.random(canvas.shape) - 0.5)
-    return canvas.clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0), objects, owner
-
-
-def _place(rng: Generator, name: str, crowd: bool, size: tuple[int, int], side: int) -> _Object:
-    """An object of a category somewhere in an image of `size`, its centre inside."""
-    mask = _cluster(rng, name) if crowd else _single(rng, name, side)
-    corner = [int(rng.integers(length)) - extent // 2 for length, extent in zip(size, mask.shape, strict=True)]
-    rows, columns = (
-        slice(max(0, start), min(length, start + extent)) for start, length, extent in zip(corner, size, mask.shape, strict=True)
-    )
-    top, left = corner
-    inside = mask[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-    return _Object(_SHAPES[name][0], crowd, (rows, columns), inside, int(mask.sum()))
+    return Scene(canvas.clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0), objects, owner)
 
 
 def _single(rng: Generator, name: str, side: int) -> Mask:
@@ -280,23 +203,10 @@ def _rotated(rng: Generator, shape: tuple[int, ...]) -> tuple[Floats, Floats]:
     return x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
 
 
-def _leaves_enough(item: _Object, objects: list[_Object], owner: Owner) -> bool:
-    """Whether the object and all that it would partly hide can still be seen well enough to be annotated."""
-    below = owner[item.box][item.mask]
-    if len(below) < max(_MIN_VISIBLE_AREA, _MIN_VISIBLE * item.whole_area):
-        return False
-    hidden = np.bincount(below + 1, minlength=len(objects) + 1)[1:]
-    return all(
-        (owner[objects[index].box] == index).sum() - hidden[index]
-        >= max(_MIN_VISIBLE_AREA, _MIN_VISIBLE * objects[index].whole_area)
-        for index in np.flatnonzero(hidden)
-    )
-
-
 def _fill(rng: Generator, box: Floats, mask: Mask, usual_hue: float) -> None:
     """Colour the object in its part of the canvas (3, h, w): unlike what lies below it, with a texture."""
     hues = usual_hue + _HUE_SPREAD * (2 * rng.random(12) - 1) if rng.random() < _USUAL else rng.random(12)
-    colours = _rgb(hues, 0.85 + 0.15 * rng.random(12), 0.6 + 0.4 * rng.random(12))
+    colours = _rgb(hues, 0.85 + 0.15 * rng.random(12), 0.7 + 0.3 * rng.random(12))
     differences = abs(colours - box[:, mask].mean(axis=1)).sum(axis=1)
     colour = colours[np.argmax(differences >= _MIN_CONTRAST)]
     contrast = 25 * (2 * rng.random(3) - 1)
@@ -322,7 +232,7 @@ def _texture(rng: Generator, shape: tuple[int, ...]) -> Floats:
 
 def _background(rng: Generator, size: tuple[int, int]) -> Floats:
     """(3, H, W) in about [0, 255]: gradients, low-frequency noise, blotches, scribbles; nothing that is labelled."""
-    canvas: Floats = (30 + 60 * rng.random(3))[:, None, None] + _field(rng, size, 2, 30, 3) + _field(rng, size, 5, 15, 3)
+    canvas: Floats = (20 + 50 * rng.random(3))[:, None, None] + _field(rng, size, 2, 30, 3) + _field(rng, size, 5, 15, 3)
     for _ in range(rng.integers(3)):
         blotches = _field(rng, size, int(rng.integers(4, 12)), 3) - 1
         canvas += blotches.clip(0, 1) * (35 * (2 * rng.random((3, 1, 1)) - 1))
