@@ -76,6 +76,14 @@ def test_two_processes_share_the_work() -> None:
     assert sorted(begun) == sorted(smoke(Store(), "table5").runs)
 
 
+def test_jobs_run_in_processes_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", "table5", "--profile", "smoke", "--row", "dice", "--jobs", "2", "--device", "cpu"]
+    assert run_cli(command) == 0
+    assert "6 done" in capsys.readouterr().out
+    said = "".join(path.read_text() for path in Path("runs").glob("process-*.txt"))
+    assert said.count("done in") == 6
+
+
 def test_a_failure_is_told_and_does_not_stop_the_rest(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

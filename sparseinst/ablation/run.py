@@ -10,15 +10,16 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from filelock import FileLock, Timeout
 
 from sparseinst.ablation.compare import compare_rows
 from sparseinst.ablation.plan import Plan, StageRun
+from sparseinst.ablation.status import Status, watch
 from sparseinst.ablation.store import Store
-from sparseinst.ablation.work import do_stage, note_state, run_folder
+from sparseinst.ablation.work import RUNS, do_stage, note_state, run_folder
 from sparseinst.errors import RunFailed, UserError
 
 _WAIT = 1.0  # seconds between looks at what other processes hold
@@ -104,22 +105,31 @@ def _outcome(run: StageRun, store: Store) -> str:
     return f": {record.result['whole_ms']['median']:.1f} ms" if run.stage == "latency" else ""
 
 
-def run_in_processes(arguments: Sequence[str], jobs: int, devices: Sequence[str | None]) -> int:
+def run_in_processes(
+    arguments: Sequence[str], jobs: int, devices: Sequence[str | None], look: Callable[[], Sequence[Status]]
+) -> int:
     """The same command in several processes, which share the work; the number of those that failed.
+
+    What each says goes to a file of its own below the runs' folder; the terminal shows the state of every run.
 
     Args:
         arguments: of `sparseinst`, without `--jobs`.
         devices: taken by turns; None leaves the choice to the process.
+        look: how things stand.
     """
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    processes = []
-    for number in range(jobs):
-        device = devices[number % len(devices)]
-        command = [sys.executable, "-m", "sparseinst", *arguments, *(["--device", device] if device else [])]
-        processes.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": threads}))
-    try:
-        return sum(process.wait() != 0 for process in processes)
-    finally:
-        for process in processes:
-            with suppress(ProcessLookupError):
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        processes = []
+        for number in range(jobs):
+            device = devices[number % len(devices)]
+            command = [sys.executable, "-m", "sparseinst", *arguments, *(["--device", device] if device else [])]
+            output = stack.enter_context((RUNS / f"process-{number}.txt").open("a", encoding="utf-8"))
+            environment = {**os.environ, "OMP_NUM_THREADS": threads}
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+        try:
+            watch(look, lambda: any(process.poll() is None for process in processes))
+            return sum(process.wait() != 0 for process in processes)
+        finally:  # also when this process is stopped
+            for process in processes:
                 process.terminate()

@@ -6,13 +6,15 @@ import datetime
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from sparseinst.ablation.plan import Plan, StageRun
@@ -111,19 +113,31 @@ def as_json(found: Iterable[Status]) -> dict[str, Any]:
     }
 
 
-def show(found: Sequence[Status]) -> None:
-    """Print the states for people: what is not done, run by run, and a count of the rest."""
-    table = Table("run", "stage", "row", "state", "progress", "ETA", "why", box=None, title_justify="left")
+def picture(found: Sequence[Status]) -> Group:
+    """The states for people: what is not done, run by run, and a count of all."""
+    table = Table("run", "stage", "row", "state", "progress", "ETA", "why", box=None, pad_edge=False)
     for status in found:
         if status.state != "done":
             eta = str(datetime.timedelta(seconds=round(status.eta_seconds))) if status.eta_seconds is not None else ""
             progress = f"{100 * status.progress:.0f} %" if status.progress else ""
             run = status.run
-            table.add_row(run.key, run.stage, run.label, status.state, progress, eta, status.reason or "")
-    if table.row_count:
-        Console(width=max(Console().width, 120)).print(table)
+            table.add_row(run.key, run.stage, run.label, status.state, progress, eta, escape(status.reason or ""))
     counts = Counter(status.state for status in found)
-    print(", ".join(f"{counts[state]} {state}" for state in get_args(State) if counts[state]))
+    summary = ", ".join(f"{counts[state]} {state}" for state in get_args(State) if counts[state])
+    return Group(table, summary) if table.row_count else Group(summary)
+
+
+def show(found: Sequence[Status]) -> None:
+    """Print the states."""
+    Console(width=max(Console().width, 120)).print(picture(found))
+
+
+def watch(look: Callable[[], Sequence[Status]], going_on: Callable[[], bool], *, every: float = 2.0) -> None:
+    """Keep the states on the terminal up to date while `going_on`; on no terminal, print them once at the end."""
+    with Live(picture(look()), auto_refresh=False) as live:
+        while going_on():
+            time.sleep(every)
+            live.update(picture(look()), refresh=True)
 
 
 def find_log(text: str, plan: Plan) -> Path:

@@ -97,6 +97,6 @@ def _print_figures(result: Any, as_json: bool = False) -> None:
 
     table = Table(*result.figures, title=f"COCO mask figures over {result.images} images, in percent", min_width=60)
     table.add_row(*("-" if value is None else f"{value:.1f}" for value in result.figures.values()))
-    Console().print(table)
+    Console(width=max(Console().width, 100)).print(table)  # a narrow terminal wraps lines, not figures
     if result.skipped:
         print(f"{len(result.skipped)} images were left out; see the warnings")

@@ -94,11 +94,17 @@ def run(
     _within_budget(made, store, budget)
     if jobs > 1:
         from sparseinst.ablation.plan import gpu_names
+        from sparseinst.ablation.status import plan_status
 
         again = [*tables, "--profile", profile, "--seeds", str(seeds), "--results", str(results)]
         again += ["--row", row] if row is not None else []
         devices: list[str | None] = [f"cuda:{index}" for index in range(len(gpu_names()))] or [None]
-        failures = run_in_processes(["run", *again], jobs, [device] if device is not None else devices)
+        failures = run_in_processes(
+            ["run", *again],
+            jobs,
+            [device] if device is not None else devices,
+            lambda: plan_status(_plan(tables, profile, seeds, row, results, device)[0]),
+        )
         if failures:
             raise RunFailed(f"{failures} of {jobs} processes failed; `sparseinst status` says why")
     else:
@@ -122,18 +128,21 @@ def status(
     row: RowText = None,
     results: Results = RESULTS,
     device: Device = None,
+    watch: Annotated[bool, typer.Option(help="Keep it up to date; stop with Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> None:
     """Every run: its state, progress and ETA, and why it failed."""
-    from sparseinst.ablation.status import as_json as status_json
-    from sparseinst.ablation.status import plan_status, show
+    from sparseinst.ablation import status as states
 
-    made, _ = _plan(tables, profile, seeds, row, results, device)
-    found = plan_status(made)
+    def look() -> list[states.Status]:
+        return states.plan_status(_plan(tables, profile, seeds, row, results, device)[0])
+
     if as_json:
-        print(json.dumps(status_json(found)))
+        print(json.dumps(states.as_json(look())))
+    elif watch:
+        states.watch(look, lambda: True)
     else:
-        show(found)
+        states.show(look())
 
 
 @app.command()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
+import matplotlib.axes
+import matplotlib.ticker
 from matplotlib.figure import Figure
 
 from sparseinst.ablation.study import LatencyFigure
 from sparseinst.paths import atomic
 from sparseinst.report.collect import Column, TableResult
 
-mpl.use("Agg")
-mpl.rcParams.update({"svg.hashsalt": "sparseinst", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False})
-mpl.rcParams.update({"axes.spines.right": False, "figure.constrained_layout.use": True})
+_SVG = {"svg.hashsalt": "sparseinst", "svg.fonttype": "none"}  # ids that do not change; text that stays text
 
 MODULES: tuple[LatencyFigure, ...] = ("backbone", "encoder", "decoder", "post")
 _MARKS = "sD^vPX*<>"
@@ -23,7 +24,11 @@ _MARKS = "sD^vPX*<>"
 def speed_accuracy(result: TableResult) -> Figure | None:
     """AP over milliseconds an image: the paper's, measured and quoted points, a mark for each protocol (Figure 1)."""
     figure, axes = _new(7.5, 5)
-    paper = [(1000 / r.row.paper["FPS"], r.row.paper["AP"], r.row.name) for r in result.rows if {"FPS", "AP"} <= set(r.row.paper)]
+    paper = [
+        (ms, entry.row.paper["AP"], entry.row.name)
+        for entry in result.rows
+        if "AP" in entry.row.paper and (ms := _milliseconds(entry.row.paper)) is not None
+    ]
     if paper:
         _points(axes, paper, "o-", "SparseInst, the paper: RTX 2080 Ti, PyTorch FP32")
     for column in result.columns:
@@ -37,25 +42,23 @@ def speed_accuracy(result: TableResult) -> Figure | None:
         if points:
             _points(axes, points, "o--", f"SparseInst, measured at {result.profile} scale: {column.device}")
     for mark, (name, protocol) in zip(_MARKS, result.table.spec.protocols.items(), strict=False):
-        quoted = []
-        for q in result.table.spec.quoted:
-            if q.protocol == name and "AP" in q.figures:
-                ms = q.figures["ms"] if "ms" in q.figures else 1000 / q.figures["FPS"] if "FPS" in q.figures else None
-                if ms is not None:
-                    quoted.append((ms, q.figures["AP"]))
+        quoted = [
+            (ms, row.figures["AP"], " ".join(str(value) for value in row.labels.values()))
+            for row in result.table.spec.quoted
+            if row.protocol == name and "AP" in row.figures and (ms := _milliseconds(row.figures)) is not None
+        ]
         if quoted:
-            axes.plot(
-                *zip(*quoted, strict=True), mark, ls="", alpha=0.6, label=f"quoted: {protocol.device}, {protocol.description}"
-            )
+            label = f"quoted: {protocol.device}, {protocol.description}"
+            _points(axes, quoted, mark, label, ls="", alpha=0.6, size=5.5)
     if not axes.lines:
         return None
     axes.set(xlabel="ms an image (log scale); other devices and engines are no comparison", ylabel="mask AP", xscale="log")
     axes.set_title(result.table.spec.title)
     axes.xaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
-    axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-    axes.set_xticks([2, 5, 10, 20, 50])
+    axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=7.5, loc="lower center", bbox_to_anchor=(0.5, -0.5), ncols=2, frameon=False)
+    figure.legend(fontsize=8, loc="outside lower center", frameon=False)
     return figure
 
 
@@ -81,7 +84,7 @@ def module_times(result: TableResult) -> Figure | None:
     axes.set_yticks(range(len(bars)), [label for label, _ in bars])
     axes.invert_yaxis()
     axes.set(xlabel="ms", title=result.table.spec.title)
-    axes.legend(frameon=False, ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.55))
+    figure.legend(frameon=False, ncols=4, fontsize=8, loc="outside lower center")
     return figure
 
 
@@ -103,19 +106,31 @@ def differences(result: TableResult) -> Figure | None:
     axes.set_yticks(range(len(rows)), [row.row.name for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set(xlabel=f"difference in AP from '{result.table.spec.reference}'", title=result.table.spec.title)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, ncols=2, fontsize=8, loc="outside lower center")
     return figure
 
 
 def _new(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
-def _points(axes: mpl.axes.Axes, points: list[tuple[float, float, str]], style: str, label: str) -> None:
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], style, label=label)
+def _milliseconds(figures: Mapping[Any, float]) -> float | None:
+    """An image, from figures that state it or images a second."""
+    if "ms" in figures:
+        return figures["ms"]
+    return 1000 / figures["FPS"] if "FPS" in figures else None
+
+
+def _points(
+    axes: mpl.axes.Axes, points: list[tuple[float, float, str]], style: str, label: str, size: float = 8, **more: Any
+) -> None:
+    """Points with a name each; more of matplotlib's options for their line."""
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], style, label=label, **more)
     for x, y, text in points:
-        axes.annotate(text, (x, y), textcoords="offset points", xytext=(5, -10), fontsize=8)
+        axes.annotate(text, (x, y), textcoords="offset points", xytext=(5, -0.9 * size), fontsize=size)
 
 
 def plots(result: TableResult) -> dict[str, Callable[[TableResult], Figure | None]]:
@@ -134,5 +149,5 @@ def plots(result: TableResult) -> dict[str, Callable[[TableResult], Figure | Non
 def save(figure: Figure, path: Path) -> None:
     """As PNG and SVG, with the same bytes for the same figure."""
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        with atomic(path.with_suffix(suffix)) as temporary:
+        with atomic(path.with_suffix(suffix)) as temporary, mpl.rc_context(_SVG):
             figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=metadata)
