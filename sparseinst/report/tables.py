@@ -11,6 +11,8 @@ from sparseinst.report.collect import ACCURACY, Cell, Column, TableResult
 
 NOISE = "≈"
 """Marks a cell whose difference from the reference row lies within noise."""
+IMAGES_ALONE = "†"
+"""Marks an interval that does not hold the spread over seeds, as no row has several."""
 
 
 def frame(result: TableResult) -> pd.DataFrame:
@@ -54,7 +56,7 @@ def _interval(found: Difference | None) -> str:
     if found is None:
         return ""
     text = f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
-    return text if found.seeds_known else f"{text} over images alone"
+    return text if found.seeds_known else f"{text} {IMAGES_ALONE}"
 
 
 def notes(result: TableResult) -> list[str]:
@@ -69,6 +71,9 @@ def notes(result: TableResult) -> list[str]:
             f"(pooled over the table's rows) and a paired bootstrap over images; {NOISE} marks what lies within it. "
             "The verdict says whether the sign of the paper's difference replicates."
         )
+        differences = [cell.difference for row in result.rows for cell in row.cells.values() if cell.difference is not None]
+        if not all(found.seeds_known for found in differences):
+            lines.append(f"{IMAGES_ALONE} over images alone: no row has several seeds yet, so nothing can be told.")
     lines += [
         f"[{name}]: {protocol.device}, {protocol.description}; {protocol.source}."
         for name, protocol in result.table.spec.protocols.items()
@@ -131,6 +136,7 @@ def _tex(text: str) -> str:
     for plain, tex in (("\\", "\\textbackslash "), ("&", "\\&"), ("%", "\\%"), ("_", "\\_"), ("#", "\\#"), ("$", "\\$")):
         text = text.replace(plain, tex)
     for plain, tex in (
+        ("†", "$\\dagger$"),
         ("±", "$\\pm$"),
         (NOISE, "$\\approx$"),
         ("|", "$|$"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from sparseinst.report.collect import TableResult
@@ -15,9 +17,11 @@ def print_table(result: TableResult) -> None:
     table = Table(title=f"{result.table.spec.title} ({result.profile})", title_justify="left", show_lines=False)
     labels = len(result.table.spec.columns)
     for number, column in enumerate(data.columns):
-        table.add_column(str(column), justify="left" if number < labels else "right")
+        table.add_column(str(column), justify="left" if number < labels else "right", no_wrap=True)
     for row in data.itertuples(index=False):
-        table.add_row(*map(str, row))
-    Console(width=max(Console().width, 110)).print(table, markup=False)  # a narrow terminal wraps lines, not cells
+        table.add_row(*(escape(str(cell)) for cell in row))
+    console = Console()
+    width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    Console(width=max(console.width, width)).print(table)  # a narrow terminal wraps lines, not cells
     for note in notes(result):
         print(f"- {note}")
