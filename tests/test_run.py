@@ -150,6 +150,11 @@ def test_weights_that_are_gone_are_trained_again(caplog: pytest.LogCaptureFixtur
         checkpoint.unlink()
     run_plan(smoke(store, "table5", row="dice alone"), store, device="cpu", progress=False)
     assert "training again" in caplog.text
+    store.path(train.key).unlink()
+    run_plan(smoke(store, "table5", row="dice alone"), store, device="cpu", progress=False)
+    record = store.load(train.key)
+    assert record is not None
+    assert record.provenance["seconds"] == record.result["seconds"] > 0.01, "of the training, not of finding it done"
     again = store.load(evaluation.key)
     assert again is not None
     assert figures is not None

@@ -25,8 +25,8 @@ class Record:
     kind: Kind
     key: str
     result: dict[str, Any]
-    """train: `steps`, `losses`, `parameters`. evaluate: `figures`, `images`. latency: `whole_ms`, `modules_ms`, `size`.
-    compare: `baseline` and `other` (evaluate keys), `difference` and `interval` by figure."""
+    """train: `steps`, `seconds`, `losses`, `parameters`. evaluate: `figures`, `images`. latency: `whole_ms`, `modules_ms`,
+    `size`. compare: `baseline` and `other` (evaluate keys), `difference` and `interval` by figure."""
     config: dict[str, Any] = field(default_factory=dict)
     """Every setting, resolved; none for a comparison."""
     provenance: dict[str, Any] = field(default_factory=dict)

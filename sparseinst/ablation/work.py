@@ -38,7 +38,8 @@ def do_stage(run: StageRun, store: Store, *, profile: str, device: str | None, d
         profile=profile,
         device=device_name,
         seed=run.config.train.seed,
-        seconds=time.perf_counter() - began,
+        # A training's time is in its log: this process may have done the last of it only.
+        seconds=result.get("seconds", time.perf_counter() - began),
         data=file_digest(data) if data is not None else None,
     )
     store.write(Record(run.stage, run.key, result, run.config.model_dump(mode="json"), about))
@@ -58,8 +59,10 @@ def _train(run: StageRun, device: str | None, progress: bool) -> Outcome:
     lines = paths.metrics.read_text(encoding="utf-8").splitlines()
     steps = [record for record in map(json.loads, lines) if "loss" in record]
     last = steps[-1]
+    before = [0, *(record["iteration"] for record in steps)]
     result = {
         "steps": last["iteration"],
+        "seconds": round(sum(r["seconds"] * (r["iteration"] - start) for r, start in zip(steps, before, strict=False)), 1),
         "losses": {name.removeprefix("loss_"): value for name, value in last.items() if name.startswith("loss")},
         "parameters": _parameters(weights),
     }

@@ -118,6 +118,8 @@ def run(
                 draw(key, made.runs[key].config, pictures / planned.table.name / planned.row.name, device)
     already = len(made.runs) - len(made.to_do())
     print(f"{len(made.runs)} runs done" + (f", {already} of them before" if already else ""))
+    where = f" --results {results}" if results != RESULTS else ""
+    print(f"to see the tables: sparseinst report {' '.join(tables)} --profile {profile}{where} --show")
 
 
 @app.command()
