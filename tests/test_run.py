@@ -205,6 +205,8 @@ def test_status_and_logs_of_an_interrupted_training(capsys: pytest.CaptureFixtur
         (["run", "table5", "--profile", "mimi"], "did you mean 'mini'"),
         (["run", "table5", "--row", "no such"], "no row is called 'no such' (rows: BCE alone"),
         (["plan", "nowhere/x.yaml"], "no such table"),
+        (["plan", "--device", "cuda:x"], "device 'cuda:x': cpu, cuda or cuda:1 was expected"),
+        (["run", "table5", "--results", "experiments/table5.yaml"], "is no folder; name another one"),
         (["plan", "--profile", "nowhere/p.yaml"], "no such profile"),
     ],
 )

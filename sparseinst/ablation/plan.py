@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -199,9 +200,15 @@ def _mark(key: str | None, plan: Plan) -> str:
 
 @functools.cache
 def device_name(device: str | None) -> str:
-    """What the device calls itself: the GPU's name where `device` (or, for None, the machine) has one, else the processor's."""
-    if device is None or device.startswith("cuda"):
-        index = int(device.partition(":")[2] or 0) if device is not None else 0
+    """What the device calls itself: the GPU's name where `device` (or, for None, the machine) has one, else the processor's.
+
+    Raises:
+        UserError: not a device's name.
+    """
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"device {device!r}: cpu, cuda or cuda:1 was expected")
+    if device != "cpu":
+        index = int((device or "").partition(":")[2] or 0)
         names = gpu_names()
         if index < len(names):
             return names[index]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparseinst.config import Stage
+from sparseinst.errors import UserError
 from sparseinst.paths import atomic
 
 _log = logging.getLogger(__name__)
@@ -34,9 +35,15 @@ class Record:
 
 
 class Store:
-    """The records below a results folder. Any number of processes may read and write at once."""
+    """The records below a results folder. Any number of processes may read and write at once.
+
+    Raises:
+        UserError: something other than a folder is there.
+    """
 
     def __init__(self, results: Path = RESULTS) -> None:
+        if results.exists() and not results.is_dir():
+            raise UserError(f"{results}: is no folder; name another one with --results")
         self.results = results
         self.folder = results / "records"
 
