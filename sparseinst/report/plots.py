@@ -15,8 +15,6 @@ from sparseinst.ablation.study import LatencyFigure
 from sparseinst.paths import atomic
 from sparseinst.report.collect import Column, TableResult
 
-_SVG = {"svg.hashsalt": "sparseinst", "svg.fonttype": "none"}  # ids that do not change; text that stays text
-
 MODULES: tuple[LatencyFigure, ...] = ("backbone", "encoder", "decoder", "post")
 _MARKS = "sD^vPX*<>"
 
