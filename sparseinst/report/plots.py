@@ -147,5 +147,9 @@ def plots(result: TableResult) -> dict[str, Callable[[TableResult], Figure | Non
 def save(figure: Figure, path: Path) -> None:
     """As PNG and SVG, with the same bytes for the same figure."""
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        with atomic(path.with_suffix(suffix)) as temporary, mpl.rc_context(_SVG):
+        # Ids that do not change; text that stays text.
+        with (
+            atomic(path.with_suffix(suffix)) as temporary,
+            mpl.rc_context({"svg.hashsalt": "sparseinst", "svg.fonttype": "none"}),
+        ):
             figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=metadata)
