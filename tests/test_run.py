@@ -138,6 +138,26 @@ def test_a_damaged_record_is_named_set_aside_and_done_again(caplog: pytest.LogCa
     assert again.result == json.loads(whole)["result"]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        '{"kind": "evaluate", "key": "k", "result": {}}',
+        '{"kind": "x", "key": "k", "result": {}}',
+        "\xff",
+        '{"kind": "evaluate", "key": "k", "result": {"figures": {"AP": "high"}}}',
+        '{"kind": "evaluate", "key": "another", "result": {"figures": {"AP": 1.0}}}',
+    ],
+)
+def test_what_is_no_record_is_set_aside(content: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store()
+    store.folder.mkdir(parents=True)
+    store.path("k").write_bytes(content.encode("latin-1"))
+    assert store.load("k") is None
+    assert "k.json is damaged" in caplog.text
+    assert store.path("k").with_suffix(".damaged").read_bytes() == content.encode("latin-1")
+
+
 def test_weights_that_are_gone_are_trained_again(caplog: pytest.LogCaptureFixture) -> None:
     store = Store()
     plan = smoke(store, "table5", row="dice alone")

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from sparseinst.config import Stage
 from sparseinst.errors import UserError
 from sparseinst.paths import atomic
@@ -32,6 +34,32 @@ class Record:
     """Every setting, resolved; none for a comparison."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """commit, versions, device, seed, wall time and so on; see `provenance`."""
+
+
+class _Trained(BaseModel):
+    """A report reads nothing of it."""
+
+
+class _Evaluated(BaseModel):
+    figures: dict[str, float | None]
+
+
+class _Timed(BaseModel):
+    whole_ms: dict[str, float]
+    modules_ms: dict[str, float]
+
+
+class _Compared(BaseModel):
+    standard_error: dict[str, float]
+
+
+_CONTENTS: dict[Kind, type[BaseModel]] = {
+    "train": _Trained,
+    "evaluate": _Evaluated,
+    "latency": _Timed,
+    "compare": _Compared,
+}
+"""What a report reads of each kind: a record without it is damaged."""
 
 
 class Store:
@@ -62,10 +90,11 @@ class Store:
         path = self.path(key)
         try:
             record = Record(**json.loads(path.read_text(encoding="utf-8")))
+            _CONTENTS[record.kind].model_validate(record.result)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
-            self._set_aside(path, str(error))
+        except (ValueError, TypeError, KeyError) as error:
+            self._set_aside(path, " ".join(str(error).split()))
             return None
         if record.key != key:
             self._set_aside(path, f"it is of {record.key}")
