@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: mini test lint clean
+.PHONY: install mini test test-slurm lint clean
 mini: $(INSTALLED)
 	$(BIN)/sparseinst run table5 --profile mini --results runs/mini --pictures runs/pictures
 	$(BIN)/sparseinst report table5 --profile mini --results runs/mini --show
 
+install: $(INSTALLED)
+
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Debian: apt-get install slurm-wlm munge
+test-slurm: $(INSTALLED)
+	$(BIN)/python -m pytest tests/slurm -m slurm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

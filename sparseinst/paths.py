@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,30 +57,42 @@ class RunPaths:
         return self.root / "predictions.json"
 
     @property
-    def state(self) -> Path:
-        """What a stage's process last said of itself."""
-        return self.root / "state.json"
+    def submitted(self) -> Path:
+        """As what job the stage was last sent to a cluster."""
+        return self.root / "submitted.json"
 
     @property
-    def lock(self) -> Path:
-        """Held while this folder is trained in."""
-        return self.root / ".lock"
+    def attempts(self) -> Path:
+        return self.root / "attempts"
 
-    @property
-    def claim(self) -> Path:
-        """Held by the process that works on the stage of this folder."""
-        return self.root / ".claim"
+    def attempt(self, number: int) -> Path:
+        """Who began the attempt of that number."""
+        return self.attempts / f"{number:04d}.json"
+
+    def beat(self, number: int, rank: int) -> Path:
+        """The heartbeat of one rank of an attempt."""
+        return self.attempts / f"{number:04d}.{rank}.beat"
+
+    def end(self, number: int, rank: int) -> Path:
+        """How an attempt ended for one rank."""
+        return self.attempts / f"{number:04d}.{rank}.end"
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to; renamed to `path` when the block ends well, removed when it does not."""
+def atomic(path: Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
+    """A temporary sibling to write to; renamed to `path` when the block ends well, removed when it does not.
+
+    Args:
+        check: called right before the renaming; what it raises prevents it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        if check is not None:
+            check()
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

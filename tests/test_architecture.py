@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "sparseinst"
 ALLOWED = {
     "errors": set(),
     "paths": set(),
+    "attempts": {"errors", "paths"},
     "config": {"overrides"},  # inside `Config.replace` alone
     "overrides": {"config", "errors"},
     "models": {"config", "overrides", "errors"},
@@ -20,15 +21,16 @@ ALLOWED = {
     "criterion": {"config", "matcher", "models"},
     "postprocess": {"config", "models"},
     "integrations": {"config", "models", "errors"},
-    "ablation": {"config", "overrides", "errors", "paths", "data", "engine"},
+    "ablation": {"config", "overrides", "errors", "paths", "attempts", "data", "engine"},
     "report": {"config", "paths", "ablation"},
-    "engine": {"config", "overrides", "errors", "paths", "models", "data", "matcher", "criterion", "postprocess"},
+    "engine": {"config", "overrides", "errors", "paths", "attempts", "models", "data", "matcher", "criterion", "postprocess"},
 }
 """What each room of the package may import from; `cli` may import all."""
 
 WITHOUT_TORCH = [
     "errors",
     "paths",
+    "attempts",
     "config",
     "overrides",
     "cli",
@@ -46,6 +48,10 @@ WITHOUT_TORCH = [
     "ablation.compare",
     "ablation.status",
     "ablation.statistics",
+    "ablation.cluster",
+    "ablation.job",
+    "ablation.launch",
+    "ablation.submission",
     "ablation.provenance",
     "report.collect",
     "report.tables",

@@ -8,7 +8,7 @@ import pytest
 from sparseinst.ablation.compare import compare_key
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import Profile, Table, read_profile, read_spec, read_tables, row_config
-from sparseinst.report.collect import TableResult, collect
+from sparseinst.report.collect import TableResult, collect, seed_spreads
 from sparseinst.report.pages import write_report
 from sparseinst.report.tables import FORMATS, frame
 
@@ -41,7 +41,8 @@ def store(tmp_path: Path) -> Store:
 
 
 def table5(store: Store, states: dict[str, str] | None = None, profile: Profile = MINI) -> TableResult:
-    return collect(Table(name="table5", spec=read_spec("table5", EXPERIMENTS)), profile, store, states or {})
+    table = Table(name="table5", spec=read_spec("table5", EXPERIMENTS))
+    return collect(table, profile, store, states or {}, seed_spreads([table], profile, store, store.keys()))
 
 
 def test_cells_differences_and_verdicts(store: Store) -> None:
@@ -82,14 +83,14 @@ def test_devices_never_share_a_column(tmp_path: Path) -> None:
         modules = dict.fromkeys(("backbone", "encoder", "decoder", "post"), factor)
         result = {"whole_ms": {"median": 4 * factor}, "modules_ms": modules}
         store.write(Record("latency", config.latency_key(device), result, provenance={"device": device}))
-    data = frame(collect(table, MINI, store, {}))
+    data = frame(collect(table, MINI, store, {}, {}))
     assert (data["backbone (Card A)"][0], data["backbone (Card B)"][0]) == ("1.00 | 10.0", "2.00 | 10.0")
     assert data["backbone (Card A)"][1] == "pending | 13.3"
 
 
 def test_protocols_of_quoted_rows_are_marked(tmp_path: Path) -> None:
     [table] = read_tables(["table1"], EXPERIMENTS)
-    data = frame(collect(table, MINI, Store(tmp_path), {}))
+    data = frame(collect(table, MINI, Store(tmp_path), {}, {}))
     row = data[data["method"] == "CondInst"].iloc[0]
     assert (row["FPS"], row["AP"]) == ("quoted 20.4 [published]", "quoted 35.4")
 

@@ -15,7 +15,9 @@ from sparseinst.ablation.run import run_plan
 from sparseinst.ablation.status import plan_status
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables
+from sparseinst.attempts import Attempt
 from sparseinst.cli import run_cli
+from sparseinst.paths import RunPaths
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -206,7 +208,9 @@ def test_status_and_logs_of_an_interrupted_training(capsys: pytest.CaptureFixtur
     key = next(run.key for run in smoke(store, "table5", row="dice alone").runs.values())
     folder = Path("runs") / key
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text('{"state": "running", "pid": 1}')
+    attempt = Attempt.begin(RunPaths(folder))
+    about = json.loads(attempt.paths.attempt(1).read_text())
+    attempt.paths.attempt(1).write_text(json.dumps({**about, "process": "a process that is gone"}))
     (folder / "metrics.jsonl").write_text('{"iteration": 1, "loss": 3.0, "seconds": 60.0}\n{"iterat')
     (folder / "log.txt").write_text("step 1/2\n")
     assert run_cli(["status", "table5", "--profile", "smoke", "--json", "--device", "cpu"]) == 0

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sparseinst.ablation.statistics import Sample, difference, pooled_spread, verdict
+from sparseinst.ablation.statistics import Noise, Sample, difference, pooled_spread, verdict
 
 
 def test_pooled_spread_weighs_by_degrees_of_freedom() -> None:
@@ -18,12 +18,12 @@ def test_pooled_spread_weighs_by_degrees_of_freedom() -> None:
 def test_interval_joins_both_sources() -> None:
     row, reference = Sample((30.0, 32.0)), Sample((29.0, 30.0, 31.0))
     spread = pooled_spread([row, reference])
-    found = difference(row, reference, spread, [0.5, 0.7])
+    found = difference(row, reference, Noise(spread, [0.5, 0.7]))
     assert found is not None
     half = math.hypot(1.959964 * 0.6, 3.182446 * math.sqrt(4 / 3) * math.sqrt(1 / 2 + 1 / 3))
     assert (found.value, found.low, found.high) == pytest.approx((1.0, 1 - half, 1 + half), abs=1e-5)
     assert found.within_noise
-    assert difference(row, reference, None, []) is None
+    assert difference(row, reference, Noise(None)) is None
 
 
 @pytest.mark.parametrize(
@@ -33,12 +33,29 @@ def test_interval_joins_both_sources() -> None:
 def test_verdict(measured: float, paper: float, expected: str | None) -> None:
     reference = Sample((30.0, 31.0, 32.0))
     row = Sample((31 + measured,))
-    assert verdict(difference(row, reference, pooled_spread([reference]), [0.3]), paper) == expected
+    assert verdict(difference(row, reference, Noise(pooled_spread([reference]), [0.3])), paper) == expected
 
 
 def test_images_alone_are_no_finding() -> None:
-    found = difference(Sample((10.0,)), Sample((30.0,)), None, [0.1])
+    found = difference(Sample((10.0,)), Sample((30.0,)), Noise(None, [0.1]))
     assert found is not None
     assert not found.within_noise
     assert not found.seeds_known
     assert verdict(found, -8.0) == "cannot be told"
+
+
+def test_two_evaluations_of_the_same_weights_are_compared_seed_by_seed() -> None:
+    """The trainings differ by 4 AP, the two ways to score them by 0.5 each time: that is no noise."""
+    row, reference = Sample((30.0, 34.1, 32.0)), Sample((30.5, 34.5, 32.5))
+    spread = pooled_spread([row, reference])
+    apart = difference(row, reference, Noise(spread))
+    assert apart is not None
+    assert apart.within_noise
+    paired = difference(row, reference, Noise(spread, same_weights=True))
+    assert paired is not None
+    half = 4.302653 * (0.1 / math.sqrt(3)) / math.sqrt(3)  # t(0.975, 2); the differences are -0.5, -0.4, -0.5
+    assert (paired.low, paired.high) == pytest.approx((-1.4 / 3 - half, -1.4 / 3 + half), abs=1e-5)
+    assert verdict(paired, -0.6) == "replicates"
+    single = difference(Sample((30.0,)), Sample((30.5,)), Noise(spread, [0.1], same_weights=True))
+    assert single is not None
+    assert not single.seeds_known

@@ -12,7 +12,7 @@ from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import Profile, list_tables, read_profile, read_spec, read_tables, row_config
 from sparseinst.config import Config
 from sparseinst.errors import UserError
-from sparseinst.report.collect import collect
+from sparseinst.report.collect import collect, seed_spreads
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 ABLATIONS = [f"table{number}" for number in range(2, 8)]
@@ -186,8 +186,9 @@ def test_fast_with_many_records(tmp_path: Path) -> None:
     states = plan_status(plan)
     looked = time.process_time()
     keys = store.keys()
+    spreads = seed_spreads(tables, profile, store, keys)
     for table in tables:
-        collect(table, profile, store, {}, keys)
+        collect(table, profile, store, {}, spreads, keys)
     collected = time.process_time()
     assert len(states) == len(plan.runs)
     assert max(planned - began, looked - planned, collected - looked) < 2

@@ -15,15 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparseinst.attempts import Attempt
 from sparseinst.config import Config, TrainConfig
-from sparseinst.engine.checkpoint import load_checkpoint
+from sparseinst.engine.checkpoint import newest_checkpoint
 from sparseinst.engine.schedule import learning_rate_factor, parameter_groups
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.models.sparseinst import build_model
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths, atomic
 
-from .conftest import CPU, run
+from .conftest import run
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -119,7 +120,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tiny: Config, tmp_path:
     for path in (paths.checkpoint(4), paths.checkpoint(6)):
         path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(RunFailed, match="every checkpoint is damaged"):
-        load_checkpoint(paths, CPU)
+        newest_checkpoint(paths)
 
 
 def test_full_disk_keeps_the_old_checkpoint(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,12 +165,10 @@ def test_weights_that_blow_up_are_not_saved(tiny: Config, tmp_path: Path) -> Non
 
 
 def test_folder_of_another_run_and_folder_in_use(tiny: Config, tmp_path: Path) -> None:
-    from filelock import FileLock
-
     run(tiny, tmp_path / "run")
     with pytest.raises(UserError, match=r"holds a run with other settings \(model\)"):
         run(tiny.replace({"model.decoder.depth": 2}), tmp_path / "run")
-    with FileLock(RunPaths(tmp_path / "run").lock), pytest.raises(UserError, match="another process is training"):
+    with Attempt.begin(RunPaths(tmp_path / "run")), pytest.raises(UserError, match="another process is at work in this folder"):
         run(tiny, tmp_path / "run")
 
 

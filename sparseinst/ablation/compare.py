@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sparseinst.ablation.plan import Plan
 from sparseinst.ablation.store import Record, Store
+from sparseinst.ablation.study import row_config
 from sparseinst.ablation.work import run_folder
-from sparseinst.config import Config, content_hash
-
-_log = logging.getLogger(__name__)
+from sparseinst.config import DataConfig, content_hash
 
 SAMPLES = 1000
 CONFIDENCE = 0.95
@@ -28,45 +28,60 @@ def compare_key(baseline: str, other: str) -> str:
     return content_hash({"stage": "compare", "baseline": baseline, "other": other, "samples": SAMPLES})
 
 
-def compare_rows(plan: Plan, store: Store) -> int:
-    """Compare each row with its table's reference row of the same seed, where both are evaluated and it is not done yet.
+@dataclass(frozen=True)
+class Pair:
+    """Two evaluations over the same images; plain data."""
+
+    baseline: str
+    """Key of the reference row's evaluation."""
+    other: str
+    data: dict[str, Any]
+    """The `data` section of their config."""
+
+
+def plan_pairs(plan: Plan) -> list[Pair]:
+    """Each row with its table's reference row of the same seed, whether or not that row is part of the plan; each pair once."""
+    pairs: dict[tuple[str, str], Pair] = {}
+    for planned in plan.rows:
+        spec, other = planned.table.spec, planned.keys.get("evaluate")
+        if spec.reference is None or other is None or spec.reference == planned.row.name:
+            continue
+        row = next(row for row in spec.rows if row.name == spec.reference)
+        config = row_config(spec, row, plan.profile, planned.seed)
+        baseline = config.evaluate_key()
+        if baseline != other:
+            pairs[baseline, other] = Pair(baseline, other, config.data.model_dump(mode="json"))
+    return list(pairs.values())
+
+
+def compare_pairs(pairs: Sequence[Pair], store: Store) -> int:
+    """Compare the pairs that are evaluated and not compared yet.
 
     Returns:
-        How many comparisons were made.
+        How many cannot be compared because the predictions of an evaluation are not here any more.
     """
-    evaluations = {
-        (planned.table.name, planned.row.name, planned.seed): planned.keys["evaluate"]
-        for planned in plan.rows
-        if "evaluate" in planned.keys
-    }
-    made = 0
-    for planned in plan.rows:
-        reference = planned.table.spec.reference
-        other = planned.keys.get("evaluate")
-        if reference is None or other is None or reference == planned.row.name:
+    missing = 0
+    for pair in pairs:
+        key = compare_key(pair.baseline, pair.other)
+        if store.has(key) or not (store.has(pair.baseline) and store.has(pair.other)):
             continue
-        baseline = evaluations.get((planned.table.name, reference, planned.seed))
-        if baseline is None or store.has(compare_key(baseline, other)):
-            continue
-        paths = [run_folder(key).predictions for key in (baseline, other)]
-        if not (store.has(baseline) and store.has(other) and all(path.exists() for path in paths)):
-            continue
-        result = _compare(plan.runs[other].config, baseline, other)
-        store.write(Record("compare", compare_key(baseline, other), result))
-        made += 1
-    return made
+        if all(run_folder(evaluation).predictions.exists() for evaluation in (pair.baseline, pair.other)):
+            store.write(Record("compare", key, _compare(pair)))
+        else:
+            missing += 1
+    return missing
 
 
-def _compare(config: Config, baseline: str, other: str) -> dict[str, Any]:
+def _compare(pair: Pair) -> dict[str, Any]:
     from hotcoco import COCO, COCOeval, compare
 
     from sparseinst.data.coco import val_split
 
-    file = val_split(config.data).file
+    file = val_split(DataConfig.model_validate_json(json.dumps(pair.data))).file
     evaluations = []
     with contextlib.redirect_stdout(io.StringIO()):  # it tells of its progress
         truth = COCO(str(file))
-        for key in (baseline, other):
+        for key in (pair.baseline, pair.other):
             results = json.loads(run_folder(key).predictions.read_text(encoding="utf-8"))
             evaluation = COCOeval(truth, truth.loadRes(results), "segm")
             evaluation.evaluate()
@@ -75,8 +90,8 @@ def _compare(config: Config, baseline: str, other: str) -> dict[str, Any]:
         found = compare(before, after, n_bootstrap=SAMPLES, seed=0, confidence=CONFIDENCE)
     figures = [name for name, value in found["metrics_a"].items() if value >= 0 and found["metrics_b"][name] >= 0]
     return {
-        "baseline": baseline,
-        "other": other,
+        "baseline": pair.baseline,
+        "other": pair.other,
         "samples": SAMPLES,
         "confidence": CONFIDENCE,
         "difference": {name: round(100 * found["deltas"][name], 4) for name in figures},

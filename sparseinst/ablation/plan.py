@@ -67,6 +67,7 @@ def make_plan(
     seeds: Sequence[int] = (0,),
     row: str | None = None,
     device: str | None = None,
+    name: str | None = None,
 ) -> Plan:
     """The stages that the rows need.
 
@@ -74,11 +75,12 @@ def make_plan(
         seeds: each row is trained once with each; the first is enough for latency.
         row: only rows whose name holds this text.
         device: where it will run, as `--device` names it; latency is kept apart by the device's own name.
+        name: that name, where the device is on another machine.
 
     Raises:
         UserError: a row that does not fit the profile, or no row of that name.
     """
-    name = device_name(device)
+    name = name or device_name(device)
     rows: list[PlannedRow] = []
     runs: dict[str, StageRun] = {}
     for table in tables:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import platform
 import resource
 import subprocess
@@ -13,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+SNAPSHOT = "snapshot.json"
+"""Beside a copy of the package: its `code_version`."""
 PACKAGES = ("sparseinst", "torch", "torchvision", "timm", "numpy", "scipy", "hotcoco")
 
 
@@ -20,6 +23,10 @@ PACKAGES = ("sparseinst", "torch", "torchvision", "timm", "numpy", "scipy", "hot
 def code_version() -> dict[str, str | None]:
     """The commit of the code that runs, and a hash of what differs from it; None where it is no git checkout."""
     folder = Path(__file__).parent
+    snapshot = folder.parents[1] / SNAPSHOT
+    if snapshot.exists():  # a copy, made when a job was sent to a cluster
+        described: dict[str, str | None] = json.loads(snapshot.read_text(encoding="utf-8"))
+        return described
 
     def git(*arguments: str) -> str | None:
         try:
@@ -34,11 +41,15 @@ def code_version() -> dict[str, str | None]:
     return {"commit": commit.strip() if commit else None, "changes": digest}
 
 
-def describe(*, profile: str, device: str, seed: int, seconds: float, data: str | None) -> dict[str, Any]:
+def describe(
+    *, profile: str, device: str, world_size: int, attempts: int, seed: int, seconds: float, data: str | None
+) -> dict[str, Any]:
     """Provenance of one stage that just ended in this process.
 
     Args:
         device: the name of the device it ran on.
+        world_size: processes that worked on it together.
+        attempts: how often it was begun.
         seconds: wall time.
         data: hash of the annotation file it read.
     """
@@ -48,7 +59,8 @@ def describe(*, profile: str, device: str, seed: int, seconds: float, data: str 
         "platform": f"{platform.system()} {platform.machine()}",
         "profile": profile,
         "device": device,
-        "world_size": 1,
+        "world_size": world_size,
+        "attempts": attempts,
         "seed": seed,
         "data": data,
         "seconds": round(seconds, 1),

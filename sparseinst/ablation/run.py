@@ -5,22 +5,24 @@ Any number of processes may run the same plan: each stage is claimed by a lock, 
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 
-from filelock import FileLock, Timeout
-
-from sparseinst.ablation.compare import compare_rows
+from sparseinst.ablation.compare import compare_pairs, plan_pairs
 from sparseinst.ablation.plan import Plan, StageRun
 from sparseinst.ablation.status import Status, watch
 from sparseinst.ablation.store import Store
-from sparseinst.ablation.work import RUNS, do_stage, note_state, run_folder
-from sparseinst.errors import RunFailed, UserError
+from sparseinst.ablation.work import RUNS, Place, do_stage
+from sparseinst.attempts import Attempt, Held, reason
+from sparseinst.paths import RunPaths
+
+_log = logging.getLogger(__name__)
 
 _WAIT = 1.0  # seconds between looks at what other processes hold
 
@@ -33,17 +35,24 @@ def run_plan(plan: Plan, store: Store, *, device: str | None, progress: bool = T
     Returns:
         Why, by key, of the stages that failed.
     """
-    worker = _Worker(plan, store, device, progress)
+    place = Place(plan.profile.name, device, plan.device, progress)
+    worker = _Worker(plan, store, place)
     worker.work()
-    compare_rows(plan, store)
+    missing = compare_pairs(plan_pairs(plan), store)
+    if missing:
+        _log.warning(
+            "%d comparisons over images were left out: the predictions of evaluations that are already recorded are not in %s",
+            missing,
+            RUNS,
+        )
     return worker.failed
 
 
 class _Worker:
     """One process on its way through a plan."""
 
-    def __init__(self, plan: Plan, store: Store, device: str | None, progress: bool) -> None:
-        self.plan, self.store, self.device, self.progress = plan, store, device, progress
+    def __init__(self, plan: Plan, store: Store, place: Place) -> None:
+        self.plan, self.store, self.place = plan, store, place
         self.failed: dict[str, str] = {}
         self.begun, self.total = 0, len(plan.to_do())
 
@@ -64,36 +73,32 @@ class _Worker:
             return True
         if run.needs is not None and not self.store.has(run.needs):
             return False
-        paths = run_folder(run.key)
-        paths.root.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(paths.claim, timeout=0):
-                if not self.store.has(run.key):  # it may have come while we went for the lock
-                    self._attempt(run)
-        except Timeout:  # another process is at it
-            return False
-        return True
+        return self._attempt(run)
 
-    def _attempt(self, run: StageRun) -> None:
-        """Do the stage and note what became of it."""
-        self.begun += 1
-        print(f"[{self.begun}/{self.total}] {run.stage} {run.label}: {run.key}", flush=True)
-        began = time.time()
-        note_state(run.key, state="running", pid=os.getpid(), began=began)
-        plan = self.plan
+    def _attempt(self, run: StageRun) -> bool:
+        """Do the stage; whether it needs no more looking at."""
+        began = time.perf_counter()
+        number = self.begun + 1
+
+        def claim(paths: RunPaths) -> AbstractContextManager[Attempt]:
+            attempt = self.place.claim(paths)
+            # Not where the record came while we went for the claim, nor for weights that are made again.
+            if not self.store.has(run.key) and paths.root.name == run.key:
+                print(f"[{number}/{self.total}] {run.stage} {run.label}: {run.key}", flush=True)
+                self.begun = number
+            return attempt
+
         try:
-            do_stage(
-                run, self.store, profile=plan.profile.name, device=self.device, device_name=plan.device, progress=self.progress
-            )
+            do_stage(run, self.store, replace(self.place, claim=claim))
+        except Held:  # another process is at it
+            return False
         except Exception as error:  # noqa: BLE001 (whatever it is, it must not take the other stages along)
-            reason = str(error) if isinstance(error, RunFailed | UserError) else f"{type(error).__name__}: {error}"
-            reason = (reason.splitlines() or [type(error).__name__])[0]
-            note_state(run.key, state="failed", reason=reason, traceback=traceback.format_exc())
-            print(f"error: {run.label}: {reason}", file=sys.stderr, flush=True)
-            self.failed[run.key] = reason
-            return
-        note_state(run.key, state="done")
-        print(f"      done in {time.time() - began:.0f} s{_outcome(run, self.store)}", flush=True)
+            self.failed[run.key] = reason(error)
+            print(f"error: {run.label}: {self.failed[run.key]}", file=sys.stderr, flush=True)
+            return True
+        if self.begun == number:
+            print(f"      done in {time.perf_counter() - began:.0f} s{_outcome(run, self.store)}", flush=True)
+        return True
 
 
 def _outcome(run: StageRun, store: Store) -> str:

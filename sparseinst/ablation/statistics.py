@@ -61,6 +61,18 @@ class Difference:
         return self.low <= 0 <= self.high
 
 
+@dataclass(frozen=True)
+class Noise:
+    """What is known of the noise in the difference of two rows."""
+
+    spread: Spread | None
+    """Over seeds, of this figure."""
+    standard_errors: Sequence[float] = ()
+    """Of the paired bootstrap over images, one a seed; averaged."""
+    same_weights: bool = False
+    """Whether both rows evaluate the same trainings, so that their seeds cancel."""
+
+
 def pooled_spread(samples: Iterable[Sample]) -> Spread | None:
     """The spread over seeds of one figure, from all rows that have several; None where none has."""
     several = [sample for sample in samples if len(sample.values) > 1]
@@ -71,26 +83,34 @@ def pooled_spread(samples: Iterable[Sample]) -> Spread | None:
     return Spread(math.sqrt(squares / degrees), degrees)
 
 
-def difference(row: Sample, reference: Sample, spread: Spread | None, standard_errors: Sequence[float]) -> Difference | None:
+def difference(row: Sample, reference: Sample, noise: Noise) -> Difference | None:
     """Row less reference, with an interval from both sources of noise.
-
-    Args:
-        spread: over seeds, of this figure.
-        standard_errors: of the paired bootstrap over images, one a seed; averaged.
 
     Returns:
         None where neither source of noise is known: a number without an interval is no finding.
     """
-    if spread is None and not standard_errors:
+    paired = _paired_deviation(row, reference) if noise.same_weights else None
+    spread = paired if noise.same_weights else noise.spread
+    if spread is None and not noise.standard_errors:
         return None
-    value = row.mean - reference.mean
-    images = statistics.fmean(standard_errors) * float(stats.norm.ppf((1 + CONFIDENCE) / 2)) if standard_errors else 0.0
+    errors = noise.standard_errors
+    images = statistics.fmean(errors) * float(stats.norm.ppf((1 + CONFIDENCE) / 2)) if errors else 0.0
     seeds = 0.0
     if spread is not None:
         quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, spread.degrees))
-        seeds = quantile * spread.deviation * math.sqrt(1 / len(row.values) + 1 / len(reference.values))
+        terms = 1 / len(row.values) if noise.same_weights else 1 / len(row.values) + 1 / len(reference.values)
+        seeds = quantile * spread.deviation * math.sqrt(terms)
     half = math.hypot(images, seeds)
-    return Difference(value, value - half, value + half, spread is not None)
+    value = row.mean - reference.mean
+    return Difference(value, value - half, value + half, seeds_known=spread is not None)
+
+
+def _paired_deviation(row: Sample, reference: Sample) -> Spread | None:
+    """Of the differences seed by seed, for two evaluations of the same weights: the seeds themselves cancel."""
+    count = len(row.values)
+    if count < 2 or count != len(reference.values):
+        return None
+    return Spread(statistics.stdev(a - b for a, b in zip(row.values, reference.values, strict=True)), count - 1)
 
 
 def verdict(measured: Difference | None, paper: float) -> Verdict | None:

@@ -1,4 +1,4 @@
-"""What became of every stage: told from records, locks and the states that processes left. Imports no torch."""
+"""What became of every stage: told from records and from what attempts and jobs left. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from filelock import FileLock, Timeout
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
 from sparseinst.ablation.plan import Plan, StageRun
+from sparseinst.ablation.submission import Submission, dead_rank, last_words, read_exit, read_submission
 from sparseinst.ablation.work import run_folder
+from sparseinst.attempts import Past, hanging, latest
 from sparseinst.errors import UserError
 from sparseinst.paths import RunPaths
 
-State = Literal["done", "running", "failed", "interrupted", "pending"]
+State = Literal["done", "running", "queued", "pending", "failed", "lost", "cancelled", "interrupted"]
+"""`queued`: a cluster has it; `pending`: nobody has it yet; `lost`: it went silent, and nothing tells why."""
+
+HANG_SECONDS = 1800.0
+"""A rank that has not moved for so long is said to hang, where the job has no limit of its own."""
 
 _TAIL = 4096  # bytes; the last line of metrics.jsonl is far shorter
 
@@ -35,47 +40,78 @@ class Status:
     """In [0, 1], of the steps of a training."""
     eta_seconds: float | None = None
     reason: str | None = None
-    """Why it failed, in one line."""
+    """Why it is not done, in one line."""
+    attempts: int = 0
+    """How often it was begun."""
+    job: str | None = None
+    """What a cluster calls it."""
 
 
-def plan_status(plan: Plan) -> list[Status]:
-    """The state of every stage of a plan."""
-    return [_status(run, run.key in plan.done) for run in plan.runs.values()]
+def plan_status(plan: Plan, queue: frozenset[str] | None = None) -> list[Status]:
+    """The state of every stage of a plan, from the files that processes left.
+
+    Args:
+        queue: the jobs that the scheduler has, where it was asked.
+    """
+    return [_status(run, run.key in plan.done, queue) for run in plan.runs.values()]
 
 
-def _status(run: StageRun, done: bool) -> Status:
+def _status(run: StageRun, done: bool, queue: frozenset[str] | None) -> Status:
     if done:
         return Status(run, "done", 1.0)
     paths = run_folder(run.key)
-    state = _read_state(paths.state)
-    if state is None:
+    submission, past = read_submission(paths), latest(paths)
+    job = submission.job if submission is not None else None
+    if submission is not None and (past is None or (past.job != submission.job and past.began < submission.at)):
+        state: State = "cancelled" if submission.cancelled else "queued"
+        why = None
+        if state == "queued":
+            state, why = _before_it_began(submission, queue)
+        return Status(run, state, 0.0, reason=why, attempts=past.number if past else 0, job=job)
+    if past is None:
         return Status(run, "pending", 0.0)
     progress, eta = _progress(run, paths)
-    if _is_held(paths.claim):
-        return Status(run, "running", progress, eta)
-    if state.get("state") == "failed":
-        return Status(run, "failed", progress, reason=str(state.get("reason")))
-    return Status(run, "interrupted", progress, reason="its process ended; `sparseinst run` goes on from the last checkpoint")
+    state, why = _of_attempt(past, submission, queue)
+    return Status(run, state, progress, eta if state == "running" else None, why, past.number, job)
 
 
-def _read_state(path: Path) -> dict[str, Any] | None:
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return {}
-    return state if isinstance(state, dict) else {}
+def _before_it_began(submission: Submission, queue: frozenset[str] | None) -> tuple[State, str | None]:
+    """A job that no attempt tells of yet."""
+    ended = read_exit(submission)
+    if ended is not None and ended.code != 0 and not ended.told:
+        return "failed", last_words(submission) or f"job {submission.job} ended with exit code {ended.code} before it began"
+    if queue is not None and submission.job not in queue:
+        return "lost", f"the scheduler has no job {submission.job} any more"
+    return "queued", None
 
 
-def _is_held(path: Path) -> bool:
-    if not path.exists():
-        return False
-    try:
-        with FileLock(path, timeout=0):
-            return False
-    except Timeout:
-        return True
+def _of_attempt(past: Past, submission: Submission | None, queue: frozenset[str] | None) -> tuple[State, str | None]:
+    """The state that the newest attempt, and the job it belongs to, tell of."""
+    failure = past.failure()
+    theirs = submission if submission is not None and submission.job == past.job else None
+    if theirs is not None and theirs.cancelled:
+        return "cancelled", None
+    ended = read_exit(theirs) if theirs is not None else None
+    if ended is not None and ended.code != 0 and not ended.told and ended.at >= past.began - 1:
+        # The job is over, whatever its processes could still say: who died first is the scheduler's to tell.
+        return "failed", dead_rank(theirs) or failure or f"its job ended with exit code {ended.code}"
+    if failure is not None:
+        return "failed", failure
+    if not past.ended and past.at_work():
+        limit = float(past.about.get("hang_seconds") or HANG_SECONDS)
+        return "running", hanging(past, limit)
+    if theirs is None:
+        return "interrupted", "its process ended; `sparseinst run` goes on from the last checkpoint"
+    words = last_words(theirs) or ""
+    if queue is not None and theirs.job not in queue:
+        return "lost", f"the scheduler has no job {theirs.job} any more. {words}".strip()
+    if past.ended or "REQUEUE" in words or "PREEMPTION" in words or (queue is not None and theirs.job in queue):
+        return "queued", "stopped by the scheduler, to be started again"
+    if "TIME LIMIT" in words:
+        return "failed", f"over its time limit: {words}"
+    if "CANCELLED" in words:
+        return "cancelled", words
+    return "lost", f"silent for {past.silent_seconds():.0f} s on {past.about.get('host')}; --scheduler asks whether its job lives"
 
 
 def _progress(run: StageRun, paths: RunPaths) -> tuple[float, float | None]:
@@ -107,6 +143,8 @@ def as_json(found: Iterable[Status]) -> dict[str, Any]:
                 "progress": round(status.progress, 4),
                 "eta_seconds": round(status.eta_seconds) if status.eta_seconds is not None else None,
                 "reason": status.reason,
+                "attempts": status.attempts,
+                "job": status.job,
             }
             for status in found
         ]
@@ -115,13 +153,15 @@ def as_json(found: Iterable[Status]) -> dict[str, Any]:
 
 def picture(found: Sequence[Status]) -> Group:
     """The states for people: what is not done, run by run, and a count of all."""
-    table = Table("run", "stage", "row", "state", "progress", "ETA", "why", box=None, pad_edge=False)
+    table = Table("run", "stage", "row", "state", "progress", "ETA", "job", "why", box=None, pad_edge=False)
     for status in found:
         if status.state != "done":
             eta = str(datetime.timedelta(seconds=round(status.eta_seconds))) if status.eta_seconds is not None else ""
             progress = f"{100 * status.progress:.0f} %" if status.progress else ""
             run = status.run
-            table.add_row(run.key, run.stage, run.label, status.state, progress, eta, escape(status.reason or ""))
+            again = f"begun {status.attempts} times" if status.attempts > 1 else ""
+            why = "; ".join(part for part in (again, status.reason) if part)
+            table.add_row(run.key, run.stage, run.label, status.state, progress, eta, status.job or "", escape(why))
     counts = Counter(status.state for status in found)
     summary = ", ".join(f"{counts[state]} {state}" for state in get_args(State) if counts[state])
     return Group(table, summary) if table.row_count else Group(summary)
@@ -140,19 +180,39 @@ def watch(look: Callable[[], Sequence[Status]], going_on: Callable[[], bool], *,
             live.update(picture(look()), refresh=True)
 
 
-def find_log(text: str, plan: Plan) -> Path:
-    """The log of the one stage whose key or label begins with, or holds, the text. Raises `UserError`."""
+def find_runs(text: str, plan: Plan) -> list[StageRun]:
+    """The stages whose key begins with, or else whose label holds, the text. Raises `UserError` where there is none."""
     runs = plan.runs.values()
     found = [run for run in runs if run.key.startswith(text)] or [run for run in runs if text.casefold() in run.label.casefold()]
-    found = [run for run in found if run_folder(run.key).log.exists()] or found
     if not found:
         raise UserError(f"no run is called {text!r}; `sparseinst status` lists them")
+    return found
+
+
+def find_log(text: str, plan: Plan, rank: int | None = None) -> Path:
+    """The log of the one stage that `find_runs` finds.
+
+    Args:
+        rank: what that process of its job on a cluster said, rather than the stage's own log.
+
+    Raises:
+        UserError: no such run, or several, or none that has a log.
+    """
+
+    def log(run: StageRun) -> Path:
+        paths = run_folder(run.key)
+        submission = read_submission(paths)
+        if rank is None or submission is None:
+            return paths.log
+        return submission.log(rank)
+
+    found = find_runs(text, plan)
+    found = [run for run in found if log(run).exists()] or found
     if len(found) > 1:
         raise UserError(f"{text!r} fits {len(found)} runs: {', '.join(f'{run.key} ({run.label})' for run in found[:5])}")
-    log = run_folder(found[0].key).log
-    if not log.exists():
+    if not log(found[0]).exists():
         raise UserError(f"{found[0].label} ({found[0].key}) has no log yet")
-    return log
+    return log(found[0])
 
 
 def follow(path: Path, *, every: float = 1.0) -> Iterable[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -101,10 +102,10 @@ class Store:
             return None
         return record
 
-    def write(self, record: Record) -> None:
-        """Keep a record; one that is there already stays as it is."""
+    def write(self, record: Record, check: Callable[[], None] | None = None) -> None:
+        """Keep a record; one that is there already stays as it is. What `check` raises prevents it."""
         if not self.has(record.key):
-            with atomic(self.path(record.key)) as temporary:
+            with atomic(self.path(record.key), check) as temporary:
                 temporary.write_text(json.dumps(asdict(record), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     def _set_aside(self, path: Path, why: str) -> None:

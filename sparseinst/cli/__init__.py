@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sparseinst import __version__
-from sparseinst.cli import data, models, tables
+from sparseinst.cli import cluster, data, models, tables
 from sparseinst.errors import RunFailed, UserError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(tables.app)
+app.add_typer(cluster.app)
 app.add_typer(models.app)
 app.add_typer(data.app, name="data", help="Write the embedded data set; check a COCO-format folder.")
 

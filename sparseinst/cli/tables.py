@@ -5,49 +5,28 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from sparseinst.ablation.store import RESULTS, Store
-from sparseinst.ablation.study import read_profile, read_tables
-from sparseinst.cli.options import Device, Json
-from sparseinst.errors import RunFailed, UserError
-
-if TYPE_CHECKING:
-    from sparseinst.ablation.plan import Plan
+from sparseinst.ablation.store import RESULTS
+from sparseinst.ablation.study import list_tables, read_profile, read_tables
+from sparseinst.cli.options import (
+    Budget,
+    Device,
+    Json,
+    ProfileName,
+    Results,
+    RowText,
+    Seeds,
+    TableNames,
+    Tables,
+    make_plan,
+    within_budget,
+)
+from sparseinst.errors import RunFailed
 
 app = typer.Typer()
-
-Tables = Annotated[list[str] | None, typer.Argument(metavar="[TABLE ...]", help="table1 ... table8, figure1, a spec, or all.")]
-ProfileName = Annotated[str, typer.Option("--profile", help="The scale: a file in experiments/profiles, by name or path.")]
-Seeds = Annotated[int, typer.Option(min=1, max=10, help="Train every row with this many seeds, from 0 on.")]
-RowText = Annotated[str | None, typer.Option("--row", help="Only the rows whose name holds this text.")]
-Results = Annotated[Path, typer.Option(help="Where records, tables and figures are kept.")]
-Budget = Annotated[float | None, typer.Option(help="Refuse to start where the rest of the plan costs more hours than this.")]
-
-
-def _plan(
-    tables: list[str] | None, profile: str, seeds: int, row: str | None, results: Path, device: str | None
-) -> tuple[Plan, Store]:
-    from sparseinst.ablation.plan import make_plan
-
-    store = Store(results)
-    plan = make_plan(read_tables(tables or []), read_profile(profile), store, seeds=range(seeds), row=row, device=device)
-    return plan, store
-
-
-def _within_budget(plan: Plan, store: Store, budget: float | None) -> None:
-    from sparseinst.ablation.plan import costs
-
-    if budget is None:
-        return
-    cost = costs(plan, store)
-    if not cost.hours:
-        raise UserError(f"profile {plan.profile.name!r} states no cost and nothing is recorded yet: --budget cannot be kept")
-    hours = cost.of(plan.to_do())
-    if hours > budget:
-        raise UserError(f"the plan costs about {hours:.1f} {cost.unit}, over the budget of {budget:g}: nothing was started")
 
 
 @app.command()
@@ -65,18 +44,18 @@ def plan(
     from sparseinst.ablation.plan import as_json as plan_json
     from sparseinst.ablation.plan import costs, show
 
-    made, store = _plan(tables, profile, seeds, row, results, device)
+    made, store = make_plan(tables, profile, seeds, row, results, device)
     cost = costs(made, store)
     if as_json:
         print(json.dumps(plan_json(made, cost)))
     else:
         show(made, cost)
-    _within_budget(made, store, budget)
+    within_budget(made, store, budget)
 
 
 @app.command()
 def run(
-    tables: Annotated[list[str], typer.Argument(metavar="TABLE ...", help="table1 ... table8, figure1, a spec, or all.")],
+    tables: TableNames,
     profile: ProfileName = "coco",
     seeds: Seeds = 1,
     row: RowText = None,
@@ -90,8 +69,8 @@ def run(
     from sparseinst.ablation.run import run_in_processes, run_plan
     from sparseinst.ablation.work import draw
 
-    made, store = _plan(tables, profile, seeds, row, results, device)
-    _within_budget(made, store, budget)
+    made, store = make_plan(tables, profile, seeds, row, results, device)
+    within_budget(made, store, budget)
     if jobs > 1:
         from sparseinst.ablation.plan import gpu_names
         from sparseinst.ablation.status import plan_status
@@ -103,7 +82,7 @@ def run(
             ["run", *again],
             jobs,
             [device] if device is not None else devices,
-            lambda: plan_status(_plan(tables, profile, seeds, row, results, device)[0]),
+            lambda: plan_status(make_plan(tables, profile, seeds, row, results, device)[0]),
         )
         if failures:
             raise RunFailed(f"{failures} of {jobs} processes failed; `sparseinst status` says why")
@@ -131,13 +110,17 @@ def status(
     results: Results = RESULTS,
     device: Device = None,
     watch: Annotated[bool, typer.Option(help="Keep it up to date; stop with Ctrl-C.")] = False,
+    scheduler: Annotated[bool, typer.Option("--scheduler", help="Also ask SLURM which jobs it has, at most every 30 s.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Every run: its state, progress and ETA, and why it failed."""
+    """Every run: its state, progress and ETA, and why it failed. Told from files; no scheduler is needed."""
     from sparseinst.ablation import status as states
+    from sparseinst.ablation.launch import JOBS
+    from sparseinst.ablation.submission import ask_queue
 
     def look() -> list[states.Status]:
-        return states.plan_status(_plan(tables, profile, seeds, row, results, device)[0])
+        queue = ask_queue(JOBS) if scheduler else None
+        return states.plan_status(make_plan(tables, profile, seeds, row, results, device)[0], queue)
 
     if as_json:
         print(json.dumps(states.as_json(look())))
@@ -153,13 +136,14 @@ def logs(
     profile: ProfileName = "coco",
     seeds: Seeds = 1,
     results: Results = RESULTS,
+    rank: Annotated[int | None, typer.Option(min=0, help="What this process of its job on a cluster said.")] = None,
     follow: Annotated[bool, typer.Option(help="Go on as it grows; stop with Ctrl-C.")] = False,
 ) -> None:
     """The log of a run."""
     from sparseinst.ablation.status import find_log
     from sparseinst.ablation.status import follow as lines_of
 
-    path = find_log(run, _plan(None, profile, seeds, None, results, None)[0])
+    path = find_log(run, make_plan(None, profile, seeds, None, results, None)[0], rank)
     if not follow:
         print(path.read_text(encoding="utf-8"), end="")
         return
@@ -177,15 +161,18 @@ def report(
 ) -> None:
     """Tables and figures from the records, in results/; missing runs are visible gaps."""
     from sparseinst.ablation.status import plan_status
-    from sparseinst.report.collect import collect
+    from sparseinst.report.collect import collect, seed_spreads
     from sparseinst.report.pages import write_report
     from sparseinst.report.terminal import print_table
 
     chosen, settings = read_tables(tables or []), read_profile(profile)
-    made, store = _plan(tables, profile, 1, None, results, None)
+    made, store = make_plan(tables, profile, 1, None, results, None)
     states = {found.run.key: found.state for found in plan_status(made)}
     keys = store.keys()
-    collected = [collect(table, settings, store, states, keys) for table in chosen]
+    # Over every table there is, so that a table says the same whether it is reported alone or with others.
+    others = read_tables(["all"]) if list_tables() else []
+    spreads = seed_spreads([*chosen, *others], settings, store, keys)
+    collected = [collect(table, settings, store, states, spreads, keys) for table in chosen]
     changed = write_report(collected, results)
     if show:
         for result in collected:

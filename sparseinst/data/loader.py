@@ -5,12 +5,14 @@ B images of a batch, K instances of one image, H W height and width in pixels.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sparseinst.config import SIZE_DIVISOR, DataConfig, InferenceConfig, TrainConfig
@@ -55,6 +57,11 @@ class Batch(NamedTuple):
     def padded(self) -> tuple[int, int]:
         return self.images.shape[-2], self.images.shape[-1]
 
+    def padded_to(self, size: tuple[int, int]) -> Batch:
+        """The same, padded further at the right and bottom."""
+        (height, width), (old_height, old_width) = size, self.padded
+        return self._replace(images=F.pad(self.images, (0, width - old_width, 0, height - old_height)))
+
 
 class TrainSet(Dataset[Example]):
     """Augmented training images; crowds are left out. Indexed by `Draw`."""
@@ -87,10 +94,12 @@ class TrainSet(Dataset[Example]):
 
 
 class EvalSet(Dataset[Example]):
-    """Images at their test size, without instances."""
+    """Images at their test size, without instances; of `parts` shares that together hold every image once, one."""
 
-    def __init__(self, split: CocoSplit, config: DataConfig, inference: InferenceConfig) -> None:
-        self.images = split.images
+    def __init__(
+        self, split: CocoSplit, config: DataConfig, inference: InferenceConfig, *, part: int = 0, parts: int = 1
+    ) -> None:
+        self.images = split.images[part::parts]
         self.on_bad_image = config.on_bad_image
         self.inference = inference
 
@@ -132,32 +141,40 @@ class BatchOrder(Sampler[list[Draw]]):
     """The parts of batches that one process takes, from optimiser step `start` on.
 
     Each epoch is shuffled anew; images are gathered with those of like orientation, so that little is padded. The order
-    depends on the seed and the batch alone: not on the workers, and not on the number of processes, which share each batch
-    by turns.
+    depends on the seed and the batch alone: not on the workers, and not on the number of processes. A batch is cut into as many
+    parts as there are processes x accumulated passes, the same parts whoever takes them.
     """
 
-    def __init__(self, split: CocoSplit, config: TrainConfig, *, start: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        split: CocoSplit,
+        config: TrainConfig,
+        *,
+        start: int = 0,
+        accumulate: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.wide = [image.width > image.height for image in split.images]
         self.config = config
-        self.start, self.rank, self.world_size = start, rank, world_size
-        parts = world_size * config.accumulate
-        if config.batch_size % parts:
+        self.start, self.rank = start, rank
+        self.accumulate = accumulate or config.accumulate
+        self.parts = world_size * self.accumulate
+        if config.batch_size % self.parts:
             raise DataError(
                 f"train.batch_size={config.batch_size} cannot be shared by {world_size} processes x "
-                f"{config.accumulate} accumulated parts"
+                f"{self.accumulate} accumulated parts"
             )
 
     def __len__(self) -> int:
-        return (self.config.iterations - self.start) * self.config.accumulate
+        return (self.config.iterations - self.start) * self.accumulate
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for step, batch in zip(range(self.config.iterations), self._batches(), strict=False):
             if step < self.start:
                 continue
-            own = batch[self.rank :: self.world_size]
-            size = len(own) // self.config.accumulate
-            for first in range(0, len(own), size):
-                yield own[first : first + size]
+            for part in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
+                yield batch[part :: self.parts]
 
     def _batches(self) -> Iterator[list[Draw]]:
         waiting: dict[bool, list[Draw]] = {False: [], True: []}
@@ -205,11 +222,15 @@ def _loader(dataset: Dataset[Example], workers: int, pin_memory: bool, **kwargs:
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_settle,
         prefetch_factor=4 if workers else None,
         **kwargs,
     )
 
 
-def _one_thread(_: int) -> None:
+def _settle(_: int) -> None:
+    """One thread; and no signal but the last: a scheduler sends its warnings to every process of a job."""
     torch.set_num_threads(1)
+    for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
+        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

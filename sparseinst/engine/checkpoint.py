@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,20 +29,25 @@ from sparseinst.paths import WEIGHTS, RunPaths, atomic
 
 _log = logging.getLogger(__name__)
 
+Check = Callable[[], None] | None
 
-def save_checkpoint(paths: RunPaths, iteration: int, state: dict[str, Any], keep: int) -> None:
+
+def save_checkpoint(paths: RunPaths, iteration: int, state: dict[str, Any], keep: int, check: Check = None) -> None:
     """Write the state after `iteration` optimiser steps, then remove all but the newest `keep`.
+
+    Args:
+        check: called before anything changes; what it raises prevents it.
 
     Raises:
         RunFailed: it cannot be written (no space left, say); the checkpoints before stay as they are.
     """
-    with no_space_explained(paths.checkpoints), atomic(paths.checkpoint(iteration)) as temporary:
+    with no_space_explained(paths.checkpoints), atomic(paths.checkpoint(iteration), check) as temporary:
         torch.save(state, temporary)
     for old in _newest_first(paths)[keep:]:
         old.unlink()
 
 
-def load_checkpoint(paths: RunPaths, device: torch.device) -> dict[str, Any] | None:
+def newest_checkpoint(paths: RunPaths) -> Path | None:
     """The newest whole checkpoint; None where there is none. A damaged one is set aside with a warning.
 
     Raises:
@@ -51,13 +57,18 @@ def load_checkpoint(paths: RunPaths, device: torch.device) -> dict[str, Any] | N
     for path in candidates:
         problem = _damage(path)
         if problem is None:
-            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-            return state
+            return path
         path.rename(path.with_suffix(".damaged"))
         _log.warning("checkpoint %s is damaged (%s): set aside as %s.damaged", path, problem, path.stem)
     if candidates:
         raise RunFailed(f"{paths.checkpoints}: every checkpoint is damaged; remove the folder to train from the start")
     return None
+
+
+def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    """The state that `save_checkpoint` wrote there."""
+    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    return state
 
 
 def _newest_first(paths: RunPaths) -> list[Path]:
@@ -74,7 +85,9 @@ def _damage(path: Path) -> str | None:
     return f"entry {broken} fails its checksum" if broken is not None else None
 
 
-def save_weights(path: Path, state: dict[str, Tensor], config: Config, categories: tuple[Category, ...]) -> None:
+def save_weights(
+    path: Path, state: dict[str, Tensor], config: Config, categories: tuple[Category, ...], check: Check = None
+) -> None:
     """Weights as safetensors, with the config and the categories inside: all that `load_model` needs."""
     metadata = {
         "config": config.to_json(),
@@ -82,7 +95,7 @@ def save_weights(path: Path, state: dict[str, Tensor], config: Config, categorie
         "sparseinst": sparseinst.__version__,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    with no_space_explained(path.parent), atomic(path) as temporary:
+    with no_space_explained(path.parent), atomic(path, check) as temporary:
         save_file(tensors, temporary, metadata)
 
 

@@ -8,21 +8,24 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from sparseinst.attempts import Attempt
 from sparseinst.config import Config
 from sparseinst.data.coco import CocoSplit, category_names, encode, val_split
 from sparseinst.data.loader import Batch, EvalSet, eval_loader
 from sparseinst.engine.checkpoint import load_weights
 from sparseinst.engine.device import autocast
+from sparseinst.engine.distributed import gather, rank, same_for_all, world_size
 from sparseinst.engine.monitor import progress_bar
 from sparseinst.errors import DataError, UserError
 from sparseinst.models.sparseinst import SparseInst
@@ -58,37 +61,64 @@ def evaluate(
     predictions: Path | None = None,
     progress: bool = True,
     engine: Engine = "hotcoco",
+    attempt: Attempt | None = None,
 ) -> Evaluation:
     """Segment every image of the split and compare.
+
+    In a process group all its processes call this; each takes its share of the images, every image counts once, and all get
+    the figures.
 
     Args:
         model: in evaluation mode, on `device`.
         predictions: also write them there, in COCO's result format (without boxes).
+        attempt: is told how far it is.
 
     Raises:
         DataError: an image that cannot be read, unless `data.on_bad_image` is `skip`.
     """
     began = time.perf_counter()
-    dataset = EvalSet(split, config.data, config.inference)
+    dataset = EvalSet(split, config.data, config.inference, part=rank(), parts=world_size())
     loader = eval_loader(dataset, config.data.workers, pin_memory=device.type == "cuda")
-    results: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    image_ids: list[int] = []
-    with progress_bar("images", visible=progress) as bar:
+    own: list[_Segmented] = []
+    with progress_bar("images", visible=progress and rank() == 0) as bar:
         for batch in bar.track(loader, total=len(dataset), description="evaluate"):
-            skipped += batch.skipped
-            if not batch.skipped:
-                image_ids.append(batch.records[0].id)
-                results += segment_batch(model, batch, split, config, device)
+            if attempt is not None:
+                attempt.at("image", len(own))
+            instances = segment_batch(model, batch, split, config, device) if not batch.skipped else []
+            own.append(_Segmented(batch.records[0].id, instances, batch.skipped))
+    if attempt is not None:
+        attempt.at("wait")
+    shares = gather(own)
+    result = _compare(shares, split, predictions, engine, attempt) if rank() == 0 else None
+    result = same_for_all(result)
+    assert result is not None
+    return replace(result, seconds=round(time.perf_counter() - began, 2))
+
+
+class _Segmented(NamedTuple):
+    """One image."""
+
+    id: int
+    instances: list[dict[str, Any]]
+    skipped: list[str]
+
+
+def _compare(
+    shares: list[list[_Segmented]], split: CocoSplit, predictions: Path | None, engine: Engine, attempt: Attempt | None
+) -> Evaluation:
+    """The figures of all processes' images, put back into the split's order."""
+    images = [image for turn in itertools.zip_longest(*shares) for image in turn if image is not None]
+    skipped = [reason for image in images for reason in image.skipped]
     for reason in skipped:
         _log.warning("skipped %s", reason)
+    image_ids = [image.id for image in images if not image.skipped]
     if not image_ids:
         raise DataError(f"{split.file}: not one of its images can be read")
+    results = [instance for image in images for instance in image.instances]
     if predictions is not None:
-        with atomic(predictions) as temporary:
+        with atomic(predictions, attempt.check if attempt is not None else None) as temporary:
             temporary.write_text(json.dumps(results), encoding="utf-8")
-    figures = coco_figures(split.file, results, image_ids, engine)
-    return Evaluation(figures, len(image_ids), skipped, round(time.perf_counter() - began, 2))
+    return Evaluation(coco_figures(split.file, results, image_ids, engine), len(image_ids), skipped)
 
 
 def evaluate_run(folder: Path, *, device: torch.device) -> Evaluation:

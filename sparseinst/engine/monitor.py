@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from sparseinst.engine.distributed import average, rank
 from sparseinst.errors import RunFailed
 from sparseinst.paths import RunPaths, atomic
 
@@ -40,9 +41,9 @@ def progress_bar(unit: str, *, visible: bool = True) -> Progress:
 
 
 @contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Also write what the package logs to a file, at its end, with the time."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+def logging_to(path: Path, lead: bool = True) -> Iterator[None]:
+    """Also write what the package logs to a file, at its end, with the time; of several processes the leading one does."""
+    handler = logging.FileHandler(path, encoding="utf-8") if lead else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("sparseinst")
     level = logger.level
@@ -57,19 +58,35 @@ def logging_to(path: Path) -> Iterator[None]:
 
 
 class Monitor:
-    """Takes every step's losses without waiting for the device; reads them every `every` steps.
+    """Takes every step's losses without waiting for the device; reads them every `every` steps, as means over all processes.
+
+    Rank 0 alone writes.
 
     Args:
         start: optimiser steps already done; what the files hold of later steps, from a run that was killed, is removed.
         total: steps of the whole run.
+        check: called before each write; what it raises prevents it.
     """
 
-    def __init__(self, paths: RunPaths, *, start: int, total: int, every: int, visible: bool) -> None:
-        self.paths, self.every, self.total = paths, every, total
-        _truncate(paths, start)
-        self.tensorboard = SummaryWriter(str(paths.tensorboard), purge_step=start or None)
-        self.metrics = paths.metrics.open("a", encoding="utf-8")
-        self.progress = progress_bar("steps", visible=visible)
+    def __init__(
+        self,
+        paths: RunPaths,
+        *,
+        start: int,
+        total: int,
+        every: int,
+        visible: bool,
+        device: torch.device,
+        check: Callable[[], None],
+    ) -> None:
+        self.paths, self.every, self.total, self.device, self.check = paths, every, total, device, check
+        self.lead = rank() == 0
+        if self.lead:
+            check()
+            _truncate(paths, start)
+            self.tensorboard = SummaryWriter(str(paths.tensorboard), purge_step=start or None)
+            self.metrics = paths.metrics.open("a", encoding="utf-8")
+        self.progress = progress_bar("steps", visible=visible and self.lead)
         self.task = self.progress.add_task("train", total=total, completed=start)
         self.waiting: list[tuple[int, dict[str, Tensor]]] = []
         self.since = time.perf_counter()
@@ -80,8 +97,9 @@ class Monitor:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
-        self.tensorboard.close()
-        self.metrics.close()
+        if self.lead:
+            self.tensorboard.close()
+            self.metrics.close()
 
     def step(self, iteration: int, losses: Mapping[str, Tensor], learning_rate: float, **facts: float) -> None:
         """Note the weighted losses of optimiser step `iteration`, counted from 0."""
@@ -99,7 +117,8 @@ class Monitor:
         if not self.waiting:
             return
         names = list(self.waiting[0][1])
-        values = torch.stack([torch.stack([losses[name] for name in names]) for _, losses in self.waiting]).cpu()
+        own = torch.stack([torch.stack([losses[name] for name in names]) for _, losses in self.waiting])
+        values = average(own, self.device).cpu()
         for (iteration, _), row in zip(self.waiting, values.tolist(), strict=True):
             for name, value in zip(names, row, strict=True):
                 if not torch.isfinite(torch.tensor(value)):
@@ -119,6 +138,9 @@ class Monitor:
 
     def write(self, record: Mapping[str, Any], group: str) -> None:
         """One line of metrics.jsonl and its numbers in TensorBoard; `record` holds `iteration`."""
+        if not self.lead:
+            return
+        self.check()
         self.metrics.write(json.dumps(record) + "\n")
         self.metrics.flush()
         for name, value in record.items():

@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from sparseinst.attempts import Attempt
 from sparseinst.config import Config
 from sparseinst.criterion import Criterion, count, prepare_targets
 from sparseinst.data.coco import CocoSplit, train_split, val_split
 from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
-from sparseinst.engine.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from sparseinst.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, save_weights
 from sparseinst.engine.device import autocast
-from sparseinst.engine.distributed import mean_counts, rank, world_size
+from sparseinst.engine.distributed import average_gradients, largest, mean_counts, rank, same_for_all, share_norms, world_size
 from sparseinst.engine.evaluate import evaluate
 from sparseinst.engine.files import make_folder
 from sparseinst.engine.monitor import Monitor, diverged, logging_to
@@ -32,33 +33,44 @@ from sparseinst.paths import RunPaths, atomic
 _log = logging.getLogger(__name__)
 
 
-def train(config: Config, output: Path, *, device: torch.device, progress: bool = True) -> Path:
+def train(
+    config: Config,
+    output: Path,
+    *,
+    device: torch.device,
+    progress: bool = True,
+    attempt: Attempt | None = None,
+    accumulate: int | None = None,
+) -> Path:
     """Train to the end, from wherever an earlier call in the same folder was stopped.
+
+    In a process group all its processes call this, in one folder that they share; rank 0 writes.
 
     Args:
         output: the run's folder; see `RunPaths` for what it will hold. A finished run returns at once.
         progress: show a bar on a terminal.
+        attempt: the caller's claim of the folder; None to claim it here, in a process of its own.
+        accumulate: in place of `train.accumulate`, where fewer processes do the work of several: 8 parts are 8 parts,
+            whether 8 processes do one each or one does them all.
 
     Returns:
         The weights file.
 
     Raises:
         UserError: settings or data that cannot be trained with, another run's folder, or a folder in use.
-        RunFailed: the loss became NaN, or the disk is full; checkpoints stay.
+        RunFailed: the loss became NaN, or the disk is full; checkpoints stay. Also where a newer attempt took over.
     """
     paths = RunPaths(make_folder(output))
-    lock = FileLock(paths.lock, timeout=0)
-    try:
-        with lock, logging_to(paths.log):
-            _refuse_other_run(paths, config)
-            if not paths.weights.exists():
-                training = _Training(config, paths, device, progress)
+    with nullcontext(attempt) if attempt is not None else Attempt.begin(paths) as held, logging_to(paths.log, rank() == 0):
+        assert held is not None
+        _refuse_other_run(paths, config)
+        if not same_for_all(paths.weights.exists()):
+            training = _Training(config, paths, device, progress, held, accumulate or config.train.accumulate)
+            if rank() == 0:
                 # Not before the parts could be built: a mistake must not claim the folder.
-                with atomic(paths.config) as temporary:
+                with atomic(paths.config, held.check) as temporary:
                     temporary.write_text(config.to_yaml(), encoding="utf-8")
-                training.run()
-    except Timeout:
-        raise UserError(f"{output}: another process is training in this folder") from None
+            training.run()
     return paths.weights
 
 
@@ -74,15 +86,20 @@ def _refuse_other_run(paths: RunPaths, config: Config) -> None:
 class _Training:
     """The parts of a run, built once; `run` is the loop."""
 
-    def __init__(self, config: Config, paths: RunPaths, device: torch.device, progress: bool) -> None:
+    def __init__(
+        self, config: Config, paths: RunPaths, device: torch.device, progress: bool, attempt: Attempt, accumulate: int
+    ) -> None:
         _check(config)
         self.config, self.paths, self.device, self.progress = config, paths, device, progress
+        self.attempt, self.accumulate = attempt, accumulate
         split = train_split(config.data)
         _check_classes(config, split)
         self.categories = split.categories
         self.dataset = TrainSet(split, config.data, config.train.seed)
         torch.manual_seed(config.train.seed)
         self.model = build_model(config.model).to(device).to(memory_format=torch.channels_last).train()
+        if config.loss.reduction == "global":
+            share_norms(self.model)
         self.criterion = Criterion(config.loss, config.matcher)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.train), fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
@@ -93,17 +110,30 @@ class _Training:
         """The loop. What a step does depends on its number and the state alone, so a resumed run repeats it to the bit."""
         train = self.config.train
         start = self._resume()
-        order = BatchOrder(self.dataset.split, train, start=start, rank=rank(), world_size=world_size())
+        order = BatchOrder(
+            self.dataset.split, train, start=start, accumulate=self.accumulate, rank=rank(), world_size=world_size()
+        )
         loader = train_loader(self.dataset, order, pin_memory=self.device.type == "cuda")
-        monitor = Monitor(self.paths, start=start, total=train.iterations, every=train.log_every, visible=self.progress)
+        monitor = Monitor(
+            self.paths,
+            start=start,
+            total=train.iterations,
+            every=train.log_every,
+            visible=self.progress,
+            device=self.device,
+            check=self.attempt.check,
+        )
         with monitor:
             batches: Iterator[Batch] = iter(loader)
             for iteration in range(start, train.iterations):
+                self.attempt.at("data", iteration)
                 waited = time.perf_counter()
-                parts = [next(batches) for _ in range(train.accumulate)]
+                parts = [next(batches) for _ in range(self.accumulate)]
                 facts = {"data_seconds": round(time.perf_counter() - waited, 4)}
                 self._warn_of_skipped(parts)
                 rate = self._set_learning_rate(iteration)
+                # A process that waits for the others waits in here.
+                self.attempt.at("wait", iteration)
                 losses = self._forward_and_backward(parts)
                 facts |= self._update()
                 monitor.step(iteration, losses, rate, **facts)
@@ -113,10 +143,15 @@ class _Training:
                     self._save(done)
                 if train.evaluate_every and done % train.evaluate_every == 0 and done < train.iterations:
                     self._evaluate(monitor, done)
-        save_weights(self.paths.weights, self._trained().state_dict(), self.config, self.categories)
+        if rank() == 0:
+            state = self._trained().state_dict()
+            save_weights(self.paths.weights, state, self.config, self.categories, self.attempt.check)
 
     def _forward_and_backward(self, parts: list[Batch]) -> dict[str, Tensor]:
         """Gradients of the mean loss of the parts; returns the mean of each weighted loss."""
+        if self.config.loss.reduction == "global":  # padding is part of what the network sees: the same for the whole step
+            size = largest([part.padded for part in parts], self.device)
+            parts = [part.padded_to(size) for part in parts]
         targets = [
             prepare_targets(
                 [labels.to(self.device) for labels in part.labels],
@@ -143,6 +178,7 @@ class _Training:
 
     def _update(self) -> dict[str, float]:
         facts = {}
+        average_gradients(self.model.parameters())
         if self.config.train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
@@ -167,7 +203,8 @@ class _Training:
 
     def _evaluate(self, monitor: Monitor, iteration: int) -> None:
         model = self._trained().eval()
-        result = evaluate(model, val_split(self.config.data), self.config, device=self.device, progress=False)
+        split = val_split(self.config.data)
+        result = evaluate(model, split, self.config, device=self.device, progress=False, attempt=self.attempt)
         self.model.train()
         monitor.write({"iteration": iteration, **result.figures}, "val")
         _log.info("step %d: AP %s", iteration, result.figures["AP"])
@@ -176,6 +213,9 @@ class _Training:
         broken = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
         if broken:
             raise RunFailed(diverged(f"{broken[0]} is no longer finite after step {iteration - 1}", self.paths))
+        if rank() != 0:
+            return
+        self.attempt.at("save", iteration)
         state: dict[str, Any] = {
             "iteration": iteration,
             "model": self.model.state_dict(),
@@ -185,13 +225,14 @@ class _Training:
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
-        save_checkpoint(self.paths, iteration, state, self.config.train.keep_checkpoints)
+        save_checkpoint(self.paths, iteration, state, self.config.train.keep_checkpoints, self.attempt.check)
 
     def _resume(self) -> int:
         """Load the newest checkpoint, where there is one; the number of steps done."""
-        state = load_checkpoint(self.paths, self.device)
-        if state is None:
+        found = same_for_all(newest_checkpoint(self.paths) if rank() == 0 else None)
+        if found is None:
             return 0
+        state = load_checkpoint(found, self.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from sparseinst.ablation.compare import compare_key
-from sparseinst.ablation.statistics import Difference, Sample, Verdict, difference, pooled_spread, verdict
+from sparseinst.ablation.statistics import Difference, Noise, Sample, Spread, Verdict, difference, pooled_spread, verdict
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import AccuracyFigure, Figure, Profile, Row, Table, row_config
 
@@ -74,10 +74,33 @@ class _Found:
     state: str
 
 
-def collect(table: Table, profile: Profile, store: Store, states: Mapping[str, str], keys: set[str] | None = None) -> TableResult:
+def seed_spreads(tables: Sequence[Table], profile: Profile, store: Store, keys: set[str]) -> dict[Figure, Spread]:
+    """The spread over seeds of each figure, pooled over all rows of the tables that have several; a row that several tables
+    share counts once."""
+    rows: dict[str, _Found] = {}
+    for table in tables:
+        if "evaluate" in table.spec.stages():
+            for row in table.spec.rows:
+                key = row_config(table.spec, row, profile).evaluate_key()
+                if key not in rows:
+                    rows[key] = _find(table, row, profile, store, {}, keys)
+    samples = {figure: [_sample(found, Column(figure)) for found in rows.values()] for figure in get_args(AccuracyFigure)}
+    pooled = {figure: pooled_spread(sample for sample in found if sample is not None) for figure, found in samples.items()}
+    return {figure: spread for figure, spread in pooled.items() if spread is not None}
+
+
+def collect(
+    table: Table,
+    profile: Profile,
+    store: Store,
+    states: Mapping[str, str],
+    spreads: Mapping[Figure, Spread],
+    keys: set[str] | None = None,
+) -> TableResult:
     """All that one table shows.
 
     Args:
+        spreads: over seeds; see `seed_spreads`.
         states: by key, of stages that are not done; others are pending.
         keys: of the store, where the caller has them already.
     """
@@ -91,8 +114,8 @@ def collect(table: Table, profile: Profile, store: Store, states: Mapping[str, s
         for column in columns
         if (sample := _sample(entry, column)) is not None
     }
-    spreads = {column: pooled_spread(s for (_, c), s in samples.items() if c == column) for column in columns}
     reference = table.spec.reference
+    trainings = {row.name: row_config(table.spec, row, profile).train_key() for row in table.spec.rows}
     rows = []
     for row in table.spec.rows:
         errors = _standard_errors(found[row.name], found[reference], store, keys) if reference not in (None, row.name) else {}
@@ -100,9 +123,12 @@ def collect(table: Table, profile: Profile, store: Store, states: Mapping[str, s
         for column in columns:
             measured = samples.get((row.name, column))
             base = samples.get((reference, column)) if reference not in (None, row.name) else None
-            noise = errors.get(column.figure, []) if column.device is None else []
-            both = measured is not None and base is not None and column.figure in ACCURACY
-            gap = difference(measured, base, spreads[column], noise) if both and measured and base else None
+            gap = None
+            if measured is not None and base is not None and column.figure in ACCURACY:
+                same = trainings[row.name] == trainings[str(reference)]
+                if same:  # then seed by seed
+                    base = _sample(found[str(reference)], column, found[row.name].evaluations) or base
+                gap = difference(measured, base, Noise(spreads.get(column.figure), errors.get(column.figure, ()), same))
             cells[column] = Cell(measured, row.paper.get(column.figure), gap)
         paper = _paper_difference(table, row)
         ap = cells.get(Column("AP"))
@@ -144,9 +170,10 @@ def _find(table: Table, row: Row, profile: Profile, store: Store, states: Mappin
     return entry
 
 
-def _sample(entry: _Found, column: Column) -> Sample | None:
+def _sample(entry: _Found, column: Column, seeds: Container[int] = SEEDS) -> Sample | None:
     if column.figure in ACCURACY:
-        values = [record.result["figures"].get(column.figure) for _, record in sorted(entry.evaluations.items())]
+        records = [record for seed, record in sorted(entry.evaluations.items()) if seed in seeds]
+        values = [record.result["figures"].get(column.figure) for record in records]
         known = tuple(float(value) for value in values if value is not None)
         return Sample(known) if known else None
     record = entry.latencies.get(column.device or "")

@@ -68,7 +68,7 @@ def notes(result: TableResult) -> list[str]:
     if result.table.spec.reference is not None:
         lines.append(
             f"Differences are from the row '{result.table.spec.reference}', with a 95 % interval from the spread over seeds "
-            f"(pooled over the table's rows) and a paired bootstrap over images; {NOISE} marks what lies within it. "
+            f"(pooled over the rows of all tables) and a paired bootstrap over images; {NOISE} marks what lies within it. "
             "The verdict says whether the sign of the paper's difference replicates."
         )
         differences = [cell.difference for row in result.rows for cell in row.cells.values() if cell.difference is not None]

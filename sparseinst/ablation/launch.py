@@ -1,0 +1,393 @@
+"""Send what a plan still needs to a cluster, through submitit. Imports no torch.
+
+Trainings are one array, the evaluations of their weights another whose jobs wait for theirs, timings a third. SLURM, processes
+of this machine and the debugger share this path; only the executor differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sparseinst.ablation.cluster import Cluster, Resources
+from sparseinst.ablation.compare import Pair, plan_pairs
+from sparseinst.ablation.job import StageJob, plain
+from sparseinst.ablation.plan import Plan, StageRun
+from sparseinst.ablation.provenance import SNAPSHOT, code_version
+from sparseinst.ablation.status import State, Status
+from sparseinst.ablation.store import Store
+from sparseinst.ablation.submission import EXIT_TRAP, Submission, read_submission, write_submission
+from sparseinst.ablation.work import RUNS, run_folder
+from sparseinst.attempts import latest
+from sparseinst.config import Stage
+from sparseinst.errors import RunFailed, UserError
+
+JOBS = RUNS / "jobs"
+"""What submitit keeps: the jobs as they were sent, and what their processes said."""
+SNAPSHOTS = RUNS / "snapshots"
+_AGAIN: tuple[State, ...] = ("failed", "lost", "cancelled")
+_HELD: tuple[State, ...] = ("running", "queued")
+_FOREVER = 10_000  # how often a job that ran out of time may go on
+
+
+@dataclass(frozen=True)
+class Element:
+    """One job: stages done one after the other with the same resources."""
+
+    runs: tuple[StageRun, ...]
+    after: str | None = None
+    """The training that must be done before, by key."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """Jobs of one kind."""
+
+    stage: Stage
+    elements: tuple[Element, ...]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of a plan is sent now, and what is not."""
+
+    runs: list[StageRun]
+    held: int
+    """A cluster, or a process, has them already."""
+    again: int
+    """Failed, lost or cancelled: `retry` sends them."""
+
+
+def select(states: Iterable[Status], *, retry: bool) -> Selection:
+    """Of a plan's stages, those to send.
+
+    Args:
+        retry: those that failed, were lost or cancelled, and no others; else those alone that were never tried, or interrupted.
+    """
+    left = [status for status in states if status.state != "done"]
+    failed = [status for status in left if status.state in _AGAIN]
+    fresh = [status for status in left if status.state not in _AGAIN + _HELD]
+    held = len(left) - len(failed) - len(fresh)
+    if not retry:
+        return Selection([status.run for status in fresh], held, len(failed))
+    # An evaluation waits for its training: where that failed, it was taken out of the queue with it.
+    trainings = {status.run.key for status in failed}
+    dependent = [status for status in left if status.run.needs in trainings and status not in failed]
+    return Selection([status.run for status in (*failed, *dependent)], held, 0)
+
+
+def arrange(runs: Sequence[StageRun], cluster: Cluster, limit: int) -> list[Array]:
+    """The jobs for these stages, in arrays of at most `limit`."""
+    if cluster.kind == "debug":
+        return [Array("train", (Element(tuple(runs)),))] if runs else []
+    if cluster.kind == "local":
+        return _for_one_machine(runs, cluster)
+    by_training: dict[str, list[StageRun]] = {}
+    for run in runs:
+        if run.stage == "evaluate":
+            by_training.setdefault(str(run.needs), []).append(run)
+    trainings = [run for run in runs if run.stage == "train"]
+    sent = {run.key for run in trainings}
+    arrays = []
+    for part in _parts([Element((run,)) for run in trainings], limit):
+        arrays.append(Array("train", part))
+        keys = [element.runs[0].key for element in part]
+        waiting = tuple(Element(tuple(by_training[key]), after=key) for key in keys if key in by_training)
+        arrays += [Array("evaluate", waiting)] if waiting else []
+    ready = [Element(tuple(found), after=key) for key, found in by_training.items() if key not in sent]
+    arrays += [Array("evaluate", part) for part in _parts(ready, limit)]
+    timings = [Element((run,)) for run in runs if run.stage == "latency"]
+    return arrays + [Array("latency", part) for part in _parts(timings, limit)]
+
+
+def _for_one_machine(runs: Sequence[StageRun], cluster: Cluster) -> list[Array]:
+    """As many jobs as may run at once, each with its share: every training with its evaluations."""
+    chains: dict[str, list[StageRun]] = {}
+    for run in runs:
+        chains.setdefault(run.needs or run.key, []).append(run)
+    shares: list[list[StageRun]] = [[] for _ in range(min(cluster.parallelism, len(chains)))]
+    for number, chain in enumerate(chains.values()):
+        shares[number % len(shares)] += chain
+    return [Array("train", tuple(Element(tuple(share)) for share in shares))] if shares else []
+
+
+def _parts(elements: Sequence[Element], limit: int) -> list[tuple[Element, ...]]:
+    return [tuple(elements[first : first + limit]) for first in range(0, len(elements), limit)]
+
+
+def largest_array(cluster: Cluster) -> int:
+    """Jobs that one array may hold: the profile's word, else the site's. Raises `RunFailed` where SLURM does not answer."""
+    if cluster.array_size is not None:
+        return cluster.array_size
+    if cluster.kind != "slurm":
+        return 1_000_000
+    try:
+        told = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RunFailed(f"SLURM does not answer here: {_said(error)}") from None
+    for line in told.splitlines():
+        name, _, value = line.partition("=")
+        if name.strip() == "MaxArraySize":
+            return max(1, int(value))
+    return 1000
+
+
+def layout_warning(runs: Sequence[StageRun], cluster: Cluster) -> str | None:
+    """Where trainings mean over other parts than the paper's 8 processes of 8 images; None where they do not."""
+    for run in runs:
+        train = run.config.train
+        if run.stage != "train" or run.config.loss.reduction != "per_process":
+            continue
+        parts = cluster.train.processes * (cluster.accumulate or train.accumulate)
+        if train.batch_size % parts:
+            raise UserError(f"{run.label}: train.batch_size={train.batch_size} cannot be shared by {parts} processes and parts")
+        if (parts, train.batch_size // parts) != (8, 8):
+            return (
+                f"{parts} parts of {train.batch_size // parts} images, the paper has 8 of 8: its loss means are per process, "
+                "so results may differ a little; `accumulate` in the cluster's profile makes more parts, "
+                "loss.reduction=global makes them not matter"
+            )
+    return None
+
+
+def launch(plan: Plan, selection: Selection, store: Store, cluster: Cluster, name: str) -> list[Submission]:
+    """Send the selected stages, and leave word of it in their folders.
+
+    Args:
+        name: the cluster profile's.
+
+    Returns:
+        One submission a job.
+
+    Raises:
+        RunFailed: SLURM refused; says why. What was sent before stays sent.
+    """
+    code = _snapshot()
+    pairs = plan_pairs(plan)
+    sent: dict[str, str] = {}
+    submissions = []
+    for array in arrange(selection.runs, cluster, largest_array(cluster)):
+        for part, dependency in _by_dependency(array, sent):
+            at = time.time()
+            jobs = [_stage_job(element, pairs, plan, store, cluster) for element in part]
+            ids = _submit(jobs, array.stage, cluster, code, dependency)
+            for element, job in zip(part, ids, strict=True):
+                submission = Submission(name, cluster.kind, job, str(JOBS.resolve()), at)
+                submissions.append(submission)
+                for run in element.runs:
+                    write_submission(run_folder(run.key), submission)
+                    sent[run.key] = job
+    return submissions
+
+
+def _by_dependency(array: Array, sent: dict[str, str]) -> list[tuple[tuple[Element, ...], str | None]]:
+    """The array in pieces that sbatch can name one dependency for."""
+    wanted = [_job_before(element, sent) for element in array.elements]
+    together = [job for job in wanted if job is not None]
+    if not together:
+        return [(array.elements, None)]
+    heads = {job.partition("_")[0] for job in together}
+    if len(heads) == 1 and wanted == [f"{next(iter(heads))}_{index}" for index in range(len(wanted))]:
+        return [(array.elements, f"aftercorr:{next(iter(heads))}")]
+    return [((element,), f"afterok:{job}" if job else None) for element, job in zip(array.elements, wanted, strict=True)]
+
+
+def _job_before(element: Element, sent: dict[str, str]) -> str | None:
+    """The job of the training that must be done before: sent just now, or earlier and not done yet."""
+    if element.after is None:
+        return None
+    if element.after in sent:
+        return sent[element.after]
+    paths = run_folder(element.after)
+    submission = read_submission(paths)
+    return submission.job if submission is not None and not paths.weights.exists() and submission.kind == "slurm" else None
+
+
+def _stage_job(element: Element, pairs: Sequence[Pair], plan: Plan, store: Store, cluster: Cluster) -> StageJob:
+    keys = {run.key for run in element.runs}
+    return StageJob(
+        stages=tuple(plain(run) for run in element.runs),
+        pairs=tuple(vars(pair) for pair in pairs if {pair.baseline, pair.other} & keys),
+        project=str(Path.cwd()),
+        results=str(store.results),
+        profile=plan.profile.name,
+        device=None if cluster.gpu else "cpu",
+        accumulate=cluster.accumulate,
+        hang_seconds=float(cluster.hang_seconds),
+    )
+
+
+def _submit(jobs: Sequence[StageJob], stage: Stage, cluster: Cluster, code: Path, dependency: str | None) -> list[str]:
+    """The jobs' names, once they are sent. Raises `RunFailed`."""
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    JOBS.mkdir(parents=True, exist_ok=True)
+    resources = cluster.resources(stage)
+    try:
+        if cluster.kind == "slurm":
+            executor: Any = submitit.SlurmExecutor(JOBS.resolve(), max_num_timeout=_FOREVER)
+            executor.update_parameters(**slurm_parameters(stage, cluster, code, dependency))
+        elif cluster.kind == "local":
+            executor = submitit.LocalExecutor(JOBS.resolve(), max_num_timeout=_FOREVER)
+            executor.update_parameters(
+                timeout_min=resources.time,
+                signal_delay_s=cluster.signal_delay,
+                nodes=resources.nodes,
+                tasks_per_node=resources.tasks_per_node,
+                gpus_per_node=resources.gpus_per_node,
+                setup=_setup(cluster, resources, code),
+            )
+        else:
+            executor = submitit.DebugExecutor(JOBS.resolve())
+        with executor.batch():  # one array where the executor has arrays
+            sent = [executor.submit(job) for job in jobs]
+    except (FailedSubmissionError, FailedJobError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        raise RunFailed(f"{cluster.kind} refused the {stage} jobs: {_said(error)}") from None
+    if cluster.kind == "debug":
+        for job in sent:
+            job.results()
+    return [job.job_id for job in sent]
+
+
+def slurm_parameters(stage: Stage, cluster: Cluster, code: Path, dependency: str | None) -> dict[str, Any]:
+    """What submitit's SLURM executor takes, in sbatch's words."""
+    resources = cluster.resources(stage)
+    parameters = {
+        "job_name": f"sparseinst-{stage}",
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.tasks_per_node,
+        "gpus_per_node": resources.gpus_per_node or None,
+        "cpus_per_task": resources.cpus_per_task,
+        "mem": f"{resources.memory_gb}GB" if resources.memory_gb else None,
+        "time": resources.time,
+        "signal_delay_s": cluster.signal_delay,
+        "array_parallelism": cluster.parallelism,
+        "dependency": dependency,
+        "setup": [
+            *(line.format(folder=shlex.quote(str(JOBS.resolve()))) for line in EXIT_TRAP),
+            *_setup(cluster, resources, code),
+        ],
+        # One dead process ends its job: the others would wait for it.
+        "srun_args": ["--kill-on-bad-exit=1", *cluster.container],
+        "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **cluster.extra},
+    }
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def sbatch_text(array: Array, cluster: Cluster, code: Path) -> str:
+    """The batch script of an array, as `--dry-run` shows it."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    dependency = "aftercorr:<the trainings>" if any(element.after for element in array.elements) else None
+    parameters = slurm_parameters(array.stage, cluster, code, dependency)
+    count = len(array.elements) if len(array.elements) > 1 else None
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(JOBS.resolve()))}"
+    return _make_sbatch_string(command=command, folder=JOBS.resolve(), map_count=count, **parameters)
+
+
+def _setup(cluster: Cluster, resources: Resources, code: Path) -> list[str]:
+    """Shell lines before Python: the site's own, then what makes the copied code the one that runs."""
+    variables = {"OMP_NUM_THREADS": str(resources.cpus_per_task), **cluster.environment, "PYTHONPATH": str(code.resolve())}
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    # python -m looks into the working folder first.
+    return [*cluster.setup, *exports, f"cd {shlex.quote(str(code.resolve()))}"]
+
+
+def _snapshot() -> Path:
+    """A copy of the package as it is now, named by its content; made once."""
+    package = Path(__file__).parents[1]
+    files = sorted(path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(package)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    version = json.dumps(code_version())
+    digest.update(version.encode())
+    folder = SNAPSHOTS / digest.hexdigest()[:16]
+    if not folder.exists():
+        temporary = SNAPSHOTS / f".{uuid.uuid4().hex[:8]}.tmp"
+        for file in files:
+            target = temporary / package.name / file.relative_to(package)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        (temporary / SNAPSHOT).write_text(version + "\n", encoding="utf-8")
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(temporary)
+    return folder
+
+
+def cancel(runs: Sequence[StageRun], plan: Plan) -> list[str]:
+    """Take stages off their cluster, with those that wait for them.
+
+    Returns:
+        The jobs that were cancelled.
+
+    Raises:
+        UserError: none of them is on a cluster.
+        RunFailed: SLURM refused.
+    """
+    keys = {run.key for run in runs}
+    wanted = [run for run in plan.runs.values() if run.key in keys or run.needs in keys]
+    found = {run.key: submission for run in wanted if (submission := read_submission(run_folder(run.key))) is not None}
+    jobs = {submission.job: submission for submission in found.values() if not submission.cancelled}
+    if not jobs:
+        raise UserError("none of these runs is on a cluster; `sparseinst status` tells what is")
+    slurm = [job for job, submission in jobs.items() if submission.kind == "slurm"]
+    if slurm:
+        try:
+            subprocess.run(["scancel", *slurm], capture_output=True, text=True, check=True, timeout=60)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise RunFailed(f"scancel: {_said(error)}") from None
+    for key, submission in found.items():
+        if submission.kind != "slurm":
+            _end_processes(key, submission)
+        write_submission(run_folder(key), replace(submission, cancelled=True))
+    return list(jobs)
+
+
+def _end_processes(key: str, submission: Submission) -> None:
+    """Of a job on this machine."""
+    past = latest(run_folder(key))
+    if past is not None and past.job == submission.job and past.at_work():
+        for _, said in past.beats.values():
+            try:
+                os.kill(int(said["pid"]), signal.SIGINT)
+            except (KeyError, ProcessLookupError):
+                continue
+
+
+def _said(error: BaseException) -> str:
+    """The last line of what a command, or submitit, said."""
+    text = str(getattr(error, "stderr", None) or error).strip()
+    return text.splitlines()[-1] if text else type(error).__name__
+
+
+def describe_arrays(arrays: Sequence[Array], cluster: Cluster) -> list[str]:
+    """What is sent, for people, a line an array."""
+    lines = []
+    for array in arrays:
+        resources, jobs = cluster.resources(array.stage), len(array.elements)
+        gpus = f" with {resources.nodes * resources.gpus_per_node} GPUs" if resources.gpus_per_node else ""
+        lines.append(
+            f"{array.stage}: {jobs} {'job' if jobs == 1 else 'jobs'}, {min(jobs, cluster.parallelism)} at once, each of "
+            f"{resources.nodes} x {resources.tasks_per_node} processes{gpus}, {resources.time} minutes at a time"
+        )
+    return lines

@@ -1,0 +1,174 @@
+"""Who may work in a folder: claims, heartbeats, takeovers, and the fence."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparseinst import attempts
+from sparseinst.attempts import Attempt, Held, Job, Past, Superseded, hanging, latest
+from sparseinst.errors import RunFailed
+from sparseinst.paths import RunPaths, atomic
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> RunPaths:
+    return RunPaths(tmp_path / "run")
+
+
+def tell(attempt: Attempt, **about: Any) -> None:
+    """As if the attempt had been begun so."""
+    attempt.paths.attempt(attempt.number).write_text(json.dumps({**attempt.about, **about}))
+
+
+def test_one_at_a_time(paths: RunPaths) -> None:
+    with Attempt.begin(paths) as first:
+        with pytest.raises(Held, match=f"another process is at work in this folder .*pid {os.getpid()}"):
+            Attempt.begin(paths)
+        first.check()
+    with Attempt.begin(paths) as second:
+        assert second.number == 2
+    last = latest(paths)
+    assert last is not None
+    assert (last.ends[0]["outcome"], last.at_work()) == ("done", False)
+
+
+def test_of_many_that_begin_at_once_one_does(paths: RunPaths) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from sparseinst.attempts import *; from sparseinst.paths import RunPaths\n"
+        f"paths = RunPaths(Path({str(paths.root)!r})); time.sleep(max(0, {time.time() + 1.5} - time.time()))\n"
+        "try:\n    a = Attempt.begin(paths)\nexcept Held:\n    sys.exit(3)\nwith a:\n    time.sleep(1)"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(6)]
+    assert sorted(process.wait() for process in processes) == [0, 3, 3, 3, 3, 3]
+
+
+def test_a_process_that_was_killed_holds_nothing(paths: RunPaths) -> None:
+    code = (
+        "import os; from pathlib import Path; from sparseinst.attempts import *; from sparseinst.paths import RunPaths\n"
+        f"Attempt.begin(RunPaths(Path({str(paths.root)!r}))).__enter__(); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    last = latest(paths)
+    assert last is not None
+    assert (last.ended, last.at_work()) == (False, False)
+    with Attempt.begin(paths) as second:
+        assert second.number == 2
+
+
+def test_a_requeued_job_takes_over_and_its_old_copy_stops(paths: RunPaths) -> None:
+    old = Attempt.begin(paths, job=Job("12_3"))
+    for other in (Job("12_3"), Job("13"), None):  # a second copy of the same start, another job, a `run`
+        with pytest.raises(Held):
+            Attempt.begin(paths, job=other)
+    new = Attempt.begin(paths, job=Job("12_3", restarts=1))
+    kept = paths.root / "checkpoint"
+    with new, atomic(kept, new.check) as temporary:
+        temporary.write_text("new")
+    with (
+        pytest.raises(Superseded, match="a newer attempt has taken over; attempt 1 stops"),
+        old,
+        atomic(kept, old.check) as temporary,
+    ):
+        temporary.write_text("old")
+    assert kept.read_text() == "new"
+    assert list(paths.root.glob(".*.tmp")) == []
+    assert json.loads(paths.end(1, 0).read_text())["outcome"] == "superseded"
+
+
+def test_on_another_machine_the_heartbeat_decides(paths: RunPaths) -> None:
+    with Attempt.begin(paths) as attempt:
+        tell(attempt, machine="elsewhere", host="node7")
+        with pytest.raises(Held, match="host node7"):
+            Attempt.begin(paths)
+        long_ago = time.time() - attempts.LOST_SECONDS - 1
+        os.utime(paths.beat(1, 0), (long_ago, long_ago))
+        with Attempt.begin(paths) as second:
+            assert second.number == 2
+            with pytest.raises(Superseded):
+                attempt.check()
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "why"),
+    [
+        (RunFailed("no space left"), "failed", "no space left"),
+        (RuntimeError("the card fell out\nof its slot"), "failed", "RuntimeError: the card fell out"),
+        (KeyboardInterrupt(), "interrupted", None),
+        (SystemExit(1), "interrupted", None),
+    ],
+)
+def test_how_it_ended(paths: RunPaths, error: BaseException, outcome: str, why: str | None) -> None:
+    with pytest.raises(type(error)), Attempt.begin(paths):
+        raise error
+    last = latest(paths)
+    assert last is not None
+    assert (last.ends[0]["outcome"], last.ends[0]["reason"], last.failure()) == (outcome, why, why)
+
+
+def test_other_ranks_join_and_the_first_failure_is_the_reason(paths: RunPaths) -> None:
+    job = Job("7")
+    rank0 = Attempt.begin(paths, job=job, world_size=2, address="host:1")
+    rank1 = Attempt.join(paths, job, 1)
+    assert (rank1.number, rank1.address, rank1.world_size) == (1, "host:1", 2)
+    with pytest.raises(MemoryError), rank1:
+        raise MemoryError("rank 1 is out of memory")
+    with pytest.raises(RuntimeError), rank0:
+        raise RuntimeError("connection closed by peer")
+    last = latest(paths)
+    assert last is not None
+    assert last.failure() == "rank 1: MemoryError: rank 1 is out of memory"
+
+
+def test_nobody_joins_what_was_never_begun(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "JOIN_SECONDS", 0.5)
+    with pytest.raises(RunFailed, match="rank 0 of job 7 did not begin"):
+        Attempt.join(paths, Job("7"), 1)
+
+
+def test_the_hanging_rank_is_the_one_that_does_not_wait() -> None:
+    now = time.time()
+    about = {"world_size": 3, "began": now - 1000}
+    beats = {
+        0: (1.0, {"phase": "wait", "step": 41, "since": now - 320}),
+        1: (1.0, {"phase": "wait", "step": 41, "since": now - 321}),
+        2: (1.0, {"phase": "data", "step": 41, "since": now - 322}),
+    }
+    assert hanging(Past(1, about, beats, {}), 300) == "rank 2 hung in data of step 41 for 322 s"
+    assert hanging(Past(1, about, beats, {}), 400) is None
+    silent = {**beats, 1: (310.0, {"phase": "wait", "step": 41, "since": now - 321})}
+    assert str(hanging(Past(1, about, silent, {}), 300)).startswith("rank 1 hung in wait of step 41")
+
+
+def test_a_hanging_process_ends_itself_with_the_reason(paths: RunPaths) -> None:
+    code = (
+        "import time; from pathlib import Path; from sparseinst import attempts; from sparseinst.paths import RunPaths\n"
+        "attempts.BEAT_SECONDS = 0.2\n"
+        f"with attempts.Attempt.begin(RunPaths(Path({str(paths.root)!r})), hang_seconds=1) as a:\n"
+        "    a.at('data', 5); time.sleep(60)"
+    )
+    began = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
+    assert time.monotonic() - began < 20
+    last = latest(paths)
+    assert last is not None
+    assert str(last.failure()).startswith("rank 0 hung in data of step 5 for")
+
+
+def test_damaged_files_tell_nothing(paths: RunPaths) -> None:
+    with Attempt.begin(paths):
+        pass
+    for file in paths.attempts.iterdir():
+        file.write_text("{")
+    last = latest(paths)
+    assert last is not None
+    assert last.failure() is None
+    with Attempt.begin(paths) as second:
+        assert second.number == 2
+    assert socket.gethostname() == second.about["host"]

@@ -1,0 +1,140 @@
+"""Several processes on one training: the same result as one, whatever the layout, and the same bits after a resume."""
+
+import json
+import socket
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import multiprocessing
+
+from sparseinst.attempts import Attempt, Job
+from sparseinst.config import Config
+from sparseinst.data.coco import val_split
+from sparseinst.engine import distributed
+from sparseinst.engine.checkpoint import load_weights
+from sparseinst.engine.evaluate import evaluate
+from sparseinst.engine.train import train
+from sparseinst.overrides import load_config
+from sparseinst.paths import RunPaths
+
+from .conftest import CPU, TINY, run
+
+
+def in_processes(count: int, work: Any, *arguments: Any) -> None:
+    """Call work(rank, count, address, ...) in each of `count` processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    multiprocessing.start_processes(work, (count, address, *arguments), nprocs=count, start_method="spawn")
+
+
+def train_part(rank: int, count: int, address: str, config: str, output: Path) -> None:
+    torch.set_num_threads(1)
+    paths, job = RunPaths(output), Job("1")
+    attempt = Attempt.begin(paths, job=job, world_size=count) if rank == 0 else Attempt.join(paths, job, rank)
+    with attempt, distributed.group(address, rank, count, timeout_seconds=60):
+        train(Config.model_validate_json(config), output, device=CPU, progress=False, attempt=attempt)
+
+
+def evaluate_part(rank: int, count: int, address: str, weights: Path, output: Path) -> None:
+    torch.set_num_threads(1)
+    model, config, _ = load_weights(weights)
+    with distributed.group(address, rank, count, timeout_seconds=60):
+        split = val_split(config.data)
+        found = evaluate(model, split, config, device=CPU, predictions=output / "predictions.json", progress=False)
+    (output / f"{rank}.json").write_text(json.dumps(asdict(found)))
+
+
+def trained(config: Config, output: Path, processes: int) -> dict[str, torch.Tensor]:
+    in_processes(processes, train_part, config.to_json(), output)
+    return load_file(RunPaths(output).weights)
+
+
+@pytest.fixture
+def tiny(shapes_root: Path) -> Config:
+    return load_config(overrides={**TINY, "data.root": str(shapes_root)})
+
+
+def first_gradients(paths: RunPaths) -> list[torch.Tensor]:
+    """Of the first step, tenfold smaller: what AdamW keeps. Its weights would not do, since it makes any gradient a step of
+    the same length, also one that is next to nothing."""
+    state = torch.load(paths.checkpoint(1), weights_only=True)
+    return [entry["exp_avg"] for entry in state["optimizer"]["state"].values()]
+
+
+def assert_close(ours: RunPaths, theirs: RunPaths) -> None:
+    """The gradients are equal to rounding, but before the max-pooling: where neighbours are equal, rounding chooses whose
+    gradient it is."""
+    pairs = [(a, b) for a, b in zip(first_gradients(ours), first_gradients(theirs), strict=True) if b.norm() > 1e-5]
+    assert len(pairs) > 50
+    errors = sorted(float((one - other).norm() / other.norm()) for one, other in pairs)
+    assert errors[int(0.8 * len(errors))] < 1e-4
+    assert errors[-1] < 1e-2
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_global_mode_gives_one_result_whatever_the_layout(tiny: Config, tmp_path: Path, processes: int) -> None:
+    """With trainable norms, whose statistics are then those of the whole batch."""
+    config = tiny.replace({"loss.reduction": "global", "train.checkpoint_every": 1, "train.keep_checkpoints": 9})
+    run(config, tmp_path / "one")
+    trained(config, tmp_path / "several", processes)
+    runs = RunPaths(tmp_path / "one"), RunPaths(tmp_path / "several")
+    assert_close(*runs)
+    lines = [[json.loads(line) for line in paths.metrics.read_text().splitlines()] for paths in runs]
+    for one, other in zip(*lines, strict=True):
+        assert one["iteration"] == other["iteration"]
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    last = json.loads(RunPaths(tmp_path / "several").end(1, processes - 1).read_text())
+    assert last["outcome"] == "done"
+
+
+def test_without_global_mode_the_layout_matters(tiny: Config, tmp_path: Path) -> None:
+    """So that the test above cannot pass by itself."""
+    config = tiny.replace({"train.checkpoint_every": 1, "train.keep_checkpoints": 9})
+    run(config, tmp_path / "one")
+    trained(config, tmp_path / "several", 2)
+    with pytest.raises(AssertionError):
+        assert_close(RunPaths(tmp_path / "one"), RunPaths(tmp_path / "several"))
+
+
+def test_parts_in_turn_are_parts_in_processes(tiny: Config, tmp_path: Path) -> None:
+    """The loss means are per part, so one process with two parts does what two processes do."""
+    config = tiny.replace({"train.checkpoint_every": 1, "train.keep_checkpoints": 9})
+    train(config, tmp_path / "one", device=CPU, progress=False, accumulate=2)
+    trained(config, tmp_path / "several", 2)
+    assert_close(RunPaths(tmp_path / "one"), RunPaths(tmp_path / "several"))
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(tiny: Config, tmp_path: Path) -> None:
+    config = tiny.replace({"loss.reduction": "global", "train.keep_checkpoints": 9, "train.clip_norm": 1.0})
+    whole = trained(config, tmp_path / "run", 4)
+    paths = RunPaths(tmp_path / "run")
+    for file in (paths.weights, paths.checkpoint(6), paths.checkpoint(4)):
+        file.unlink()
+    again = trained(config, tmp_path / "run", 4)
+    assert "resuming after step 2" in paths.log.read_text()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_evaluation_counts_every_image_once(tiny: Config, tmp_path: Path) -> None:
+    """6 images on 4 processes: the same predictions in the same order, and the same figures on every rank."""
+    config = tiny.replace({"inference.score_threshold": 0.0})
+    run(config, tmp_path / "run")
+    weights = RunPaths(tmp_path / "run").weights
+    model, config, _ = load_weights(weights)
+    alone = evaluate(model, val_split(config.data), config, device=CPU, predictions=tmp_path / "predictions.json", progress=False)
+    (tmp_path / "shared").mkdir()
+    in_processes(4, evaluate_part, weights, tmp_path / "shared")
+    expected = json.loads((tmp_path / "predictions.json").read_text())
+    found = json.loads((tmp_path / "shared" / "predictions.json").read_text())
+    assert len(expected) >= 20
+    assert [entry["image_id"] for entry in found] == [entry["image_id"] for entry in expected]
+    assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in expected], abs=1e-5)
+    for rank in range(4):
+        shared = json.loads((tmp_path / "shared" / f"{rank}.json").read_text())
+        assert shared["images"] == alone.images == 6
+        assert shared["figures"]["AR100"] == pytest.approx(alone.figures["AR100"], abs=1e-6)
