@@ -58,7 +58,7 @@ def test_every_profile_of_the_project_is_valid() -> None:
         ("train: {time: 1 day}", "train.time"),
         ("train: {gpus_per_node: 8}", "gpu: name the GPU as nvidia-smi"),
         ("latency: {tasks_per_node: 2}", "a timing takes one process"),
-        ("signal_delay: 90\ntrain: {time: 1}", "told to end at their birth"),
+        ("signal_delay: 90\ntrain: {time: 2}", "told to end at its birth"),
         ("signal_delay: [", "expected the node content"),
     ],
 )
@@ -220,7 +220,9 @@ def test_cancelled_failed_and_lost_are_told_apart_without_a_scheduler(tmp_path: 
     paths.attempt(1).write_text(json.dumps({**about, "machine": "elsewhere", "began": time.time() - 3600}))
     state, reason, _ = look(1)
     assert (state, "silent for" in str(reason)) == ("lost", True)
-    (jobs / "5_1_0_log.err").write_text("slurmstepd-n: error: *** JOB 5 ON n CANCELLED AT 2026 DUE TO JOB REQUEUE ***\n")
+    (jobs / "5_1_0_log.err").write_text(
+        "slurmstepd-n: error: *** JOB 5 ON n CANCELLED AT 2026 DUE TO JOB REQUEUE ***\nsrun: error: n: task 0: Killed\n"
+    )
     assert look(1)[:2] == ("queued", "stopped by the scheduler, to be started again")
     with Attempt.begin(paths, job=Job("5_1", restarts=1)):
         assert look(1) == ("running", None, 2)

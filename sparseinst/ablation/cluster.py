@@ -73,8 +73,11 @@ class Cluster(Section):
             raise ValueError("latency: a timing takes one process: nodes and tasks_per_node must be 1")
         if self.train.gpus_per_node and self.gpu is None:
             raise ValueError("gpu: name the GPU as nvidia-smi --query-gpu=name does: timings are kept apart by it")
-        if self.signal_delay >= 60 * min(self.train.time, self.latency.time, (self.evaluate or self.train).time):
-            raise ValueError(f"signal_delay={self.signal_delay} s is as long as a job: jobs would be told to end at their birth")
+        shortest = min(self.train.time, self.latency.time, (self.evaluate or self.train).time)
+        if self.signal_delay >= 60 * (shortest - 1):  # SLURM may send it up to a minute early
+            raise ValueError(
+                f"signal_delay={self.signal_delay} s leaves nothing of a job of {shortest} minutes: it would be told to end at its birth"
+            )
         return self
 
     def resources(self, stage: str) -> Resources:

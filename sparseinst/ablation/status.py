@@ -91,6 +91,10 @@ def _of_attempt(past: Past, submission: Submission | None, queue: frozenset[str]
     theirs = submission if submission is not None and submission.job == past.job else None
     if theirs is not None and theirs.cancelled:
         return "cancelled", None
+    words = (last_words(theirs) if theirs is not None else None) or ""
+    if theirs is not None and ("REQUEUE" in words or "PREEMPTION" in words):
+        # Whatever its processes said while they were ended. Its next start begins a new attempt.
+        return "queued", "stopped by the scheduler, to be started again"
     ended = read_exit(theirs) if theirs is not None else None
     if ended is not None and ended.code != 0 and not ended.told and ended.at >= past.began - 1:
         # The job is over, whatever its processes could still say: who died first is the scheduler's to tell.
@@ -102,10 +106,9 @@ def _of_attempt(past: Past, submission: Submission | None, queue: frozenset[str]
         return "running", hanging(past, limit)
     if theirs is None:
         return "interrupted", "its process ended; `sparseinst run` goes on from the last checkpoint"
-    words = last_words(theirs) or ""
     if queue is not None and theirs.job not in queue:
         return "lost", f"the scheduler has no job {theirs.job} any more. {words}".strip()
-    if past.ended or "REQUEUE" in words or "PREEMPTION" in words or (queue is not None and theirs.job in queue):
+    if past.ended or (queue is not None and theirs.job in queue):
         return "queued", "stopped by the scheduler, to be started again"
     if "TIME LIMIT" in words:
         return "failed", f"over its time limit: {words}"

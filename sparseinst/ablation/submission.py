@@ -104,9 +104,10 @@ def dead_rank(submission: Submission | None) -> str | None:
 
 
 def last_words(submission: Submission) -> str | None:
-    """What the scheduler last said of the job."""
+    """What the scheduler last said of the job: why it ended it, where it said that."""
     found = [match[1].strip("* ") for line in _tail(submission.log(0)) if (match := _SCHEDULER.search(line))]
-    return found[-1] if found else None
+    why = [words for words in found if "CANCELLED" in words]
+    return (why or found or [None])[-1]
 
 
 def _tail(path: Path, size: int = 8192) -> list[str]:

@@ -229,8 +229,8 @@ def _loader(dataset: Dataset[Example], workers: int, pin_memory: bool, **kwargs:
 
 
 def _settle(_: int) -> None:
-    """One thread; and no signal but the last: a scheduler sends its warnings to every process of a job."""
+    """One thread; and deaf: a scheduler sends its warnings to every process of a job, and which of them ends it is not a
+    worker's to say. A worker ends when its loader does, or its parent."""
     torch.set_num_threads(1)
-    for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
+    for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
