@@ -75,9 +75,8 @@ class Cluster(Section):
             raise ValueError("gpu: name the GPU as nvidia-smi --query-gpu=name does: timings are kept apart by it")
         shortest = min(self.train.time, self.latency.time, (self.evaluate or self.train).time)
         if self.signal_delay >= 60 * (shortest - 1):  # SLURM may send it up to a minute early
-            raise ValueError(
-                f"signal_delay={self.signal_delay} s leaves nothing of a job of {shortest} minutes: it would be told to end at its birth"
-            )
+            left = f"signal_delay={self.signal_delay} s leaves nothing of a job of {shortest} minutes"
+            raise ValueError(f"{left}: it would be told to end at its birth")
         return self
 
     def resources(self, stage: str) -> Resources:
