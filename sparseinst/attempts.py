@@ -86,7 +86,7 @@ class Past:
         """Whether rank 0's process lives; None where it is on another machine."""
         if self.about.get("machine") != _machine():
             return None
-        return self.about.get("process") == _process(int(self.about.get("pid", 0)))
+        return self.about.get("process") == process_name(int(self.about.get("pid", 0)))
 
     def at_work(self) -> bool:
         """Whether somebody works on it, as far as can be told from here."""
@@ -193,7 +193,7 @@ class Attempt:
             raise Held(_holder(paths, last))
         about = {
             "began": time.time(), "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(),
-            "process": _process(os.getpid()), "job": job.id if job else None, "restarts": job.restarts if job else 0,
+            "process": process_name(os.getpid()), "job": job.id if job else None, "restarts": job.restarts if job else 0,
             "world_size": world_size, "address": address, "hang_seconds": hang_seconds,
         }  # fmt: skip
         number = last.number + 1 if last is not None else 1
@@ -231,9 +231,18 @@ class Attempt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
+        if self.paths.end(self.number, self.rank).exists():  # noted before
+            return
         if error is None:
             self._end("done")
-        elif isinstance(error, Superseded):
+        else:
+            self.note(error)
+
+    def note(self, error: BaseException) -> None:
+        """Note why it ends, before it does."""
+        if self.paths.end(self.number, self.rank).exists():
+            return
+        if isinstance(error, Superseded):
             self._end("superseded")
         elif isinstance(error, Exception) and not isinstance(error, Held):
             self._end("failed", reason(error), "".join(traceback.format_exception(error)))
@@ -243,6 +252,10 @@ class Attempt:
     def at(self, phase: str, step: int | None = None) -> None:
         """Note what this rank is at now. `wait` is what ranks do that need the others."""
         self._at = {"phase": phase, "step": step, "since": time.time()}
+
+    def rest(self) -> None:
+        """Let this attempt stand still without being taken for hung."""
+        self.about["hang_seconds"] = None
 
     def check(self) -> None:
         """Before each write. Raises `Superseded`."""
@@ -313,8 +326,8 @@ def _machine() -> str:
     return " ".join(parts)
 
 
-def _process(pid: int) -> str | None:
-    """Names a living process of this machine, so that its number given to another one is noticed; None for a dead one."""
+def process_name(pid: int) -> str | None:
+    """A living process of this machine, by its number and its start; None for a dead one."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:

@@ -47,9 +47,7 @@ def postprocess(
         padded: height and width of the network's input.
         sizes: of B images, without the padding.
     """
-    scores, labels = predictions.class_logits.float().sigmoid().max(dim=-1)  # B N
-    objectness = predictions.objectness_logits.float().sigmoid() if config.rescore else 1.0
-    scores = (scores * objectness).sqrt()
+    scores, labels = class_scores(predictions, config)  # B N
     results = []
     for image_scores, image_labels, logits, size in zip(scores, labels, predictions.mask_logits, sizes, strict=True):
         maps = (image_scores > config.score_threshold).nonzero().squeeze(1)  # K
@@ -60,6 +58,13 @@ def postprocess(
         full = paste(masks, padded, size) > config.mask_threshold
         results.append(Instances(kept, image_labels[maps], full, maps))
     return results
+
+
+def class_scores(predictions: Predictions, config: InferenceConfig) -> tuple[Tensor, Tensor]:
+    """Each map's score, by which it is kept or not, and its class: (B, N) in [0, 1] and (B, N) int64."""
+    scores, labels = predictions.class_logits.float().sigmoid().max(dim=-1)
+    objectness = predictions.objectness_logits.float().sigmoid() if config.rescore else 1.0
+    return (scores * objectness).sqrt(), labels
 
 
 def maskness(masks: Tensor, threshold: float) -> Tensor:

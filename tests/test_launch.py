@@ -56,7 +56,9 @@ def test_every_profile_of_the_project_is_valid() -> None:
         ("partitoin: gpu", "(valid: kind, partition, account"),
         ("train: {gpus: 8}", "(valid: nodes, tasks_per_node, gpus_per_node"),
         ("train: {time: 1 day}", "train.time"),
-        ("train: {gpus_per_node: 8}", "gpu: name the GPU as nvidia-smi"),
+        ("train: {gpus_per_node: 8}\nlatency: {gpus_per_node: 1}", "device: name the GPU as nvidia-smi"),
+        ("train: {gpus_per_node: 8}\ndevice: A card", "need GPUs all of them, or none"),
+        ("kind: local\nsetup: [module load cuda]", "kind local knows no setup"),
         ("latency: {tasks_per_node: 2}", "a timing takes one process"),
         ("signal_delay: 90\ntrain: {time: 2}", "told to end at its birth"),
         ("signal_delay: [", "expected the node content"),
@@ -104,7 +106,7 @@ def test_dry_run_shows_the_batch_scripts(capsys: pytest.CaptureFixture[str]) -> 
 def test_another_layout_than_the_papers_is_told(
     lines: str, warning: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "mine.yaml").write_text(f"gpu: A card\n{lines}\n")
+    (tmp_path / "mine.yaml").write_text(f"device: A card\nlatency: {{gpus_per_node: 1}}\n{lines}\n")
     assert run_cli(["launch", "table5", "--cluster", "mine.yaml", "--dry-run"]) == 0
     error = capsys.readouterr().err
     assert (warning in error) if warning else error == ""
@@ -152,8 +154,9 @@ def test_what_is_sent_and_what_retry_sends() -> None:
 
     assert launch.select(states("pending", "pending"), retry=False).runs == [train, evaluation]
     assert launch.select(states("running", "queued"), retry=False) == launch.Selection([], 2, 0)
-    assert launch.select(states("failed", "pending"), retry=False) == launch.Selection([evaluation], 0, 1)
-    assert launch.select(states("failed", "queued"), retry=True).runs == [train, evaluation]
+    assert launch.select(states("failed", "pending"), retry=False) == launch.Selection([], 0, 2)
+    assert launch.select(states("failed", "pending"), retry=True).runs == [train, evaluation]
+    assert launch.select(states("running", "pending"), retry=False) == launch.Selection([], 2, 0), "`run` is at it"
     assert launch.select(states("done", "lost"), retry=True).runs == [evaluation]
     assert launch.select(states("running", "queued"), retry=True) == launch.Selection([], 2, 0)
 
@@ -207,11 +210,11 @@ def test_cancelled_failed_and_lost_are_told_apart_without_a_scheduler(tmp_path: 
     with Attempt.begin(paths, job=Job("5_0"), world_size=2):
         assert look(0) == ("running", None, 1)
         (jobs / "5_0_0_log.err").write_text(
-            "srun: error: old: task 0: Terminated\nsparseinst: the job starts\nsrun: error: node2: task 1: Killed\n"
+            "srun: error: old: task 0: Terminated\nsparseinst: the job starts, restarts: 0\nsrun: error: node2: task 1: Killed\n"
             "srun: error: node1: task 0: Terminated\n"
         )
         (jobs / "5_0_1_log.err").write_text("INFO: step 41\nsome last words\n")
-        (jobs / "5_0.exit").write_text(f"137 0 {time.time()}\n")
+        (jobs / "5_0.0.exit").write_text(f"137 0 {time.time()}\n")
         assert look(0) == ("failed", "rank 1 on node2: Killed; it last said: some last words", 1)
 
     paths = run_folder(runs[1].key)

@@ -57,8 +57,9 @@ class Cluster(Section):
     """Seconds before the time limit at which a job is told to end."""
     hang_seconds: PositiveInt = 1800
     """A process that does not move for so long ends its job, with that reason."""
-    gpu: str | None = None
-    """The GPU's name as its driver gives it ("NVIDIA H100 80GB HBM3"), by which timings are told apart; None without GPUs."""
+    device: str | None = None
+    """The GPU's name as its driver gives it ("NVIDIA H100 80GB HBM3"), by which timings are told apart; without
+    GPUs the processor's, None for that of the machine that launches. A job on another device ends and says so."""
     setup: tuple[str, ...] = ()
     """Shell lines before the program starts: `module load cuda`, say."""
     environment: dict[str, str] = Field(default_factory=dict)
@@ -71,13 +72,23 @@ class Cluster(Section):
     def _fits(self) -> Self:
         if self.latency.processes != 1:
             raise ValueError("latency: a timing takes one process: nodes and tasks_per_node must be 1")
-        if self.train.gpus_per_node and self.gpu is None:
-            raise ValueError("gpu: name the GPU as nvidia-smi --query-gpu=name does: timings are kept apart by it")
+        with_gpus = {bool(resources.gpus_per_node) for resources in (self.train, self.evaluate or self.train, self.latency)}
+        if len(with_gpus) > 1:
+            raise ValueError("gpus_per_node: train, evaluate and latency need GPUs all of them, or none")
+        if self.gpus and self.device is None:
+            raise ValueError("device: name the GPU as nvidia-smi --query-gpu=name does: timings are kept apart by it")
+        if self.kind != "slurm" and (self.setup or self.container or self.extra):
+            raise ValueError(f"kind {self.kind} knows no setup, container or extra: they are SLURM's")
         shortest = min(self.train.time, self.latency.time, (self.evaluate or self.train).time)
         if self.signal_delay >= 60 * (shortest - 1):  # SLURM may send it up to a minute early
             left = f"signal_delay={self.signal_delay} s leaves nothing of a job of {shortest} minutes"
             raise ValueError(f"{left}: it would be told to end at its birth")
         return self
+
+    @property
+    def gpus(self) -> bool:
+        """Whether jobs run on GPUs."""
+        return self.train.gpus_per_node > 0
 
     def resources(self, stage: str) -> Resources:
         if stage == "latency":

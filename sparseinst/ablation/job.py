@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,10 @@ class StageJob:
     """Folder to work in; paths of data, runs and results are relative to it."""
     results: str
     profile: str
-    device: str | None
+    gpus: bool
+    """Whether a GPU is needed."""
+    device_name: str
+    """The device's own name, as the timings' keys have it."""
     accumulate: int | None
     hang_seconds: float
 
@@ -60,7 +63,7 @@ class StageJob:
             run = _stage_run(plain)
             if store.has(run.key):
                 continue
-            if run.needs in failed or (run.needs is not None and not store.has(run.needs)):
+            if run.needs is not None and not store.has(run.needs):
                 failed[run.key] = f"training {run.needs} is not done"
                 continue
             try:
@@ -75,18 +78,11 @@ class StageJob:
             raise RunFailed("; ".join(f"{key}: {why}" for key, why in failed.items()))
 
     def _do(self, run: StageRun, store: Store) -> None:
-        device = _device(self.device)
-        place = Place(
-            self.profile,
-            device,
-            device_name(device),
-            progress=False,
-            accumulate=self.accumulate if run.stage == "train" else None,
-            claim=self._claim,
-        )
-        if run.stage == "latency":  # by the name of the device that is really here
-            run = StageRun("latency", run.config.latency_key(place.device_name), run.config, run.label)
-        do_stage(run, store, place)
+        device = _own_gpu() if self.gpus else "cpu"
+        here = device_name(device)
+        if here != self.device_name:
+            raise RunFailed(f"this is a {here}, the cluster's profile says device: {self.device_name}")
+        do_stage(run, store, Place(self.profile, device, here, False, self.accumulate, self._claim))
 
     @contextmanager
     def _claim(self, paths: RunPaths) -> Iterator[Attempt]:
@@ -96,7 +92,7 @@ class StageJob:
             with Attempt.begin(paths, job=job, hang_seconds=self.hang_seconds) as attempt:
                 yield attempt
             return
-        from sparseinst.engine.distributed import group
+        from sparseinst.engine.distributed import group, world_size
 
         assert job is not None
         rank = _rank()
@@ -105,9 +101,16 @@ class StageJob:
         else:
             attempt = Attempt.join(paths, job, rank)
         assert attempt.address is not None
-        # Longer than the watch, which knows more of why nobody answers.
-        with attempt, group(attempt.address, rank, processes, timeout_seconds=self.hang_seconds + 60):
-            yield attempt
+        # They may have met already, for the stage that this folder is needed in. The watch comes first: it knows more of why
+        # nobody answers.
+        met = world_size() > 1
+        meeting = nullcontext() if met else group(attempt.address, rank, processes, timeout_seconds=self.hang_seconds + 60)
+        with attempt, meeting:
+            try:
+                yield attempt
+            except BaseException as error:
+                attempt.note(error)  # before the others are left, which may take a while
+                raise
 
 
 def plain(run: StageRun) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def _job() -> Job | None:
 
     try:
         environment = submitit.JobEnvironment()
-    except RuntimeError:  # the debug executor runs in the process that submits
+    except RuntimeError:  # called by hand
         return None
     return Job(environment.job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
 
@@ -148,14 +151,16 @@ def _environment(name: str, otherwise: int) -> int:
         return otherwise
 
 
-def _device(name: str | None) -> str | None:
-    """This process's GPU among those it sees: with one for each task it sees one, else those of the node."""
-    if name is not None:
-        return name
+def _own_gpu() -> str:
+    """This process's GPU among those it sees, made the current one: where each task has its own it sees one, else the node's."""
     import torch
 
     seen = torch.cuda.device_count()
-    return f"cuda:{_environment('local_rank', 0) % seen}" if seen else "cpu"
+    if not seen:
+        raise RunFailed(f"no GPU can be used on {socket.gethostname()}: the driver, or the cluster's profile, gives none")
+    index = _environment("local_rank", 0) % seen
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
 
 
 def _free_address() -> str:

@@ -6,6 +6,7 @@ of this machine and the debugger share this path; only the executor differs.
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import os
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,20 +27,18 @@ from sparseinst.ablation.cluster import Cluster, Resources
 from sparseinst.ablation.compare import Pair, plan_pairs
 from sparseinst.ablation.job import StageJob, plain
 from sparseinst.ablation.plan import Plan, StageRun
-from sparseinst.ablation.provenance import SNAPSHOT, code_version
-from sparseinst.ablation.status import State, Status
+from sparseinst.ablation.provenance import PACKAGE, SNAPSHOT, code_digest, code_files, code_version
+from sparseinst.ablation.status import NEEDS_RETRY, State, Status, plan_status
 from sparseinst.ablation.store import Store
 from sparseinst.ablation.submission import EXIT_TRAP, Submission, read_submission, write_submission
 from sparseinst.ablation.work import RUNS, run_folder
-from sparseinst.attempts import latest
+from sparseinst.attempts import latest, process_name
 from sparseinst.config import Stage
 from sparseinst.errors import RunFailed, UserError
 
 JOBS = RUNS / "jobs"
 """What submitit keeps: the jobs as they were sent, and what their processes said."""
 SNAPSHOTS = RUNS / "snapshots"
-_AGAIN: tuple[State, ...] = ("failed", "lost", "cancelled")
-_HELD: tuple[State, ...] = ("running", "queued")
 _FOREVER = 10_000  # how often a job that ran out of time may go on
 
 
@@ -70,22 +70,33 @@ class Selection:
     """Failed, lost or cancelled: `retry` sends them."""
 
 
-def select(states: Iterable[Status], *, retry: bool) -> Selection:
+def select(states: Sequence[Status], *, retry: bool) -> Selection:
     """Of a plan's stages, those to send.
 
+    An evaluation goes with its training, or after it; not where that one failed, or is at work elsewhere.
+
     Args:
-        retry: those that failed, were lost or cancelled, and no others; else those alone that were never tried, or interrupted.
+        retry: those that failed, were lost or cancelled, and the evaluations that waited for them; else those that nobody tried,
+            or whose process ended.
     """
-    left = [status for status in states if status.state != "done"]
-    failed = [status for status in left if status.state in _AGAIN]
-    fresh = [status for status in left if status.state not in _AGAIN + _HELD]
-    held = len(left) - len(failed) - len(fresh)
-    if not retry:
-        return Selection([status.run for status in fresh], held, len(failed))
-    # An evaluation waits for its training: where that failed, it was taken out of the queue with it.
-    trainings = {status.run.key for status in failed}
-    dependent = [status for status in left if status.run.needs in trainings and status not in failed]
-    return Selection([status.run for status in (*failed, *dependent)], held, 0)
+    of = {status.run.key: status for status in states}
+    wanted: tuple[State, ...] = NEEDS_RETRY if retry else ("pending", "interrupted")
+    runs, held, again = [], 0, 0
+    for status in states:
+        training = of.get(str(status.run.needs))
+        waits_for_failed = training is not None and training.state in NEEDS_RETRY
+        if status.state in wanted or (retry and waits_for_failed and status.state == "pending"):
+            if waits_for_failed and not retry:
+                again += 1
+            elif training is not None and training.state == "running" and training.job is None:
+                held += 1  # by `sparseinst run`
+            else:
+                runs.append(status.run)
+        elif status.state in NEEDS_RETRY:
+            again += 1
+        elif status.state in ("running", "queued"):
+            held += 1
+    return Selection(runs, held, again)
 
 
 def arrange(runs: Sequence[StageRun], cluster: Cluster, limit: int) -> list[Array]:
@@ -148,12 +159,12 @@ def layout_warning(runs: Sequence[StageRun], cluster: Cluster) -> str | None:
     """Where trainings mean over other parts than the paper's 8 processes of 8 images; None where they do not."""
     for run in runs:
         train = run.config.train
-        if run.stage != "train" or run.config.loss.reduction != "per_process":
+        if run.stage != "train":
             continue
         parts = cluster.train.processes * (cluster.accumulate or train.accumulate)
         if train.batch_size % parts:
             raise UserError(f"{run.label}: train.batch_size={train.batch_size} cannot be shared by {parts} processes and parts")
-        if (parts, train.batch_size // parts) != (8, 8):
+        if run.config.loss.reduction == "per_process" and (parts, train.batch_size // parts) != (8, 8):
             return (
                 f"{parts} parts of {train.batch_size // parts} images, the paper has 8 of 8: its loss means are per process, "
                 "so results may differ a little; `accumulate` in the cluster's profile makes more parts, "
@@ -179,12 +190,13 @@ def launch(plan: Plan, selection: Selection, store: Store, cluster: Cluster, nam
     sent: dict[str, str] = {}
     submissions = []
     for array in arrange(selection.runs, cluster, largest_array(cluster)):
-        for part, dependency in _by_dependency(array, sent):
+        for part, dependency in _by_dependency(array, sent, plan.done):
             at = time.time()
             jobs = [_stage_job(element, pairs, plan, store, cluster) for element in part]
             ids = _submit(jobs, array.stage, cluster, code, dependency)
             for element, job in zip(part, ids, strict=True):
-                submission = Submission(name, cluster.kind, job, str(JOBS.resolve()), at)
+                process = process_name(int(job)) if cluster.kind == "local" else None
+                submission = Submission(name, cluster.kind, job, str(JOBS.resolve()), at, getpass.getuser(), process)
                 submissions.append(submission)
                 for run in element.runs:
                     write_submission(run_folder(run.key), submission)
@@ -192,9 +204,9 @@ def launch(plan: Plan, selection: Selection, store: Store, cluster: Cluster, nam
     return submissions
 
 
-def _by_dependency(array: Array, sent: dict[str, str]) -> list[tuple[tuple[Element, ...], str | None]]:
+def _by_dependency(array: Array, sent: dict[str, str], done: Container[str] = ()) -> list[tuple[tuple[Element, ...], str | None]]:
     """The array in pieces that sbatch can name one dependency for."""
-    wanted = [_job_before(element, sent) for element in array.elements]
+    wanted = [_job_before(element, sent, done) for element in array.elements]
     together = [job for job in wanted if job is not None]
     if not together:
         return [(array.elements, None)]
@@ -204,15 +216,12 @@ def _by_dependency(array: Array, sent: dict[str, str]) -> list[tuple[tuple[Eleme
     return [((element,), f"afterok:{job}" if job else None) for element, job in zip(array.elements, wanted, strict=True)]
 
 
-def _job_before(element: Element, sent: dict[str, str]) -> str | None:
+def _job_before(element: Element, sent: dict[str, str], done: Container[str]) -> str | None:
     """The job of the training that must be done before: sent just now, or earlier and not done yet."""
-    if element.after is None:
+    if element.after is None or element.after in done:
         return None
-    if element.after in sent:
-        return sent[element.after]
-    paths = run_folder(element.after)
-    submission = read_submission(paths)
-    return submission.job if submission is not None and not paths.weights.exists() and submission.kind == "slurm" else None
+    submission = read_submission(run_folder(element.after))
+    return sent.get(element.after) or (submission.job if submission is not None and submission.kind == "slurm" else None)
 
 
 def _stage_job(element: Element, pairs: Sequence[Pair], plan: Plan, store: Store, cluster: Cluster) -> StageJob:
@@ -223,7 +232,8 @@ def _stage_job(element: Element, pairs: Sequence[Pair], plan: Plan, store: Store
         project=str(Path.cwd()),
         results=str(store.results),
         profile=plan.profile.name,
-        device=None if cluster.gpu else "cpu",
+        gpus=cluster.gpus,
+        device_name=plan.device,
         accumulate=cluster.accumulate,
         hang_seconds=float(cluster.hang_seconds),
     )
@@ -248,11 +258,11 @@ def _submit(jobs: Sequence[StageJob], stage: Stage, cluster: Cluster, code: Path
                 nodes=resources.nodes,
                 tasks_per_node=resources.tasks_per_node,
                 gpus_per_node=resources.gpus_per_node,
-                setup=_setup(cluster, resources, code),
             )
         else:
             executor = submitit.DebugExecutor(JOBS.resolve())
-        with executor.batch():  # one array where the executor has arrays
+        started_as = _started_in(code, _variables(cluster, resources, code)) if cluster.kind == "local" else nullcontext()
+        with started_as, executor.batch():  # one array where the executor has arrays
             sent = [executor.submit(job) for job in jobs]
     except (FailedSubmissionError, FailedJobError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         raise RunFailed(f"{cluster.kind} refused the {stage} jobs: {_said(error)}") from None
@@ -285,7 +295,8 @@ def slurm_parameters(stage: Stage, cluster: Cluster, code: Path, dependency: str
             *_setup(cluster, resources, code),
         ],
         # One dead process ends its job: the others would wait for it.
-        "srun_args": ["--kill-on-bad-exit=1", *cluster.container],
+        # srun does not take its processors from sbatch in every version.
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}", *cluster.container],
         "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **cluster.extra},
     }
     return {name: value for name, value in parameters.items() if value is not None}
@@ -304,28 +315,41 @@ def sbatch_text(array: Array, cluster: Cluster, code: Path) -> str:
 
 def _setup(cluster: Cluster, resources: Resources, code: Path) -> list[str]:
     """Shell lines before Python: the site's own, then what makes the copied code the one that runs."""
-    variables = {"OMP_NUM_THREADS": str(resources.cpus_per_task), **cluster.environment, "PYTHONPATH": str(code.resolve())}
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in _variables(cluster, resources, code).items()]
     # python -m looks into the working folder first.
-    return [*cluster.setup, *exports, f"cd {shlex.quote(str(code.resolve()))}"]
+    return [*cluster.setup, *exports, f"cd {shlex.quote(str(code.resolve()))} || exit 1"]
+
+
+def _variables(cluster: Cluster, resources: Resources, code: Path) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(resources.cpus_per_task), **cluster.environment, "PYTHONPATH": str(code.resolve())}
+
+
+@contextmanager
+def _started_in(folder: Path, variables: dict[str, str]) -> Iterator[None]:
+    """What is started meanwhile starts in that folder, with those variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        with chdir(folder):
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _snapshot() -> Path:
-    """A copy of the package as it is now, named by its content; made once."""
-    package = Path(__file__).parents[1]
-    files = sorted(path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(package)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    """A copy of the package as it is now, named by its content and version; made once."""
     version = json.dumps(code_version())
-    digest.update(version.encode())
-    folder = SNAPSHOTS / digest.hexdigest()[:16]
+    folder = SNAPSHOTS / hashlib.sha256(f"{code_digest()} {version}".encode()).hexdigest()[:16]
     if not folder.exists():
         temporary = SNAPSHOTS / f".{uuid.uuid4().hex[:8]}.tmp"
-        for file in files:
-            target = temporary / package.name / file.relative_to(package)
+        for path in code_files():
+            target = temporary / PACKAGE.name / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+            shutil.copyfile(PACKAGE / path, target)
         (temporary / SNAPSHOT).write_text(version + "\n", encoding="utf-8")
         try:
             temporary.rename(folder)
@@ -335,43 +359,51 @@ def _snapshot() -> Path:
 
 
 def cancel(runs: Sequence[StageRun], plan: Plan) -> list[str]:
-    """Take stages off their cluster, with those that wait for them.
+    """Take stages off their cluster, with those that wait for them, and with those that share their jobs.
 
     Returns:
         The jobs that were cancelled.
 
     Raises:
-        UserError: none of them is on a cluster.
+        UserError: none of them is on a cluster now.
         RunFailed: SLURM refused.
     """
     keys = {run.key for run in runs}
-    wanted = [run for run in plan.runs.values() if run.key in keys or run.needs in keys]
-    found = {run.key: submission for run in wanted if (submission := read_submission(run_folder(run.key))) is not None}
-    jobs = {submission.job: submission for submission in found.values() if not submission.cancelled}
+    there = {
+        status.run.key: submission
+        for status in plan_status(plan)
+        if status.state in ("queued", "running") and (submission := read_submission(run_folder(status.run.key))) is not None
+    }
+    jobs = {there[run.key].job: there[run.key] for run in plan.runs.values() if {run.key, run.needs} & keys and run.key in there}
     if not jobs:
         raise UserError("none of these runs is on a cluster; `sparseinst status` tells what is")
     slurm = [job for job, submission in jobs.items() if submission.kind == "slurm"]
     if slurm:
         try:
-            subprocess.run(["scancel", *slurm], capture_output=True, text=True, check=True, timeout=60)
+            told = subprocess.run(["scancel", *slurm], capture_output=True, text=True, check=False, timeout=60).stderr
         except (OSError, subprocess.SubprocessError) as error:
             raise RunFailed(f"scancel: {_said(error)}") from None
-    for key, submission in found.items():
-        if submission.kind != "slurm":
-            _end_processes(key, submission)
-        write_submission(run_folder(key), replace(submission, cancelled=True))
+        refused = [line for line in told.splitlines() if "error" in line and "Invalid job id" not in line]
+        if refused:  # a job that is over already is none
+            raise RunFailed(f"scancel: {refused[0]}")
+    for key, submission in there.items():
+        if submission.job in jobs:
+            if submission.kind != "slurm":
+                _end_processes(key, submission)
+            write_submission(run_folder(key), replace(submission, cancelled=True))
     return list(jobs)
 
 
 def _end_processes(key: str, submission: Submission) -> None:
-    """Of a job on this machine."""
+    """Of a job on this machine: those that work on the run, and then the one that started them."""
     past = latest(run_folder(key))
-    if past is not None and past.job == submission.job and past.at_work():
-        for _, said in past.beats.values():
-            try:
-                os.kill(int(said["pid"]), signal.SIGINT)
-            except (KeyError, ProcessLookupError):
-                continue
+    pids = [said.get("pid") for _, said in past.beats.values()] if past is not None and past.at_work() else []
+    controller = int(submission.process.split()[0]) if submission.process is not None else None
+    alive = controller is not None and process_name(controller) == submission.process
+    for pid in (*pids, controller if alive else None):
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGINT)
 
 
 def _said(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+PACKAGE = Path(__file__).parents[1]
 SNAPSHOT = "snapshot.json"
 """Beside a copy of the package: its `code_version`."""
 PACKAGES = ("sparseinst", "torch", "torchvision", "timm", "numpy", "scipy", "hotcoco")
@@ -21,24 +22,37 @@ PACKAGES = ("sparseinst", "torch", "torchvision", "timm", "numpy", "scipy", "hot
 
 @cache
 def code_version() -> dict[str, str | None]:
-    """The commit of the code that runs, and a hash of what differs from it; None where it is no git checkout."""
-    folder = Path(__file__).parent
-    snapshot = folder.parents[1] / SNAPSHOT
+    """The commit of the code that runs, and the content's hash where it differs from that; None where it is no git checkout."""
+    snapshot = PACKAGE.parent / SNAPSHOT
     if snapshot.exists():  # a copy, made when a job was sent to a cluster
         described: dict[str, str | None] = json.loads(snapshot.read_text(encoding="utf-8"))
         return described
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+            done = subprocess.run(["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):  # no git, or no repository
             return None
         return done.stdout
 
     commit = git("rev-parse", "HEAD")
-    changes = git("diff", "HEAD", "--", ".")
-    digest = hashlib.sha256(changes.encode()).hexdigest()[:16] if changes else None
-    return {"commit": commit.strip() if commit else None, "changes": digest}
+    changed = git("status", "--porcelain", "--", ".")  # new files, too
+    return {"commit": commit.strip() if commit else None, "changes": code_digest() if changed else None}
+
+
+def code_files() -> list[Path]:
+    """Those of the package, relative to it."""
+    files = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file())
+    return sorted(path for path in files if "__pycache__" not in path.parts)
+
+
+@cache
+def code_digest() -> str:
+    """16 hexadecimal digits of the package's content."""
+    digest = hashlib.sha256()
+    for path in code_files():
+        digest.update(f"{path} {hashlib.sha256((PACKAGE / path).read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def describe(

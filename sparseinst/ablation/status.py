@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,15 +17,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparseinst.ablation.plan import Plan, StageRun
-from sparseinst.ablation.submission import Submission, dead_rank, last_words, read_exit, read_submission
+from sparseinst.ablation.submission import Queue, Submission, dead_rank, last_words, own_words, read_exit, read_submission
 from sparseinst.ablation.work import run_folder
-from sparseinst.attempts import Past, hanging, latest
+from sparseinst.attempts import Past, hanging, latest, process_name
 from sparseinst.errors import UserError
 from sparseinst.paths import RunPaths
 
 State = Literal["done", "running", "queued", "pending", "failed", "lost", "cancelled", "interrupted"]
 """`queued`: a cluster has it; `pending`: nobody has it yet; `lost`: it went silent, and nothing tells why."""
 
+NEEDS_RETRY: tuple[State, ...] = ("failed", "lost", "cancelled")
+"""States that end only when somebody asks for it."""
+_PUT_BACK = ("REQUEUE", "PREEMPTION", "NODE FAILURE")
+"""Why SLURM ends a job that it starts again, in its words."""
 HANG_SECONDS = 1800.0
 """A rank that has not moved for so long is said to hang, where the job has no limit of its own."""
 
@@ -47,26 +51,29 @@ class Status:
     """What a cluster calls it."""
 
 
-def plan_status(plan: Plan, queue: frozenset[str] | None = None) -> list[Status]:
+def plan_status(plan: Plan, queue: Queue | None = None) -> list[Status]:
     """The state of every stage of a plan, from the files that processes left.
 
     Args:
-        queue: the jobs that the scheduler has, where it was asked.
+        queue: what the scheduler said, where it was asked.
     """
-    return [_status(run, run.key in plan.done, queue) for run in plan.runs.values()]
+    found = {run.key: _status(run, run.key in plan.done, queue) for run in plan.runs.values()}
+    for key, status in found.items():
+        training = found.get(str(status.run.needs))
+        if status.state == "queued" and training is not None and training.state in NEEDS_RETRY:
+            # The scheduler takes it out of its queue, and tells nobody.
+            found[key] = replace(status, state="pending", reason=f"its training is {training.state}")
+    return list(found.values())
 
 
-def _status(run: StageRun, done: bool, queue: frozenset[str] | None) -> Status:
+def _status(run: StageRun, done: bool, queue: Queue | None) -> Status:
     if done:
         return Status(run, "done", 1.0)
     paths = run_folder(run.key)
     submission, past = read_submission(paths), latest(paths)
     job = submission.job if submission is not None else None
     if submission is not None and (past is None or (past.job != submission.job and past.began < submission.at)):
-        state: State = "cancelled" if submission.cancelled else "queued"
-        why = None
-        if state == "queued":
-            state, why = _before_it_began(submission, queue)
+        state, why = _before_it_began(submission, queue)
         return Status(run, state, 0.0, reason=why, attempts=past.number if past else 0, job=job)
     if past is None:
         return Status(run, "pending", 0.0)
@@ -75,41 +82,54 @@ def _status(run: StageRun, done: bool, queue: frozenset[str] | None) -> Status:
     return Status(run, state, progress, eta if state == "running" else None, why, past.number, job)
 
 
-def _before_it_began(submission: Submission, queue: frozenset[str] | None) -> tuple[State, str | None]:
+def _before_it_began(submission: Submission, queue: Queue | None) -> tuple[State, str | None]:
     """A job that no attempt tells of yet."""
+    if submission.cancelled:
+        return "cancelled", None
     ended = read_exit(submission)
-    if ended is not None and ended.code != 0 and not ended.told:
-        return "failed", last_words(submission) or f"job {submission.job} ended with exit code {ended.code} before it began"
-    if queue is not None and submission.job not in queue:
-        return "lost", f"the scheduler has no job {submission.job} any more"
+    if ended is not None and not ended.told:
+        said = own_words(submission) or dead_rank(submission) or last_words(submission)
+        return "failed", f"its job ended with exit code {ended.code} before it began: {said}"
+    if _is_gone(submission, queue):
+        return "lost", f"there is no job {submission.job} any more"
     return "queued", None
 
 
-def _of_attempt(past: Past, submission: Submission | None, queue: frozenset[str] | None) -> tuple[State, str | None]:
+def _is_gone(submission: Submission, queue: Queue | None) -> bool:
+    if submission.kind == "slurm":
+        return queue is not None and queue.lacks(submission)
+    return submission.process is None or process_name(int(submission.process.split()[0])) != submission.process
+
+
+def _of_attempt(past: Past, submission: Submission | None, queue: Queue | None) -> tuple[State, str | None]:
     """The state that the newest attempt, and the job it belongs to, tell of."""
-    failure = past.failure()
-    theirs = submission if submission is not None and submission.job == past.job else None
-    if theirs is not None and theirs.cancelled:
+    if not past.ended and past.at_work():
+        state: State = "running"
+        why = hanging(past, float(past.about.get("hang_seconds") or HANG_SECONDS))
+    else:
+        why = past.failure()
+        state = "failed" if why else "interrupted"
+    if submission is None or submission.job != past.job:
+        return state, why or ("`sparseinst run` goes on from the last checkpoint" if state == "interrupted" else None)
+    if submission.cancelled:
         return "cancelled", None
-    words = (last_words(theirs) if theirs is not None else None) or ""
-    if theirs is not None and ("REQUEUE" in words or "PREEMPTION" in words):
-        # Whatever its processes said while they were ended. Its next start begins a new attempt.
+    ended = read_exit(submission, past.about.get("restarts", 0))
+    if ended is not None and ended.code != 0 and not ended.told:
+        # The job is over, whatever its processes could still say: which of them was killed first is the scheduler's to tell.
+        return "failed", dead_rank(submission) or past.failure() or f"its job ended with exit code {ended.code}"
+    return (state, why) if state == "running" else _of_ended_job(past, submission, queue)
+
+
+def _of_ended_job(past: Past, submission: Submission, queue: Queue | None) -> tuple[State, str | None]:
+    """An attempt that does not go on: will its job?"""
+    words, failure = last_words(submission) or "", past.failure()
+    if _is_gone(submission, queue):
+        return "failed" if failure else "lost", f"there is no job {submission.job} any more. {failure or words}".strip()
+    if any(why in words for why in _PUT_BACK) or (past.ended and failure is None):
+        # Whatever its processes said while they were ended.
         return "queued", "stopped by the scheduler, to be started again"
-    ended = read_exit(theirs) if theirs is not None else None
-    if ended is not None and ended.code != 0 and not ended.told and ended.at >= past.began - 1:
-        # The job is over, whatever its processes could still say: who died first is the scheduler's to tell.
-        return "failed", dead_rank(theirs) or failure or f"its job ended with exit code {ended.code}"
     if failure is not None:
         return "failed", failure
-    if not past.ended and past.at_work():
-        limit = float(past.about.get("hang_seconds") or HANG_SECONDS)
-        return "running", hanging(past, limit)
-    if theirs is None:
-        return "interrupted", "its process ended; `sparseinst run` goes on from the last checkpoint"
-    if queue is not None and theirs.job not in queue:
-        return "lost", f"the scheduler has no job {theirs.job} any more. {words}".strip()
-    if past.ended or (queue is not None and theirs.job in queue):
-        return "queued", "stopped by the scheduler, to be started again"
     if "TIME LIMIT" in words:
         return "failed", f"over its time limit: {words}"
     if "CANCELLED" in words:
@@ -205,9 +225,9 @@ def find_log(text: str, plan: Plan, rank: int | None = None) -> Path:
     def log(run: StageRun) -> Path:
         paths = run_folder(run.key)
         submission = read_submission(paths)
-        if rank is None or submission is None:
+        if submission is None or (rank is None and paths.log.exists()):
             return paths.log
-        return submission.log(rank)
+        return submission.log(rank or 0)
 
     found = find_runs(text, plan)
     found = [run for run in found if log(run).exists()] or found

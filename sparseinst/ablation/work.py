@@ -119,6 +119,7 @@ def _evaluate(run: StageRun, place: Place, attempt: Attempt) -> Outcome | None:
     training = run_folder(run.needs)
     if not same_for_all(training.weights.exists()):  # its record is there, its folder is gone
         _log.warning("%s: the weights of training %s are not here: training again", run.label, run.needs)
+        attempt.rest()  # what moves now is the training
         with place.claim(training) as second:
             _train(StageRun("train", run.needs, run.config, run.label), place, second)
     chosen = pick_device(place.device)

@@ -8,7 +8,7 @@ import typer
 
 from sparseinst.ablation.cluster import read_cluster
 from sparseinst.ablation.store import RESULTS
-from sparseinst.cli.options import Budget, ProfileName, Results, RowText, Seeds, TableNames, make_plan, within_budget
+from sparseinst.cli.options import Budget, OfCluster, ProfileName, Results, RowText, Seeds, TableNames, make_plan, within_budget
 
 app = typer.Typer()
 
@@ -63,8 +63,7 @@ def _send(
     from sparseinst.ablation.submission import ask_queue
 
     cluster = read_cluster(name)
-    device = "cpu" if cluster.gpu is None else None
-    plan, store = make_plan(tables, profile, seeds, row, results, device, device_name=cluster.gpu)
+    plan, store = make_plan(tables, profile, seeds, row, results, None, cluster=name)
     within_budget(plan, store, budget)
     # What the files say of a job that an administrator removed would keep it from being sent.
     queue = ask_queue(launcher.JOBS) if cluster.kind == "slurm" and not dry_run else None
@@ -72,7 +71,7 @@ def _send(
     warning = launcher.layout_warning(selection.runs, cluster)
     if warning is not None:
         typer.echo(f"warning: {warning}", err=True)
-    arrays = launcher.arrange(selection.runs, cluster, cluster.array_size or 1000)
+    arrays = launcher.arrange(selection.runs, cluster, 1000 if dry_run else launcher.largest_array(cluster))
     if dry_run:
         for array in arrays:
             print(launcher.sbatch_text(array, cluster, launcher.SNAPSHOTS / "<the code as it is now>"))
@@ -93,12 +92,13 @@ def cancel(
     profile: ProfileName = "coco",
     seeds: Seeds = 1,
     results: Results = RESULTS,
+    cluster: OfCluster = None,
 ) -> None:
     """Take runs off their cluster, with the evaluations that wait for them."""
     from sparseinst.ablation import launch as launcher
     from sparseinst.ablation.status import find_runs
 
-    plan, _ = make_plan(None, profile, seeds, None, results, None)
+    plan, _ = make_plan(None, profile, seeds, None, results, None, cluster=cluster)
     wanted = {run.key: run for text in runs for run in find_runs(text, plan)}
     jobs = launcher.cancel(list(wanted.values()), plan)
     print(f"cancelled {len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}: {', '.join(jobs)}")

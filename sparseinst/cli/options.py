@@ -27,6 +27,7 @@ ProfileName = Annotated[str, typer.Option("--profile", help="The scale: a file i
 Seeds = Annotated[int, typer.Option(min=1, max=10, help="Train every row with this many seeds, from 0 on.")]
 RowText = Annotated[str | None, typer.Option("--row", help="Only the rows whose name holds this text.")]
 Results = Annotated[Path, typer.Option(help="Where records, tables and figures are kept.")]
+OfCluster = Annotated[str | None, typer.Option("--cluster", help="Timings are those of this cluster's device.")]
 Budget = Annotated[float | None, typer.Option(help="Refuse to start where the rest of the plan costs more hours than this.")]
 
 
@@ -38,10 +39,15 @@ def make_plan(
     results: Path,
     device: str | None,
     *,
-    device_name: str | None = None,
+    cluster: str | None = None,
 ) -> tuple[Plan, Store]:
     """The plan that the options ask for, and the store it looks into. Raises `UserError`."""
     from sparseinst.ablation import plan
+    from sparseinst.ablation.cluster import read_cluster
+
+    there = read_cluster(cluster) if cluster is not None else None
+    if there is not None and not there.gpus:
+        device = "cpu"
 
     store = Store(results)
     made = plan.make_plan(
@@ -51,7 +57,7 @@ def make_plan(
         seeds=range(seeds),
         row=row,
         device=device,
-        name=device_name,
+        name=there.device if there is not None else None,
     )
     return made, store
 

@@ -15,6 +15,7 @@ from sparseinst.cli.options import (
     Budget,
     Device,
     Json,
+    OfCluster,
     ProfileName,
     Results,
     RowText,
@@ -39,12 +40,13 @@ def plan(
     device: Device = None,
     budget: Budget = None,
     as_json: Json = False,
+    cluster: OfCluster = None,
 ) -> None:
     """What the tables need: rows, distinct runs, what is done, and what the rest costs."""
     from sparseinst.ablation.plan import as_json as plan_json
     from sparseinst.ablation.plan import costs, show
 
-    made, store = make_plan(tables, profile, seeds, row, results, device)
+    made, store = make_plan(tables, profile, seeds, row, results, device, cluster=cluster)
     cost = costs(made, store)
     if as_json:
         print(json.dumps(plan_json(made, cost)))
@@ -112,6 +114,7 @@ def status(
     watch: Annotated[bool, typer.Option(help="Keep it up to date; stop with Ctrl-C.")] = False,
     scheduler: Annotated[bool, typer.Option("--scheduler", help="Also ask SLURM which jobs it has, at most every 30 s.")] = False,
     as_json: Json = False,
+    cluster: OfCluster = None,
 ) -> None:
     """Every run: its state, progress and ETA, and why it failed. Told from files; no scheduler is needed."""
     from sparseinst.ablation import status as states
@@ -120,7 +123,8 @@ def status(
 
     def look() -> list[states.Status]:
         queue = ask_queue(JOBS) if scheduler else None
-        return states.plan_status(make_plan(tables, profile, seeds, row, results, device)[0], queue)
+        made, _ = make_plan(tables, profile, seeds, row, results, device, cluster=cluster)
+        return states.plan_status(made, queue)
 
     if as_json:
         print(json.dumps(states.as_json(look())))
@@ -138,12 +142,13 @@ def logs(
     results: Results = RESULTS,
     rank: Annotated[int | None, typer.Option(min=0, help="What this process of its job on a cluster said.")] = None,
     follow: Annotated[bool, typer.Option(help="Go on as it grows; stop with Ctrl-C.")] = False,
+    cluster: OfCluster = None,
 ) -> None:
     """The log of a run."""
     from sparseinst.ablation.status import find_log
     from sparseinst.ablation.status import follow as lines_of
 
-    path = find_log(run, make_plan(None, profile, seeds, None, results, None)[0], rank)
+    path = find_log(run, make_plan(None, profile, seeds, None, results, None, cluster=cluster)[0], rank)
     if not follow:
         print(path.read_text(encoding="utf-8"), end="")
         return

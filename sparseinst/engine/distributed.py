@@ -30,10 +30,9 @@ def group(address: str, rank: int, world_size: int, *, timeout_seconds: float) -
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
     distributed.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size, timeout=timeout)
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+    yield
+    # Not after an error: NCCL would wait for ranks that are gone. The process ends then.
+    distributed.destroy_process_group()
 
 
 def world_size() -> int:

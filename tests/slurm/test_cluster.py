@@ -146,15 +146,23 @@ def done(plan: Plan, results: str = "results") -> bool:
     return all(Store(Path(results)).has(key) for key in plan.runs)
 
 
-def undisturbed(profile: str, row: str, folder: str = "undisturbed") -> Path:
-    """What `run` makes of the same row, in a folder of its own."""
-    command = [sys.executable, "-m", "sparseinst", "run", "table5", "--profile", profile, "--row", row, "--device", "cpu"]
-    Path(folder).mkdir()
-    for name in ("experiments", profile):
-        (Path(folder) / name).symlink_to(Path(name).resolve())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=folder, check=True, timeout=300, capture_output=True, env=environment)
-    return Path(folder)
+class Undisturbed:
+    """What `run` makes of the same rows, in a folder of its own; it begins at once and is waited for when it is asked."""
+
+    def __init__(self, profile: str, *more: str) -> None:
+        self.folder = Path("undisturbed")
+        self.folder.mkdir()
+        for name in ("experiments", profile):
+            (self.folder / name).symlink_to(Path(name).resolve())
+        command = [sys.executable, "-m", "sparseinst", "run", "table5", "--profile", profile, "--device", "cpu", *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, cwd=self.folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def weights(self, run: StageRun) -> Path:
+        assert self.process.wait(timeout=300) == 0
+        return self.folder / "runs" / run.key / "model.safetensors"
 
 
 def assert_same_bits(ours: Path, theirs: Path) -> None:
@@ -215,7 +223,7 @@ def test_a_table_over_two_nodes_ends_with_the_records_of_run(project: Path) -> N
 def test_a_job_put_back_ends_the_same_to_the_bit(project: Path) -> None:
     """By `scontrol requeue`, in the middle."""
     profile = slow(700)
-    reference = undisturbed(profile, "dice alone")
+    reference = Undisturbed(profile, "--row", "dice alone")
     launch("table5", profile, tasks(1), "--row", "dice alone")
     plan = plan_of("table5", profile=profile, row="dice alone")
     run = training(plan)
@@ -230,7 +238,7 @@ def test_a_job_put_back_ends_the_same_to_the_bit(project: Path) -> None:
     assert last is not None
     assert last.number >= 2
     assert "resuming after step" in run_folder(run.key).log.read_text()
-    assert_same_bits(run_folder(run.key).weights, reference / "runs" / run.key / "model.safetensors")
+    assert_same_bits(run_folder(run.key).weights, reference.weights(run))
     record = Store().load(run.key)
     assert record is not None
     assert record.provenance["attempts"] == last.number
@@ -238,7 +246,8 @@ def test_a_job_put_back_ends_the_same_to_the_bit(project: Path) -> None:
 
 def test_a_job_out_of_time_goes_on_to_the_same_bits(project: Path) -> None:
     """2 minutes less 50 s for the signal, which SLURM may send up to a minute early."""
-    profile = slow(2500)
+    profile = slow(1500)
+    reference = Undisturbed(profile, "--row", "dice alone")
     launch("table5", profile, tasks(1, time=2, signal_delay=50), "--row", "dice alone")
     plan = plan_of("table5", profile=profile, row="dice alone")
     run = training(plan)
@@ -251,8 +260,7 @@ def test_a_job_out_of_time_goes_on_to_the_same_bits(project: Path) -> None:
     )
     wait_for(lambda: done(plan), 400, "records")
     assert "resuming after step" in run_folder(run.key).log.read_text()
-    reference = undisturbed(profile, "dice alone")
-    assert_same_bits(run_folder(run.key).weights, reference / "runs" / run.key / "model.safetensors")
+    assert_same_bits(run_folder(run.key).weights, reference.weights(run))
 
 
 def test_cancel_takes_what_waits_along(project: Path) -> None:
@@ -298,11 +306,15 @@ def test_a_stopped_rank_is_noticed(project: Path) -> None:
     os.kill(process_of(run, 1), signal.SIGSTOP)
     status = wait_for(lambda: (s := state_of(run, plan)).state == "failed" and s, 60, "state failed")
     assert "rank 1 hung in" in str(status.reason)
+    wait_for(lambda: not slurm("squeue", "--noheader"), 30, "an empty queue")
+    status = state_of(run, plan)
+    assert (status.state, "rank 1 hung in" in str(status.reason)) == ("failed", True), "also once the job is over"
 
 
 def test_a_lost_node_loses_nothing(project: Path, cluster: Path) -> None:
     """slurmd is killed: the job starts again on the other node while its old copy runs on beside it, and is fenced off."""
     profile = slow(1500)
+    reference = Undisturbed(profile, "--row", "dice alone")
     launch("table5", profile, tasks(1), "--row", "dice alone")
     plan = plan_of("table5", profile=profile, row="dice alone")
     run = training(plan)
@@ -316,27 +328,20 @@ def test_a_lost_node_loses_nothing(project: Path, cluster: Path) -> None:
         end = run_folder(run.key).end(1, 0)
         wait_for(end.exists, 30, "end of the old copy")
         assert json.loads(end.read_text())["outcome"] == "superseded"
+        assert state_of(run, plan_of("table5", profile=profile, row="dice alone")).state in ("running", "done")
         wait_for(
             lambda: not Path(f"/proc/{old}").exists() or "Z" in Path(f"/proc/{old}/stat").read_text().split()[2], 30, "its end"
         )
         wait_for(lambda: done(plan), 240, "records")
     finally:
         subprocess.run(["/usr/sbin/slurmd", "-c", "-N", node, "-f", str(cluster / "slurm.conf")], check=True)
-    reference = undisturbed(profile, "dice alone")
-    assert_same_bits(run_folder(run.key).weights, reference / "runs" / run.key / "model.safetensors")
+    assert_same_bits(run_folder(run.key).weights, reference.weights(run))
 
 
 def test_twenty_random_kills_change_no_record(project: Path) -> None:
     """Over a table: processes killed, jobs put back. What failed is sent again, until all is done."""
-    profile = slow(150)
-    reference = Path("undisturbed")
-    reference.mkdir()
-    for name in ("experiments", profile):
-        (reference / name).symlink_to(Path(name).resolve())
-    command = [sys.executable, "-m", "sparseinst", "run", "table5", "--profile", profile, "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=reference, check=True, timeout=300, capture_output=True, env=environment)
-
+    profile = slow(100)
+    reference = Undisturbed(profile)
     chance, kills = random.Random(0), 0
     launch("table5", profile, tasks(1, parallelism=2))
     plan = plan_of("table5", profile=profile)
@@ -345,8 +350,8 @@ def test_twenty_random_kills_change_no_record(project: Path) -> None:
         running = [status for status in plan_status(plan_of("table5", profile=profile)) if status.state == "running"]
         if running and kills < 20:
             victim = chance.choice(running)
-            time.sleep(chance.uniform(0.0, 1.5))
-            if chance.random() < 0.3:
+            time.sleep(chance.uniform(0.0, 1.0))
+            if chance.random() < 0.15:
                 slurm("scontrol", "requeue", str(victim.job), check=False)
             else:
                 try:
@@ -360,8 +365,9 @@ def test_twenty_random_kills_change_no_record(project: Path) -> None:
         time.sleep(1.0)
     assert done(plan), f"after {kills} kills"
     assert kills == 20
+    assert reference.process.wait(timeout=300) == 0
     for key, run in plan.runs.items():
-        ours, theirs = Store().load(key), Store(reference / "results").load(key)
+        ours, theirs = Store().load(key), Store(reference.folder / "results").load(key)
         assert ours is not None
         assert theirs is not None
         same = {"seconds": 0}

@@ -1,0 +1,152 @@
+"""The whole inference as one graph, for ONNX and torch.export: an image in, scored masks out, at any size.
+
+Needs the extra `export` for ONNX.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparseinst.config import SIZE_DIVISOR, InferenceConfig
+from sparseinst.errors import UserError
+from sparseinst.models.decoder import Predictions
+from sparseinst.models.layers import DeformableConv2d
+from sparseinst.models.sparseinst import SparseInst
+from sparseinst.postprocess import ImageSize, class_scores, maskness, paste
+
+_log = logging.getLogger(__name__)
+
+OPSET = 18
+_TRACED = (250, 330)
+"""Height and width of the image that is followed through the model: no multiples of 32, so that the graph pads."""
+OUTPUTS = ("scores", "labels", "masks")
+
+
+class Inference(nn.Module):
+    """One image to all its N instances: nothing is left out, so that every output has the same count.
+
+    Forward takes (1, 3, H, W), RGB of 0-255 in float, or normalised where the graph leaves that to its user, of any H and W; it
+    gives scores (N,) and labels (N,) int64, and masks (N, H, W), boolean or probabilities. Those with a score not over
+    `inference.score_threshold` before the maskness are what `postprocess` leaves out; their score is 0.
+    """
+
+    def __init__(self, model: SparseInst, config: InferenceConfig, *, normalise: bool, probabilities: bool) -> None:
+        super().__init__()
+        self.model = _exportable(model)
+        self.config, self.normalise, self.probabilities = config, normalise, probabilities
+        self.dtype = next(model.parameters()).dtype
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        height, width = image.shape[-2:]
+        if self.normalise:
+            image = (image - self.model.pixel_mean) / self.model.pixel_std
+        tall, wide = ((side + SIZE_DIVISOR - 1) // SIZE_DIVISOR * SIZE_DIVISOR for side in (height, width))
+        padded = F.pad(image.to(self.dtype), (0, wide - width, 0, tall - height))
+        predictions: Predictions = self.model(padded)
+        scores, labels = class_scores(predictions, self.config)  # 1 N
+        kept = (scores > self.config.score_threshold).to(scores.dtype)
+        masks = predictions.mask_logits[0].float().sigmoid()  # N h w
+        scores = scores[0] * kept[0]
+        if self.config.maskness:
+            scores = scores * maskness(masks, self.config.mask_threshold)
+        size = (height, width)
+        whole = paste(masks, (padded.shape[-2], padded.shape[-1]), ImageSize(size, size))
+        return scores, labels[0], whole if self.probabilities else whole > self.config.mask_threshold
+
+
+class MatrixPool(nn.Module):
+    """`nn.AdaptiveAvgPool2d` as two matrix products, which, unlike it, a graph can hold for any size."""
+
+    def __init__(self, bins: int) -> None:
+        super().__init__()
+        self.bins = bins
+
+    def forward(self, x: Tensor) -> Tensor:  # B C H W
+        rows, columns = self._weights(x.shape[-2], x), self._weights(x.shape[-1], x)
+        return rows @ x @ columns.transpose(0, 1)  # B C bins bins
+
+    def _weights(self, size: int, like: Tensor) -> Tensor:
+        """(bins, size): 1 / n for the n positions of each bin."""
+        position = torch.arange(size, device=like.device)
+        bins = torch.arange(self.bins, device=like.device)[:, None]
+        start = (bins * size) // self.bins
+        end = ((bins + 1) * size + self.bins - 1) // self.bins
+        inside = ((position >= start) & (position < end)).float()
+        return (inside / inside.sum(1, keepdim=True)).to(like.dtype)
+
+
+def _exportable(model: SparseInst) -> SparseInst:
+    """A copy whose pooling works in graphs of any size."""
+    model = copy.deepcopy(model).eval()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.AdaptiveAvgPool2d):
+                setattr(module, name, MatrixPool(int(child.output_size)))  # type: ignore[arg-type]
+    return model
+
+
+def export_model(
+    model: SparseInst,
+    config: InferenceConfig,
+    output: Path,
+    *,
+    form: Literal["onnx", "torch"] = "onnx",
+    normalise: bool = True,
+    probabilities: bool = False,
+    half: bool = False,
+) -> None:
+    """Write a trained model as a graph.
+
+    Args:
+        output: `.onnx`, or `.pt2` for torch.export.
+        normalise: whether the graph takes pixels of 0-255; else it takes normalised ones.
+        probabilities: whether masks are probabilities instead of booleans.
+        half: weights and features in fp16; scores and masks stay in float32.
+
+    Raises:
+        UserError: the operator set lacks what the model needs, or the extra `export` is not installed.
+    """
+    if form == "onnx":
+        _check_onnx(model)
+    inference = Inference(model.half() if half else model, config, normalise=normalise, probabilities=probabilities).eval()
+    example = torch.zeros(1, 3, *_TRACED)
+    dynamic = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters warn of their own insides
+        if form == "torch":
+            torch.export.save(torch.export.export(inference, (example,), dynamic_shapes=dynamic), output)
+            return
+        program: Any = torch.onnx.export(
+            inference,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=list(OUTPUTS),
+            dynamic_shapes=dynamic,
+            verbose=False,
+        )
+        program.save(output)
+
+
+def _check_onnx(model: SparseInst) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"ONNX needs the extra `export` ({error.name} is missing): pip install 'sparseinst[export]'") from None
+    deformable = [name for name, module in model.named_modules() if isinstance(module, DeformableConv2d)]
+    if deformable:
+        raise UserError(
+            f"deformable convolutions ({len(deformable)}, the first is {deformable[0]}) are not in ONNX's opset {OPSET}: "
+            "export for torch (--form torch), or a model without them"
+        )
