@@ -299,6 +299,9 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Keep an exponential moving average of the weights and export that."""
     precision: Precision = "fp32"
+    start: Annotated[str | None, Neutral(None)] = None
+    """A weights file of ours to start from, in place of ImageNet's; layers of another shape (the class head of other
+    data) start afresh."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     log_every: Annotated[PositiveInt, Operational()] = 20
     checkpoint_every: Annotated[PositiveInt, Operational()] = 5000

@@ -135,6 +135,14 @@ def merge(base: Mapping[str, Any], layer: Mapping[str, Any], prefix: str = "") -
     return merged
 
 
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted paths and values; the inverse of `nest`."""
+    found: dict[str, Any] = {}
+    for name, value in data.items():
+        found |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
 def leaf_paths(section: type[Section], prefix: str = "") -> Iterator[str]:
     """The dotted path of every setting."""
     for name, field in section.model_fields.items():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from sparseinst.cli.options import Device, Json, Overrides
 from sparseinst.errors import RunFailed
+
+if TYPE_CHECKING:
+    from sparseinst.config import Config
 
 app = typer.Typer()
 
@@ -19,7 +22,12 @@ def train(
     config: Annotated[Path | None, typer.Option(help="YAML or JSON with any of the settings.")] = None,
     preset: Annotated[str | None, typer.Option(help="paper (default) or release.")] = None,
     model: Annotated[str | None, typer.Option(help="A model by name, such as r50-giam.")] = None,
-    data: Annotated[Path | None, typer.Option(help="A COCO-format folder; sets data.root and model.num_classes.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A COCO-format folder; sets data.root, model.num_classes and, where needed, num_maps.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights to start from, imported ones, say; their model is taken, with fresh classes.")
+    ] = None,
     override: Overrides = [],  # noqa: B006 (typer reads the default)
     device: Device = None,
 ) -> None:
@@ -29,20 +37,47 @@ def train(
     overrides: dict[str, Any] = dict(map(parse_override, override))
     if data is not None:
         overrides = {"data.root": str(data), **overrides}
+    if weights is not None:
+        overrides = {**_model_of(weights), "train.start": str(weights), **overrides}
     settings = load_config(config, preset=preset, model=model, overrides=overrides)
-    if data is not None and "model.num_classes" not in overrides:
-        from sparseinst.data.coco import train_split
-
-        classes = len(train_split(settings.data).categories)
-        settings = settings.replace({"model.num_classes": classes})
+    if data is not None:
+        settings = settings.replace(_fitting(settings, overrides))
     from sparseinst.engine.device import pick_device
     from sparseinst.engine.evaluate import evaluate_run
     from sparseinst.engine.train import train as run
 
     chosen = pick_device(device)
-    weights = run(settings, output, device=chosen)
+    trained = run(settings, output, device=chosen)
     _print_figures(evaluate_run(output, device=chosen))
-    print(f"weights: {weights}")
+    print(f"weights: {trained}")
+
+
+def _model_of(weights: Path) -> dict[str, Any]:
+    """The model of a weights file, as overrides."""
+    from sparseinst.engine.checkpoint import load_weights
+    from sparseinst.overrides import flatten
+
+    return flatten(load_weights(weights)[1].model.model_dump(mode="json"), "model.")
+
+
+def _fitting(settings: Config, overrides: dict[str, Any]) -> dict[str, Any]:
+    """What the data ask for and nobody has set: as many classes as the file has, as many maps as the fullest image needs."""
+    from sparseinst.data.coco import train_split
+
+    split = train_split(settings.data)
+    found: dict[str, Any] = {}
+    if "model.num_classes" not in overrides or settings.train.start is not None:
+        found["model.num_classes"] = len(split.categories)
+        names = ", ".join(category.name for category in split.categories[:5])
+        print(f"{len(split.categories)} classes: {names}{', ...' if len(split.categories) > 5 else ''}")
+    most, maps = max(split.instances_per_image()), settings.model.decoder.iam.num_maps
+    if most > maps and "model.decoder.iam.num_maps" not in overrides:
+        wanted = -(-most // 50) * 50
+        found["model.decoder.iam.num_maps"] = wanted
+        print(f"images hold up to {most} instances: model.decoder.iam.num_maps={wanted} in place of {maps}")
+    if settings.train.start is not None:
+        print(f"starting from {settings.train.start}; the class head starts afresh")
+    return found
 
 
 @app.command()

@@ -63,6 +63,10 @@ class CocoSplit:
         kept = (image for image in self.images if any(not a.crowd for a in image.annotations))
         return CocoSplit(self.file, self.categories, tuple(kept))
 
+    def instances_per_image(self) -> list[int]:
+        """How many each image holds, crowds left out."""
+        return [sum(not annotation.crowd for annotation in image.annotations) for image in self.images]
+
 
 def train_split(config: DataConfig) -> CocoSplit:
     root = prepared_root(config)

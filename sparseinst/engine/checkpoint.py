@@ -99,6 +99,26 @@ def save_weights(
         save_file(tensors, temporary, metadata)
 
 
+def start_from(model: SparseInst, path: Path) -> list[str]:
+    """Fill a fresh model with the tensors of a weights file that have its shapes.
+
+    Returns:
+        The names of the tensors that stay as they are, because theirs have another shape.
+
+    Raises:
+        UserError: no weights file of this package, or one of another kind of model: a tensor's name is unknown or missing.
+    """
+    theirs = load_weights(path)[0].state_dict()
+    ours = model.state_dict()
+    unknown, missing = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
+    if unknown or missing:
+        name, what = (unknown[0], "has no place") if unknown else (missing[0], "is not in it")
+        raise UserError(f"{path}: of another kind of model: {name} {what} (and {len(unknown) + len(missing) - 1} more)")
+    fresh = sorted(name for name, tensor in theirs.items() if tensor.shape != ours[name].shape)
+    model.load_state_dict({name: ours[name] if name in fresh else tensor for name, tensor in theirs.items()})
+    return fresh
+
+
 def load_weights(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
     """The model in evaluation mode on the CPU, its config and its categories.
 

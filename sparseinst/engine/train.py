@@ -18,7 +18,7 @@ from sparseinst.config import Config
 from sparseinst.criterion import Criterion, count, prepare_targets
 from sparseinst.data.coco import CocoSplit, train_split, val_split
 from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
-from sparseinst.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, save_weights
+from sparseinst.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, save_weights, start_from
 from sparseinst.engine.device import autocast
 from sparseinst.engine.distributed import average_gradients, largest, mean_counts, rank, same_for_all, share_norms, world_size
 from sparseinst.engine.evaluate import evaluate
@@ -94,10 +94,15 @@ class _Training:
         self.attempt, self.accumulate = attempt, accumulate
         split = train_split(config.data)
         _check_classes(config, split)
+        _check_instances(config, split)
         self.categories = split.categories
         self.dataset = TrainSet(split, config.data, config.train.seed)
         torch.manual_seed(config.train.seed)
-        self.model = build_model(config.model).to(device).to(memory_format=torch.channels_last).train()
+        model = build_model(config.model, load_pretrained=config.train.start is None)
+        if config.train.start is not None:
+            fresh = start_from(model, Path(config.train.start))
+            _log.info("starting from %s; afresh: %s", config.train.start, ", ".join(fresh) or "nothing")
+        self.model = model.to(device).to(memory_format=torch.channels_last).train()
         if config.loss.reduction == "global":
             share_norms(self.model)
         self.criterion = Criterion(config.loss, config.matcher)
@@ -252,7 +257,7 @@ class _Training:
 
 def _check(config: Config) -> None:
     backbone = config.model.backbone
-    if backbone.frozen_norm and not backbone.pretrained and backbone.weights is None:
+    if backbone.frozen_norm and not backbone.pretrained and backbone.weights is None and config.train.start is None:
         raise UserError(
             "model.backbone: norms frozen at their random start cannot be trained with: "
             "set frozen_norm=false, or pretrained=true, or weights=FILE"
@@ -260,6 +265,17 @@ def _check(config: Config) -> None:
     advice = config.train.batch_advice()
     if advice is not None:
         _log.warning("%s", advice)
+
+
+def _check_instances(config: Config, split: CocoSplit) -> None:
+    """Say it where images hold more instances than the model has maps: the rest is never learned, nor found."""
+    maps = config.model.decoder.iam.num_maps
+    counts = [count for count in split.instances_per_image() if count > maps]
+    if counts:
+        _log.warning(
+            "%d of %d training images hold more than model.decoder.iam.num_maps=%d instances, up to %d; %d of them take no part",
+            len(counts), len(split.images), maps, max(counts), sum(counts) - maps * len(counts),
+        )  # fmt: skip
 
 
 def _check_classes(config: Config, split: CocoSplit) -> None:

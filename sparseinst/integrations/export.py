@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sparseinst.config import SIZE_DIVISOR, InferenceConfig
 from sparseinst.errors import UserError
-from sparseinst.models.decoder import Predictions
+from sparseinst.models.decoder import Coordinates, Predictions
 from sparseinst.models.layers import DeformableConv2d
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.postprocess import ImageSize, class_scores, maskness, paste
@@ -83,9 +83,19 @@ class MatrixPool(nn.Module):
         return (inside / inside.sum(1, keepdim=True)).to(like.dtype)
 
 
+class CountedCoordinates(Coordinates):
+    """By counting: the exporters take the steps of `torch.linspace` for a constant."""
+
+    def line(self, side: int, like: Tensor) -> Tensor:
+        positions = torch.arange(side, device=like.device).float()
+        return (positions * 2 / positions[-1] - 1).to(like.dtype)
+
+
 def _exportable(model: SparseInst) -> SparseInst:
-    """A copy whose pooling works in graphs of any size."""
+    """A copy whose pooling and coordinates work in graphs of any size."""
     model = copy.deepcopy(model).eval()
+    if isinstance(model.decoder.coordinates, Coordinates):
+        model.decoder.coordinates = CountedCoordinates()
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.AdaptiveAvgPool2d):

@@ -29,12 +29,17 @@ class Predictions(NamedTuple):
     """(B, G N, H, W): non-negative instance activation maps before their normalisation."""
 
 
-def coordinates(like: Tensor) -> Tensor:
-    """x, then y, each from -1 to 1 over the padded map: (B, 2, H, W) for `like` of (B, C, H, W)."""
-    batch, _, height, width = like.shape
-    y = torch.linspace(-1, 1, height, device=like.device, dtype=like.dtype)
-    x = torch.linspace(-1, 1, width, device=like.device, dtype=like.dtype)
-    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)]).expand(batch, -1, -1, -1)
+class Coordinates(nn.Module):
+    """Forward takes (B, C, H, W) and puts x, then y, each from -1 to 1 over the padded map, before it: (B, 2 + C, H, W)."""
+
+    def forward(self, like: Tensor) -> Tensor:
+        batch, _, height, width = like.shape
+        y, x = (self.line(side, like) for side in (height, width))
+        both = torch.stack([x.expand(height, width), y[:, None].expand(height, width)])
+        return torch.cat([both.expand(batch, -1, -1, -1), like], dim=1)
+
+    def line(self, side: int, like: Tensor) -> Tensor:
+        return torch.linspace(-1, 1, side, device=like.device, dtype=like.dtype)
 
 
 def branch(config: DecoderConfig, in_channels: int) -> nn.Sequential:
@@ -78,7 +83,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, in_channels: int, num_classes: int) -> None:
         super().__init__()
-        self.coordinates = config.coordinates
+        self.coordinates = Coordinates() if config.coordinates else nn.Identity()
         self.mask_scale = config.mask_scale
         channels = in_channels + (2 if config.coordinates else 0)
         self.instance_branch = InstanceBranch(config, channels, num_classes)
@@ -87,8 +92,7 @@ class Decoder(nn.Module):
         kaiming_normal(self.projection)
 
     def forward(self, x: Tensor) -> Predictions:
-        if self.coordinates:
-            x = torch.cat([coordinates(x), x], dim=1)  # B E+2 H W
+        x = self.coordinates(x)  # B E+2 H W
         classes, objectness, kernels, responses = self.instance_branch(x)
         features = self.projection(self.mask_branch(x))  # B K H W
         masks = (kernels @ features.flatten(2)).unflatten(2, features.shape[-2:])  # B N H W
