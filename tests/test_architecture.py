@@ -20,7 +20,7 @@ ALLOWED = {
     "matcher": {"config", "models"},
     "criterion": {"config", "matcher", "models"},
     "postprocess": {"config", "models"},
-    "integrations": {"config", "models", "errors", "data", "postprocess"},
+    "integrations": {"config", "models", "errors", "data", "criterion", "postprocess", "engine"},
     "ablation": {"config", "overrides", "errors", "paths", "attempts", "data", "engine"},
     "report": {"config", "paths", "ablation"},
     "engine": {"config", "overrides", "errors", "paths", "attempts", "models", "data", "matcher", "criterion", "postprocess"},

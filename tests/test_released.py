@@ -15,7 +15,7 @@ from sparseinst.cli import run_cli
 from sparseinst.config import MODELS, PRESETS, Config
 from sparseinst.data.coco import category_names
 from sparseinst.errors import UserError
-from sparseinst.integrations.released import import_backbone, import_released
+from sparseinst.integrations.released import import_backbone, import_released, to_our_names, to_reference_names
 from sparseinst.models.sparseinst import build_model
 
 RELEASED = sorted(MODELS)
@@ -212,3 +212,11 @@ def test_nothing_in_a_pickle_is_executed(tmp_path: Path) -> None:
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps({"model": {"stem.conv1.weight": Evil()}}))
     with pytest.raises(UserError, match="which is no array"):
         import_backbone(tmp_path / "evil.pkl")
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_names_go_both_ways(name: str) -> None:
+    theirs, expected = checkpoint(name)
+    ours = to_our_names(theirs)
+    assert set(ours.values()) == set(expected)
+    assert to_reference_names(expected) == {mine: key for key, mine in ours.items()}

@@ -173,8 +173,8 @@ def layout_warning(runs: Sequence[StageRun], cluster: Cluster) -> str | None:
     return None
 
 
-def launch(plan: Plan, selection: Selection, store: Store, cluster: Cluster, name: str) -> list[Submission]:
-    """Send the selected stages, and leave word of it in their folders.
+def launch(plan: Plan, arrays: Sequence[Array], store: Store, cluster: Cluster, name: str) -> list[Submission]:
+    """Send the arrays, and leave word of it in the folders of their stages.
 
     Args:
         name: the cluster profile's.
@@ -189,7 +189,7 @@ def launch(plan: Plan, selection: Selection, store: Store, cluster: Cluster, nam
     pairs = plan_pairs(plan)
     sent: dict[str, str] = {}
     submissions = []
-    for array in arrange(selection.runs, cluster, largest_array(cluster)):
+    for array in arrays:
         for part, dependency in _by_dependency(array, sent, plan.done):
             at = time.time()
             jobs = [_stage_job(element, pairs, plan, store, cluster) for element in part]

@@ -76,7 +76,7 @@ def _send(
         for array in arrays:
             print(launcher.sbatch_text(array, cluster, launcher.SNAPSHOTS / "<the code as it is now>"))
     else:
-        launcher.launch(plan, selection, store, cluster, name)
+        launcher.launch(plan, arrays, store, cluster, name)
     print(f"{len(plan.done)} of {len(plan.runs)} runs are done; {'would send' if dry_run else 'sent'} {len(selection.runs)}:")
     for line in launcher.describe_arrays(arrays, cluster):
         print(f"  {line}")

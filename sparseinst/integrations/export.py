@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparseinst.config import SIZE_DIVISOR, InferenceConfig
 from sparseinst.errors import UserError
 from sparseinst.models.decoder import Coordinates, Predictions
+from sparseinst.models.encoder import resize
 from sparseinst.models.layers import DeformableConv2d
 from sparseinst.models.sparseinst import SparseInst
-from sparseinst.postprocess import ImageSize, class_scores, maskness, paste
+from sparseinst.postprocess import class_scores, maskness
 
 _log = logging.getLogger(__name__)
 
@@ -48,8 +48,7 @@ class Inference(nn.Module):
         height, width = image.shape[-2:]
         if self.normalise:
             image = (image - self.model.pixel_mean) / self.model.pixel_std
-        tall, wide = ((side + SIZE_DIVISOR - 1) // SIZE_DIVISOR * SIZE_DIVISOR for side in (height, width))
-        padded = F.pad(image.to(self.dtype), (0, wide - width, 0, tall - height))
+        padded = _padded(_padded(image.to(self.dtype), 2), 3)
         predictions: Predictions = self.model(padded)
         scores, labels = class_scores(predictions, self.config)  # 1 N
         kept = (scores > self.config.score_threshold).to(scores.dtype)
@@ -57,9 +56,20 @@ class Inference(nn.Module):
         scores = scores[0] * kept[0]
         if self.config.maskness:
             scores = scores * maskness(masks, self.config.mask_threshold)
-        size = (height, width)
-        whole = paste(masks, (padded.shape[-2], padded.shape[-1]), ImageSize(size, size))
+        # What `paste` does for an image that was not resized: its second step, to the same size, would change nothing.
+        whole = resize(masks[None], padded.shape[-2:])[0]
+        rows, columns = (torch.arange(side, device=whole.device) for side in (height, width))
+        whole = whole.index_select(1, rows).index_select(2, columns)
         return scores, labels[0], whole if self.probabilities else whole > self.config.mask_threshold
+
+
+def _padded(x: Tensor, dim: int) -> Tensor:
+    """Zeros up to the next multiple of 32 along one dimension; by picking, since the exporters would take it that there is
+    something to pad, or nothing."""
+    size = x.shape[dim]
+    positions = torch.arange((size + SIZE_DIVISOR - 1) // SIZE_DIVISOR * SIZE_DIVISOR, device=x.device)
+    inside = (positions < size).to(x.dtype)
+    return x.index_select(dim, positions.clamp(max=size - 1)) * inside.view(-1, *[1] * (3 - dim))
 
 
 class MatrixPool(nn.Module):

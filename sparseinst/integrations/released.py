@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,35 @@ _PVT = (
     (r"^norm(\d)\.", lambda match: f"stages_{int(match[1]) - 1}.norm."),
     (r"\.dwconv\.dwconv\.", ".dwconv."),
 )
+_HEADS_BACK = (
+    (r"^encoder\.laterals\.", "encoder.fpn_laterals."),
+    (r"^encoder\.outputs\.", "encoder.fpn_outputs."),
+    (r"^decoder\.instance_branch\.convs\.", "decoder.inst_branch.inst_convs."),
+    (r"^decoder\.instance_branch\.iam\.conv\.", "decoder.inst_branch.iam_conv."),
+    (r"^decoder\.instance_branch\.iam\.mix\.", "decoder.inst_branch.fc."),
+    (r"^decoder\.instance_branch\.classes\.", "decoder.inst_branch.cls_score."),
+    (r"^decoder\.instance_branch\.kernels\.", "decoder.inst_branch.mask_kernel."),
+    (r"^decoder\.instance_branch\.objectness\.", "decoder.inst_branch.objectness."),
+    (r"^decoder\.mask_branch\.", "decoder.mask_branch.mask_convs."),
+    (r"^decoder\.projection\.", "decoder.mask_branch.projection."),
+)
+_DETECTRON2_BACK = (
+    (r"^bn1\.", "stem.conv1.norm."),
+    (r"^conv1\.", "stem.conv1."),
+    (r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+    (r"\.downsample\.0\.", ".shortcut."),
+    (r"\.bn([123])\.", r".conv\1.norm."),
+    (r"\.conv2\.offset\.", ".conv2_offset."),
+)
+_TIMM_BACK = ((r"^stem_conv1\.", "stem.conv1."), (r"^stages_(\d)", r"stages.\1"), (r"\.conv2\.offset\.", ".conv2_offset."))
+_PVT_BACK = (
+    (r"^patch_embed\.", "patch_embed1."),
+    (r"^stages_(\d)\.downsample\.", lambda match: f"patch_embed{int(match[1]) + 1}."),
+    (r"^stages_(\d)\.blocks\.", lambda match: f"block{int(match[1]) + 1}."),
+    (r"^stages_(\d)\.norm\.", lambda match: f"norm{int(match[1]) + 1}."),
+    (r"\.dwconv\.", ".dwconv.dwconv."),
+)
 _Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 
@@ -80,6 +109,34 @@ def rename_encoder_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_rename(key, _RENAMES): tensor for key, tensor in state.items() if not _WITHOUT_EFFECT.search(key)}
 
 
+def to_our_names(theirs: Iterable[str]) -> dict[str, str]:
+    """Ours by theirs, for all that has an effect. Which backbone it is, its names tell."""
+    kept = [key for key in theirs if not _WITHOUT_EFFECT.search(key)]
+    bodies = {key: _without_wrapper(key) for key in kept if key.startswith("backbone.")}
+    rules = _backbone_rules(bodies.values())
+    return {key: f"backbone.body.{_rename(bodies[key], rules)}" if key in bodies else _rename(key, _RENAMES) for key in kept}
+
+
+def to_reference_names(ours: Iterable[str]) -> dict[str, str]:
+    """Theirs by ours; the inverse of `to_our_names`."""
+    names = list(ours)
+    plain_resnet = "backbone.body.bn1.weight" in names and "backbone.body.conv1.weight" in names
+    found = {}
+    for name in names:
+        if not name.startswith("backbone.body."):
+            found[name] = _rename(name, _HEADS_BACK)
+            continue
+        body = name.removeprefix("backbone.body.")
+        back = _DETECTRON2_BACK if plain_resnet else _PVT_BACK if any("patch_embed" in key for key in names) else _TIMM_BACK
+        found[name] = f"backbone.{_rename(body, back)}"
+    return found
+
+
+def _backbone_rules(body: Iterable[str]) -> _Rules:
+    names = set(body)
+    return _DETECTRON2 if "stem.conv1.weight" in names else _PVT if "patch_embed1.proj.weight" in names else _TIMM_2021
+
+
 def import_released(path: Path) -> Imported:
     """Read a checkpoint of the reference implementation; nothing in it is executed.
 
@@ -94,13 +151,8 @@ def import_released(path: Path) -> Imported:
             f"{path}: holds no encoder.* and decoder.*, so it is no SparseInst checkpoint (for a backbone: --backbone)"
         )
     _same_pixels(theirs, path)
-    bodies = {key: _without_wrapper(key) for key in theirs if key.startswith("backbone.")}
-    rules, backbone = _recognise_backbone({short: theirs[key] for key, short in bodies.items()}, path)
-    renamed = {
-        key: f"backbone.body.{_rename(bodies[key], rules)}" if key in bodies else _rename(key, _RENAMES)
-        for key in theirs
-        if not _WITHOUT_EFFECT.search(key)
-    }
+    backbone = _recognise_backbone({_without_wrapper(key): theirs[key] for key in theirs if key.startswith("backbone.")}, path)
+    renamed = to_our_names(theirs)
     state = {ours: theirs[key] for key, ours in renamed.items()}
     settings = PRESETS["release"] | backbone | _settings(state, softmax=_SOFTMAX_BIAS in theirs, path=path)
     config = Config().replace({**settings, "model.backbone.pretrained": False})
@@ -181,24 +233,24 @@ def _same_pixels(theirs: Mapping[str, Tensor], path: Path) -> None:
             )
 
 
-def _recognise_backbone(body: Mapping[str, Tensor], path: Path) -> tuple[_Rules, dict[str, Any]]:
-    """How its tensors are renamed, and the settings it needs."""
+def _recognise_backbone(body: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """The settings that its names and shapes ask for."""
     if "stem.conv1.weight" in body:
         names = {6: "resnet50.tv_in1k", 23: "resnet101.tv_in1k"}
-        return _DETECTRON2, {"model.backbone.name": _by_depth(names, body, r"res4\.(\d+)\.", path), **_deformable(body, "res", 0)}
+        return {"model.backbone.name": _by_depth(names, body, r"res4\.(\d+)\.", path), **_deformable(body, "res", 0)}
     if "conv1.0.weight" in body:
         names = {6: "resnet50d.ra2_in1k"}
-        return _TIMM_2021, {
+        return {
             "model.backbone.name": _by_depth(names, body, r"layer3\.(\d+)\.", path),
             **_deformable(body, "layer", 1),
         }
     if "patch_embed1.proj.weight" in body:
         linear = body.get("block1.0.attn.sr.weight", torch.empty(0, 0, 8)).shape[-1] == 1
         names = {2: "pvt_v2_b1.in1k"} if not linear else {3: "pvt_v2_b2_li.in1k"}
-        return _PVT, {"model.backbone.name": _by_depth(names, body, r"block1\.(\d+)\.", path)}
+        return {"model.backbone.name": _by_depth(names, body, r"block1\.(\d+)\.", path)}
     if any(re.match(r"stages[._]0\.", key) for key in body):
         name = "cspdarknet53.ra_in1k" if any("conv_transition" in key for key in body) else "darknet53.c2ns_in1k"
-        return _TIMM_2021, {"model.backbone.name": name}
+        return {"model.backbone.name": name}
     first = ", ".join(sorted(body)[:3]) or "none"
     raise UserError(f"{path}: no backbone of a released model (its tensors: {first}, ...)")
 
