@@ -230,7 +230,7 @@ def _name_as_ours(_module: nn.Module, state: dict[str, Any], prefix: str, *_rest
     state.update({f"{prefix}model.{ours}": theirs[key] for key, ours in to_our_names(theirs).items()})
 
 
-class Trainer(DefaultTrainer):
+class Trainer(DefaultTrainer):  # type: ignore[misc] # detectron2 has no types
     """detectron2's trainer with the reference's optimiser: AdamW, nothing decayed whose name holds norm or patch_embed."""
 
     @classmethod
@@ -239,6 +239,7 @@ class Trainer(DefaultTrainer):
             raise UserError(f"SOLVER.OPTIMIZER: {cfg.SOLVER.OPTIMIZER!r}: the models were trained with ADAMW")
         from sparseinst.engine.schedule import parameter_groups
 
-        core = getattr(model, "module", model).model
-        groups = parameter_groups(core, from_detectron2(cfg).train)
+        adapter = getattr(model, "module", model)  # the trainer may have wrapped it for several processes
+        assert isinstance(adapter, SparseInst)
+        groups = parameter_groups(adapter.model, from_detectron2(cfg).train)
         return torch.optim.AdamW(groups, lr=cfg.SOLVER.BASE_LR, amsgrad=cfg.SOLVER.AMSGRAD)
