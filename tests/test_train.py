@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from sparseinst.attempts import Attempt
 from sparseinst.config import Config, TrainConfig
-from sparseinst.engine.checkpoint import newest_checkpoint
+from sparseinst.engine.checkpoint import newest_checkpoint, write_state
+from sparseinst.engine.files import no_space_explained
 from sparseinst.engine.schedule import learning_rate_factor, parameter_groups
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.models.sparseinst import build_model
@@ -138,6 +139,13 @@ def test_full_disk_keeps_the_old_checkpoint(tiny: Config, tmp_path: Path, monkey
         run(tiny, tmp_path / "run")
     assert paths.checkpoint(4).read_bytes() == kept
     assert not list(paths.checkpoints.glob(".*"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no device that is always full")
+def test_a_disk_that_is_really_full_is_called_so() -> None:
+    """Not by a made-up error: torch's own writer hides the cause."""
+    with pytest.raises(RunFailed, match="no space left"), no_space_explained(Path("checkpoints")):
+        write_state({"tensor": torch.zeros(200_000)}, Path("/dev/full"))
 
 
 def test_nan_stops_with_the_name_of_the_loss(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import sparseinst
@@ -42,9 +42,15 @@ def save_checkpoint(paths: RunPaths, iteration: int, state: dict[str, Any], keep
         RunFailed: it cannot be written (no space left, say); the checkpoints before stay as they are.
     """
     with no_space_explained(paths.checkpoints), atomic(paths.checkpoint(iteration), check) as temporary:
-        torch.save(state, temporary)
+        write_state(state, temporary)
     for old in _newest_first(paths)[keep:]:
         old.unlink()
+
+
+def write_state(state: dict[str, Any], path: Path) -> None:
+    """torch.save, through a file of Python's: on its own it hides why a write fails. Raises `OSError`."""
+    with path.open("wb") as file:
+        torch.save(state, file)
 
 
 def newest_checkpoint(paths: RunPaths) -> Path | None:
@@ -96,7 +102,7 @@ def save_weights(
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with no_space_explained(path.parent), atomic(path, check) as temporary:
-        save_file(tensors, temporary, metadata)
+        temporary.write_bytes(save(tensors, metadata))
 
 
 def start_from(model: SparseInst, path: Path) -> list[str]:

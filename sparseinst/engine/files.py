@@ -16,9 +16,15 @@ def no_space_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in _causes(error))
         reason = "no space left" if full else str(error).splitlines()[0][:150]
         raise RunFailed(f"{folder}: cannot write: {reason}; what was there before is whole") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def make_folder(path: Path) -> Path:
