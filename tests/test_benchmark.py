@@ -1,9 +1,13 @@
 """Latency: what is timed, at which size, and that the parts belong to the whole."""
 
+import json
+
+import pytest
 import torch
 
-from sparseinst.config import Config
-from sparseinst.engine.benchmark import MODULES, measure_latency
+from sparseinst.cli import run_cli
+from sparseinst.config import MODELS, Config
+from sparseinst.engine.benchmark import MODULES, count_flops, count_parameters, measure_latency, measure_mask_rcnn
 
 from .conftest import CPU
 
@@ -26,3 +30,54 @@ def test_a_deeper_model_is_slower_and_tf32_is_given_back(tiny: Config) -> None:
     )
     assert deep > 1.5 * shallow
     assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_flops_and_parameters() -> None:
+    """The default by hand: R-50's 4.1 G multiply-adds at 224 x 224, and the heads on top; a deformable convolution counts."""
+    assert count_parameters(Config()) == 31_584_373
+    plain, deformable = (
+        Config().replace({**MODELS[name], "model.backbone.pretrained": False}) for name in ("r50-giam", "r50-dcn-giam")
+    )
+    small = {"inference.short_side": 224, "inference.long_side": 224}
+    without, with_offsets = count_flops(plain.replace(small)), count_flops(deformable.replace(small))
+    assert 2 * 4.1e9 * (192 / 224) < without < 3 * 2 * 4.1e9, "192 x 224 of the photo, backbone and heads"
+    assert 1.0 < with_offsets / without < 1.15, "the offsets' own convolutions come on top of the same 3x3 ones"
+
+
+def test_batches_and_peers(tiny: Config) -> None:
+    single, four = (measure_latency(tiny, device=CPU, warmup=2, repetitions=5, batch=batch) for batch in (1, 4))
+    assert (single.kept, four.kept) == (10, 40)
+    peer = measure_mask_rcnn((64, 96), device=CPU, warmup=1, repetitions=3)
+    assert 0 < peer["p5"] <= peer["median"] <= peer["p95"]
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "bench",
+        "--model",
+        "r50-iam",
+        "--model",
+        "mask-rcnn-r50-fpn",
+        "--size",
+        "64",
+        "--repetitions",
+        "3",
+        "--device",
+        "cpu",
+    ]
+    assert run_cli([*command, "--precision", "fp32", "--precision", "bf16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = [(row["model"], row["size"], row["batch"], row["precision"], row["mode"]) for row in found["rows"]]
+    assert rows == [
+        ("r50-iam", 64, 1, "fp32", "eager"),
+        ("r50-iam", 64, 1, "bf16", "eager"),
+        ("mask-rcnn-r50-fpn", 64, 1, "fp32", "eager"),
+    ]
+    assert all(row["whole_ms"]["median"] > 0 for row in found["rows"])
+    assert found["rows"][0]["parameters"] == 31_584_373
+    assert run_cli(command) == 0
+    assert "sum" in capsys.readouterr().out
+    assert run_cli(["bench", "--mode", "compield"]) == 2
+    assert "did you mean 'compiled'" in capsys.readouterr().err
+    assert run_cli(["bench", "--model", "r50-iamm"]) == 2
+    assert "did you mean" in capsys.readouterr().err
