@@ -48,6 +48,7 @@ WITHOUT_TORCH = [
     "ablation.compare",
     "ablation.status",
     "ablation.statistics",
+    "ablation.arrange",
     "ablation.cluster",
     "ablation.job",
     "ablation.launch",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseinst.ablation import launch
+from sparseinst.ablation import arrange, launch
 from sparseinst.ablation.cluster import Cluster, list_clusters, read_cluster
 from sparseinst.ablation.plan import Plan, make_plan
 from sparseinst.ablation.status import Status, plan_status
@@ -120,7 +120,7 @@ def test_a_layout_that_does_not_divide_the_batch_is_refused(tmp_path: Path, caps
 
 def test_arrays_are_split_and_evaluations_follow_their_trainings() -> None:
     plan = planned("table2", "table3", "table4", "table5", "table6", "table7")
-    arrays = launch.arrange(plan.to_do(), Cluster(), 8)
+    arrays = arrange.arrange(plan.to_do(), Cluster(), 8)
     sizes = [(array.stage, len(array.elements)) for array in arrays]
     assert sizes == [
         *[("train", 8), ("evaluate", 8)] * 2,
@@ -139,9 +139,9 @@ def test_an_evaluation_waits_for_a_training_that_was_sent_before() -> None:
     plan = planned("table5", row="dice alone")
     train, evaluation = plan.runs.values()
     write_submission(run_folder(train.key), Submission("c", "slurm", "77_3", "jobs", time.time()))
-    selection = launch.select(plan_status(plan), retry=False)
+    selection = arrange.select(plan_status(plan), retry=False)
     assert (selection.runs, selection.held) == ([evaluation], 1)
-    [array] = launch.arrange(selection.runs, Cluster(), 100)
+    [array] = arrange.arrange(selection.runs, Cluster(), 100)
     assert launch._by_dependency(array, {}) == [(array.elements, "afterok:77_3")]
 
 
@@ -152,13 +152,13 @@ def test_what_is_sent_and_what_retry_sends() -> None:
     def states(one: str, other: str) -> list[Status]:
         return [Status(train, one, 0.0), Status(evaluation, other, 0.0)]  # type: ignore[arg-type]
 
-    assert launch.select(states("pending", "pending"), retry=False).runs == [train, evaluation]
-    assert launch.select(states("running", "queued"), retry=False) == launch.Selection([], 2, 0)
-    assert launch.select(states("failed", "pending"), retry=False) == launch.Selection([], 0, 2)
-    assert launch.select(states("failed", "pending"), retry=True).runs == [train, evaluation]
-    assert launch.select(states("running", "pending"), retry=False) == launch.Selection([], 2, 0), "`run` is at it"
-    assert launch.select(states("done", "lost"), retry=True).runs == [evaluation]
-    assert launch.select(states("running", "queued"), retry=True) == launch.Selection([], 2, 0)
+    assert arrange.select(states("pending", "pending"), retry=False).runs == [train, evaluation]
+    assert arrange.select(states("running", "queued"), retry=False) == arrange.Selection([], 2, 0)
+    assert arrange.select(states("failed", "pending"), retry=False) == arrange.Selection([], 0, 2)
+    assert arrange.select(states("failed", "pending"), retry=True).runs == [train, evaluation]
+    assert arrange.select(states("running", "pending"), retry=False) == arrange.Selection([], 2, 0), "`run` is at it"
+    assert arrange.select(states("done", "lost"), retry=True).runs == [evaluation]
+    assert arrange.select(states("running", "queued"), retry=True) == arrange.Selection([], 2, 0)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit's debugger leaves its logs open

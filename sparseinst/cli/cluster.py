@@ -58,6 +58,7 @@ def _send(
     *,
     retry: bool,
 ) -> None:
+    from sparseinst.ablation import arrange
     from sparseinst.ablation import launch as launcher
     from sparseinst.ablation.status import plan_status
     from sparseinst.ablation.submission import ask_queue
@@ -67,18 +68,18 @@ def _send(
     within_budget(plan, store, budget)
     # What the files say of a job that an administrator removed would keep it from being sent.
     queue = ask_queue(launcher.JOBS) if cluster.kind == "slurm" and not dry_run else None
-    selection = launcher.select(plan_status(plan, queue), retry=retry)
-    warning = launcher.layout_warning(selection.runs, cluster)
+    selection = arrange.select(plan_status(plan, queue), retry=retry)
+    warning = arrange.layout_warning(selection.runs, cluster)
     if warning is not None:
         typer.echo(f"warning: {warning}", err=True)
-    arrays = launcher.arrange(selection.runs, cluster, 1000 if dry_run else launcher.largest_array(cluster))
+    arrays = arrange.arrange(selection.runs, cluster, 1000 if dry_run else launcher.largest_array(cluster))
     if dry_run:
         for array in arrays:
             print(launcher.sbatch_text(array, cluster, launcher.SNAPSHOTS / "<the code as it is now>"))
     else:
         launcher.launch(plan, arrays, store, cluster, name)
     print(f"{len(plan.done)} of {len(plan.runs)} runs are done; {'would send' if dry_run else 'sent'} {len(selection.runs)}:")
-    for line in launcher.describe_arrays(arrays, cluster):
+    for line in arrange.describe_arrays(arrays, cluster):
         print(f"  {line}")
     if selection.held:
         print(f"  {selection.held} are queued or running already")
