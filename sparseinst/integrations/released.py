@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,69 +24,45 @@ from sparseinst.errors import UserError
 from sparseinst.models.backbone import read_tensors
 from sparseinst.models.sparseinst import PIXEL_MEAN, PIXEL_STD, build_model
 
-_RENAMES = (
-    (r"^encoder\.fpn_laterals\.", "encoder.laterals."),
-    (r"^encoder\.fpn_outputs\.", "encoder.outputs."),
-    (r"^decoder\.inst_branch\.inst_convs\.", "decoder.instance_branch.convs."),
-    (r"^decoder\.inst_branch\.iam_conv\.", "decoder.instance_branch.iam.conv."),
-    (r"^decoder\.inst_branch\.fc\.", "decoder.instance_branch.iam.mix."),
-    (r"^decoder\.inst_branch\.cls_score\.", "decoder.instance_branch.classes."),
-    (r"^decoder\.inst_branch\.mask_kernel\.", "decoder.instance_branch.kernels."),
-    (r"^decoder\.inst_branch\.objectness\.", "decoder.instance_branch.objectness."),
-    (r"^decoder\.mask_branch\.mask_convs\.", "decoder.mask_branch."),
-    (r"^decoder\.mask_branch\.projection\.", "decoder.projection."),
+_Names = tuple[tuple[str, str], ...]
+"""Parts of their names and of ours. One that begins with a dot is found anywhere in a name, others at its beginning."""
+
+_HEADS: _Names = (
+    ("encoder.fpn_laterals.", "encoder.laterals."),
+    ("encoder.fpn_outputs.", "encoder.outputs."),
+    ("decoder.inst_branch.inst_convs.", "decoder.instance_branch.convs."),
+    ("decoder.inst_branch.iam_conv.", "decoder.instance_branch.iam.conv."),
+    ("decoder.inst_branch.fc.", "decoder.instance_branch.iam.mix."),
+    ("decoder.inst_branch.cls_score.", "decoder.instance_branch.classes."),
+    ("decoder.inst_branch.mask_kernel.", "decoder.instance_branch.kernels."),
+    ("decoder.inst_branch.objectness.", "decoder.instance_branch.objectness."),
+    ("decoder.mask_branch.mask_convs.", "decoder.mask_branch."),
+    ("decoder.mask_branch.projection.", "decoder.projection."),
+)
+_DETECTRON2: _Names = (
+    ("stem.conv1.norm.", "bn1."),
+    ("stem.conv1.", "conv1."),
+    *((f"res{stage}.", f"layer{stage - 1}.") for stage in range(2, 6)),
+    (".shortcut.norm.", ".downsample.1."),
+    (".shortcut.", ".downsample.0."),
+    *((f".conv{number}.norm.", f".bn{number}.") for number in range(1, 4)),
+    (".conv2_offset.", ".conv2.offset."),
+)
+_TIMM_2021: _Names = (
+    ("stem.conv1.", "stem_conv1."),
+    *((f"stages.{stage}.", f"stages_{stage}.") for stage in range(5)),
+    (".conv2_offset.", ".conv2.offset."),
+)
+_PVT: _Names = (
+    ("patch_embed1.", "patch_embed."),
+    *((f"patch_embed{stage + 1}.", f"stages_{stage}.downsample.") for stage in range(1, 4)),
+    *((f"block{stage + 1}.", f"stages_{stage}.blocks.") for stage in range(4)),
+    *((f"norm{stage + 1}.", f"stages_{stage}.norm.") for stage in range(4)),
+    (".dwconv.dwconv.", ".dwconv."),
 )
 _SOFTMAX_BIAS = "decoder.inst_branch.softmax_bias"
 """A scalar added before a softmax over positions: it changes nothing, but tells that there is a softmax."""
 _WITHOUT_EFFECT = re.compile(rf"^{re.escape(_SOFTMAX_BIAS)}$|\.num_batches_tracked$|^pixel_(mean|std)$")
-
-_DETECTRON2 = (
-    (r"^stem\.conv1\.norm\.", "bn1."),
-    (r"^stem\.conv1\.", "conv1."),
-    (r"^res([2-5])\.", lambda match: f"layer{int(match[1]) - 1}."),
-    (r"\.shortcut\.norm\.", ".downsample.1."),
-    (r"\.shortcut\.", ".downsample.0."),
-    (r"\.conv([123])\.norm\.", r".bn\1."),
-    (r"\.conv2_offset\.", ".conv2.offset."),
-)
-_TIMM_2021 = ((r"^stem\.conv1\.", "stem_conv1."), (r"^stages\.(\d)", r"stages_\1"), (r"\.conv2_offset\.", ".conv2.offset."))
-_PVT = (
-    (r"^patch_embed1\.", "patch_embed."),
-    (r"^patch_embed([234])\.", lambda match: f"stages_{int(match[1]) - 1}.downsample."),
-    (r"^block(\d)\.(\d+)\.", lambda match: f"stages_{int(match[1]) - 1}.blocks.{match[2]}."),
-    (r"^norm(\d)\.", lambda match: f"stages_{int(match[1]) - 1}.norm."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
-)
-_HEADS_BACK = (
-    (r"^encoder\.laterals\.", "encoder.fpn_laterals."),
-    (r"^encoder\.outputs\.", "encoder.fpn_outputs."),
-    (r"^decoder\.instance_branch\.convs\.", "decoder.inst_branch.inst_convs."),
-    (r"^decoder\.instance_branch\.iam\.conv\.", "decoder.inst_branch.iam_conv."),
-    (r"^decoder\.instance_branch\.iam\.mix\.", "decoder.inst_branch.fc."),
-    (r"^decoder\.instance_branch\.classes\.", "decoder.inst_branch.cls_score."),
-    (r"^decoder\.instance_branch\.kernels\.", "decoder.inst_branch.mask_kernel."),
-    (r"^decoder\.instance_branch\.objectness\.", "decoder.inst_branch.objectness."),
-    (r"^decoder\.mask_branch\.", "decoder.mask_branch.mask_convs."),
-    (r"^decoder\.projection\.", "decoder.mask_branch.projection."),
-)
-_DETECTRON2_BACK = (
-    (r"^bn1\.", "stem.conv1.norm."),
-    (r"^conv1\.", "stem.conv1."),
-    (r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}."),
-    (r"\.downsample\.1\.", ".shortcut.norm."),
-    (r"\.downsample\.0\.", ".shortcut."),
-    (r"\.bn([123])\.", r".conv\1.norm."),
-    (r"\.conv2\.offset\.", ".conv2_offset."),
-)
-_TIMM_BACK = ((r"^stem_conv1\.", "stem.conv1."), (r"^stages_(\d)", r"stages.\1"), (r"\.conv2\.offset\.", ".conv2_offset."))
-_PVT_BACK = (
-    (r"^patch_embed\.", "patch_embed1."),
-    (r"^stages_(\d)\.downsample\.", lambda match: f"patch_embed{int(match[1]) + 1}."),
-    (r"^stages_(\d)\.blocks\.", lambda match: f"block{int(match[1]) + 1}."),
-    (r"^stages_(\d)\.norm\.", lambda match: f"norm{int(match[1]) + 1}."),
-    (r"\.dwconv\.", ".dwconv.dwconv."),
-)
-_Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 
 @dataclass(frozen=True)
@@ -106,33 +82,36 @@ class Imported:
 
 def rename_encoder_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's and decoder's tensors under our names; other keys are left as they are."""
-    return {_rename(key, _RENAMES): tensor for key, tensor in state.items() if not _WITHOUT_EFFECT.search(key)}
+    return {_rename(key, _HEADS): tensor for key, tensor in state.items() if not _WITHOUT_EFFECT.search(key)}
 
 
 def to_our_names(theirs: Iterable[str]) -> dict[str, str]:
     """Ours by theirs, for all that has an effect. Which backbone it is, its names tell."""
     kept = [key for key in theirs if not _WITHOUT_EFFECT.search(key)]
     bodies = {key: _without_wrapper(key) for key in kept if key.startswith("backbone.")}
-    rules = _backbone_rules(bodies.values())
-    return {key: f"backbone.body.{_rename(bodies[key], rules)}" if key in bodies else _rename(key, _RENAMES) for key in kept}
+    body = _backbone_names(bodies.values())
+    return {key: f"backbone.body.{_rename(bodies[key], body)}" if key in bodies else _rename(key, _HEADS) for key in kept}
 
 
 def to_reference_names(ours: Iterable[str]) -> dict[str, str]:
     """Theirs by ours; the inverse of `to_our_names`."""
     names = list(ours)
-    plain_resnet = "backbone.body.bn1.weight" in names and "backbone.body.conv1.weight" in names
-    found = {}
-    for name in names:
-        if not name.startswith("backbone.body."):
-            found[name] = _rename(name, _HEADS_BACK)
-            continue
-        body = name.removeprefix("backbone.body.")
-        back = _DETECTRON2_BACK if plain_resnet else _PVT_BACK if any("patch_embed" in key for key in names) else _TIMM_BACK
-        found[name] = f"backbone.{_rename(body, back)}"
-    return found
+    plain_resnet = "backbone.body.conv1.weight" in names
+    body = _DETECTRON2 if plain_resnet else _PVT if any("patch_embed" in name for name in names) else _TIMM_2021
+    heads, body = _reversed(_HEADS), _reversed(body)
+    return {
+        name: f"backbone.{_rename(name.removeprefix('backbone.body.'), body)}"
+        if name.startswith("backbone.body.")
+        else _rename(name, heads)
+        for name in names
+    }
 
 
-def _backbone_rules(body: Iterable[str]) -> _Rules:
+def _reversed(names: _Names) -> _Names:
+    return tuple((ours, theirs) for theirs, ours in names)
+
+
+def _backbone_names(body: Iterable[str]) -> _Names:
     names = set(body)
     return _DETECTRON2 if "stem.conv1.weight" in names else _PVT if "patch_embed1.proj.weight" in names else _TIMM_2021
 
@@ -213,9 +192,14 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return {str(name): torch.from_numpy(np.ascontiguousarray(value)) for name, value in state.items()}
 
 
-def _rename(key: str, rules: _Rules) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
+def _rename(key: str, names: _Names) -> str:
+    for before, after in names:
+        if not before.startswith(".") and key.startswith(before):
+            key = after + key.removeprefix(before)
+            break
+    for before, after in names:
+        if before.startswith("."):
+            key = key.replace(before, after)
     return key
 
 
