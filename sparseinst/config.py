@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+"""tf32 is float32 with products rounded to 10 bits on GPUs that can; elsewhere it is fp32."""
 Stage = Literal["train", "evaluate", "latency"]
 """What a row of a table becomes: a training, an evaluation of its weights, and a timing."""
 Activation = Literal["sigmoid", "softmax"]

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from sparseinst.config import InferenceConfig
 from sparseinst.models.decoder import Predictions
+from sparseinst.paste import ImageSize, Resize, paste
+
+__all__ = ["ImageSize", "Instances", "class_scores", "maskness", "postprocess"]
 
 
 class Instances(NamedTuple):
@@ -29,16 +32,13 @@ class Instances(NamedTuple):
     """(K,) int64: which of the N instance maps each came from."""
 
 
-class ImageSize(NamedTuple):
-    """Height and width in pixels, of the image as the network saw it and as it was."""
-
-    resized: tuple[int, int]
-    original: tuple[int, int]
-
-
 @torch.no_grad()
 def postprocess(
-    predictions: Predictions, padded: tuple[int, int], sizes: Sequence[ImageSize], config: InferenceConfig
+    predictions: Predictions,
+    padded: tuple[int, int],
+    sizes: Sequence[ImageSize],
+    config: InferenceConfig,
+    resize: Resize = paste,
 ) -> list[Instances]:
     """Score, select and resize. One class a map; no sorting, no NMS.
 
@@ -46,7 +46,15 @@ def postprocess(
         predictions: raw output for B images.
         padded: height and width of the network's input.
         sizes: of B images, without the padding.
+        resize: brings masks to the images' own size, one of `paste`'s kind.
     """
+    with torch.autocast(predictions.mask_logits.device.type, enabled=False):
+        return _postprocess(predictions, padded, sizes, config, resize)
+
+
+def _postprocess(
+    predictions: Predictions, padded: tuple[int, int], sizes: Sequence[ImageSize], config: InferenceConfig, resize: Resize
+) -> list[Instances]:
     scores, labels = class_scores(predictions, config)  # B N
     results = []
     for image_scores, image_labels, logits, size in zip(scores, labels, predictions.mask_logits, sizes, strict=True):
@@ -55,7 +63,7 @@ def postprocess(
         kept = image_scores[maps]
         if config.maskness:
             kept = kept * maskness(masks, config.mask_threshold)
-        full = paste(masks, padded, size) > config.mask_threshold
+        full = resize(masks, padded, size, config.mask_threshold)
         results.append(Instances(kept, image_labels[maps], full, maps))
     return results
 
@@ -69,14 +77,5 @@ def class_scores(predictions: Predictions, config: InferenceConfig) -> tuple[Ten
 
 def maskness(masks: Tensor, threshold: float) -> Tensor:
     """Mean probability over each mask's own pixels: (K, h, w) to (K,); zero for a mask without any."""
-    inside = masks > threshold
-    return (masks * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
-
-
-def paste(masks: Tensor, padded: tuple[int, int], size: ImageSize) -> Tensor:
-    """Probabilities (K, h, w) to (K, H, W) at the original size: bilinear to the padded input, cut, bilinear again."""
-    if not len(masks):
-        return masks.new_zeros((0, *size.original))
-    whole = F.interpolate(masks[None], size=padded, mode="bilinear", align_corners=False)
-    image = whole[:, :, : size.resized[0], : size.resized[1]]
-    return F.interpolate(image, size=size.original, mode="bilinear", align_corners=False)[0]
+    inside = F.threshold(masks.flatten(1), threshold, 0.0)
+    return inside.sum(1) / (inside.sign().sum(1) + 1e-6)

@@ -21,7 +21,7 @@ from sparseinst.paths import atomic
 _log = logging.getLogger(__name__)
 
 RESULTS = Path("results")
-Kind = Stage | Literal["compare"]
+Kind = Stage | Literal["compare", "peer"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Record:
     key: str
     result: dict[str, Any]
     """train: `steps`, `seconds`, `losses`, `parameters`. evaluate: `figures`, `images`. latency: `whole_ms`, `modules_ms`,
-    `size`. compare: `baseline` and `other` (evaluate keys), `difference` and `interval` by figure."""
+    `size`. compare: `baseline` and `other` (evaluate keys), `difference` and `interval` by figure. peer: another system's name, `short_side`, and `figures` or `whole_ms`."""
     config: dict[str, Any] = field(default_factory=dict)
     """Every setting, resolved; none for a comparison."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -54,11 +54,19 @@ class _Compared(BaseModel):
     standard_error: dict[str, float]
 
 
+class _Peer(BaseModel):
+    peer: str
+    short_side: int
+    figures: dict[str, float | None] = {}
+    whole_ms: dict[str, float] = {}
+
+
 _CONTENTS: dict[Kind, type[BaseModel]] = {
     "train": _Trained,
     "evaluate": _Evaluated,
     "latency": _Timed,
     "compare": _Compared,
+    "peer": _Peer,
 }
 """What a report reads of each kind: a record without it is damaged."""
 

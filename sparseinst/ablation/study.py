@@ -71,6 +71,8 @@ class Spec(Section):
     """Dotted paths and values that all rows share."""
     quoted: tuple[Quoted, ...] = ()
     protocols: dict[str, Protocol] = Field(default_factory=dict)
+    peers: tuple[str, ...] = ()
+    """Other systems, by the names that `bench` and `evaluate` take, whose records are shown where there are any."""
     footnotes: tuple[str, ...] = ()
 
     @model_validator(mode="after")

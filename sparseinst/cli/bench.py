@@ -2,91 +2,182 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from typing import Annotated, Any, get_args
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from sparseinst.cli.options import Device, Json
+from sparseinst.ablation.store import RESULTS
+from sparseinst.cli.options import Device, Json, ProfileName, Record, Results
 from sparseinst.config import Precision
 from sparseinst.errors import UserError
 from sparseinst.overrides import nearest
 
+if TYPE_CHECKING:
+    from sparseinst.engine.benchmark import Timed
+
 app = typer.Typer()
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
-MODES = ("eager", "compiled")
+MODES = ("plain", "eager", "folded", "compiled", "graph", "best")
 
-MASK_RCNN = "mask-rcnn-r50-fpn"
-"""A peer: torchvision's."""
+
+@dataclass(frozen=True)
+class Setting:
+    """What one row of the table times."""
+
+    model: str = "r50-iam"
+    size: int = 640
+    """Of the image's shorter side."""
+    batch: int = 1
+    precision: str = "fp32"
+    mode: str = "eager"
+
+    def __post_init__(self) -> None:
+        for what, value, known in (("precision", self.precision, PRECISIONS), ("mode", self.mode, MODES)):
+            if value not in known:
+                raise UserError(f"{what} {value!r}: one of {', '.join(known)} was expected{nearest(value, known)}")
+        if self.size < 32 or self.batch < 1:
+            raise UserError(f"size {self.size}, batch {self.batch}: 32 and 1 are the least")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Shorter side, and most pixels of the longer one, in the paper's proportion."""
+        return self.size, round(self.size * 853 / 640)
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.size} x{self.batch} {self.precision} {self.mode}"
 
 
 @app.command()
 def bench(
-    model: Annotated[list[str] | None, typer.Option(help=f"By name, or {MASK_RCNN} of torchvision.  [default: r50-iam]")] = None,
-    size: Annotated[list[int] | None, typer.Option(min=32, help="Shorter side of the image.  [default: 640]")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at once.  [default: 1]")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="By name; or a peer: mask-rcnn-r50-fpn of torchvision, detectron2:CONFIG.  [default: r50-iam]"),
+    ] = None,
+    size: Annotated[list[int] | None, typer.Option(help="Shorter side of the image.  [default: 640]")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images at once.  [default: 1]")] = None,
     precision: Annotated[list[str] | None, typer.Option(help=f"{', '.join(PRECISIONS)}.  [default: fp32]")] = None,
     mode: Annotated[list[str] | None, typer.Option(help=f"{', '.join(MODES)}.  [default: eager]")] = None,
-    repetitions: Annotated[int, typer.Option(min=3, help="Timed runs of each, after ten that are not.")] = 50,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Two settings by turns, and their ratio: mode=plain mode=best,precision=bf16"),
+    ] = None,
+    repetitions: Annotated[int, typer.Option(min=3, help="Timed runs of each.")] = 50,
+    warmup: Annotated[int, typer.Option(min=1, help="Runs before, which are not timed.")] = 10,
     device: Device = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
+    record: Record = False,
+    profile: ProfileName = "coco",
+    results: Results = RESULTS,
     as_json: Json = False,
 ) -> None:
     """Latency by the paper's protocol, with random weights: forward and post-processing, decoding of the image left out.
 
-    Every combination of the options is timed; repeat an option for more of its values.
+    Every combination of the options is timed; repeat an option for more of its values. Modes: plain, as the reference runs;
+    eager, the model as it is; folded, compiled, graph and best as `load_model(..., optimize=...)` makes it.
     """
-    import itertools
-
     from sparseinst.ablation.plan import device_name
     from sparseinst.engine.device import pick_device
 
-    for what, values, known in (("precision", precision, PRECISIONS), ("mode", mode, MODES)):
-        for value in values or []:
-            if value not in known:
-                raise UserError(f"{what} {value!r}: one of {', '.join(known)} was expected{nearest(value, known)}")
     chosen = pick_device(device)
-    rows = []
-    for name, side in itertools.product(model or ["r50-iam"], size or [640]):
-        if name == MASK_RCNN:
-            rows.append(_peer(side, chosen, repetitions))
-            continue
-        for settings in itertools.product(batch or [1], precision or ["fp32"], mode or ["eager"]):
-            rows.append(_row(name, side, *settings, chosen, repetitions))
-    about = {"device": device_name(str(chosen)), "rows": rows}
+    axes = (model or ["r50-iam"], size or [640], batch or [1], precision or ["fp32"], mode or ["eager"])
+    settings = [Setting(*values) for values in itertools.product(*axes)]
+    about: dict[str, Any] = {"device": device_name(str(chosen)), **_threads(chosen)}
+    if compare is not None:
+        pair = [_changed(settings[0], text) for text in compare]
+        about["compare"] = _compare(pair, chosen, warmup, repetitions)
+    else:
+        about["rows"] = []
+        for setting in settings:
+            about["rows"].append(_row(setting, chosen, warmup, repetitions))
+            if record:
+                _keep(about["rows"][-1], setting, about["device"], profile, results)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     if as_json:
         print(json.dumps(about))
+    elif compare is not None:
+        _show_comparison(about)
     else:
         _show(about)
 
 
-def _row(name: str, side: int, batch: int, precision: str, mode: Any, device: Any, repetitions: int) -> dict[str, Any]:
-    from sparseinst.engine.benchmark import count_flops, count_parameters, measure_latency
+def _threads(device: Any) -> dict[str, Any]:
+    import torch
+
+    return {"torch": torch.__version__, **({"threads": torch.get_num_threads()} if device.type == "cpu" else {})}
+
+
+def _changed(setting: Setting, text: str) -> Setting:
+    """A setting with what `mode=best,precision=bf16` says. Raises `UserError`."""
+    known = {field.name: type(getattr(setting, field.name)) for field in fields(setting)}
+    changes: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in known:
+            raise UserError(f"--compare: {part!r}: NAME=VALUE of {', '.join(known)} was expected{nearest(name, known)}")
+        try:
+            changes[name] = known[name](value)
+        except ValueError:
+            raise UserError(f"--compare: {part!r}: a number was expected") from None
+    return replace(setting, **changes)
+
+
+def _timed(setting: Setting, device: Any) -> tuple[Timed, dict[str, Any]]:
+    """What is to be timed, and what is known of it: `flops` of one image and `parameters`."""
+    from sparseinst.engine.benchmark import count_flops, count_parameters, network_to_time, peer_to_time
+    from sparseinst.integrations.peers import build_peer, is_peer
     from sparseinst.overrides import load_config
 
-    longest = round(side * 853 / 640)
-    overrides = {"inference.short_side": side, "inference.long_side": longest, "inference.precision": precision}
-    config = load_config(model=name, overrides={**overrides, "model.backbone.pretrained": False})
-    found = measure_latency(config, device=device, repetitions=repetitions, batch=batch, mode=mode)
-    return {
-        "model": name,
-        "size": side,
-        "batch": batch,
-        "precision": precision,
-        "mode": mode,
-        "whole_ms": found.whole_ms,
-        "modules_ms": found.modules_ms,
-        "flops": count_flops(config),
-        "parameters": count_parameters(config),
-    }
+    if is_peer(setting.model):
+        usual = Setting(setting.model, setting.size)
+        if setting != usual:
+            raise UserError(f"{setting}: a peer is timed as it is: batch 1, fp32, eager")
+        peer = build_peer(setting.model, device=device, sides=setting.sides, pretrained=False)
+        return peer_to_time(peer, device), {"flops": None, "parameters": peer.parameters}
+    short, long = setting.sides
+    sides = {"inference.short_side": short, "inference.long_side": long, "inference.precision": setting.precision}
+    config = load_config(model=setting.model, overrides={**sides, "model.backbone.pretrained": False})
+    mode: Any = setting.mode
+    timed = network_to_time(config, device=device, batch=setting.batch, mode=mode)
+    return timed, {"flops": count_flops(config), "parameters": count_parameters(config)}
 
 
-def _peer(side: int, device: Any, repetitions: int) -> dict[str, Any]:
-    from sparseinst.engine.benchmark import measure_mask_rcnn
+def _row(setting: Setting, device: Any, warmup: int, repetitions: int) -> dict[str, Any]:
+    from dataclasses import asdict
 
-    whole = measure_mask_rcnn((side, round(side * 853 / 640)), device=device, repetitions=repetitions)
-    row = {"model": MASK_RCNN, "size": side, "batch": 1, "precision": "fp32", "mode": "eager", "whole_ms": whole}
-    return {**row, "modules_ms": {}, "flops": None, "parameters": None}
+    from sparseinst.engine.benchmark import measure
+
+    timed, known = _timed(setting, device)
+    found = asdict(measure(timed, device=device, warmup=warmup, repetitions=repetitions))
+    return {**asdict(setting), **found, "input": found["size"], "size": setting.size, **known}
+
+
+def _keep(row: dict[str, Any], setting: Setting, device: str, profile: str, results: Path) -> None:
+    from sparseinst.ablation.peers import keep_peer
+    from sparseinst.ablation.store import Store
+    from sparseinst.integrations.peers import is_peer
+
+    if not is_peer(setting.model):
+        raise UserError(f"--record: {setting.model} is no peer; our own timings are recorded by `run`")
+    seconds = row["repetitions"] * row["whole_ms"]["median"] / 1000
+    result = {"whole_ms": row["whole_ms"]}
+    keep_peer(Store(results), setting.model, setting.size, result, profile=profile, device=device, seconds=seconds)
+
+
+def _compare(pair: list[Setting], device: Any, warmup: int, repetitions: int) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from sparseinst.engine.benchmark import compare
+
+    first, second = (_timed(setting, device)[0] for setting in pair)
+    found = compare(first, second, device=device, warmup=warmup, repetitions=repetitions)
+    return {"first": asdict(pair[0]), "second": asdict(pair[1]), "repetitions": repetitions, **asdict(found)}
 
 
 def _show(about: dict[str, Any]) -> None:
@@ -94,31 +185,36 @@ def _show(about: dict[str, Any]) -> None:
     from rich.table import Table
 
     modules = ("backbone", "encoder", "decoder", "post")
+    setting = ("model", "size", "batch", "precision", "mode")
     table = Table(title=f"milliseconds on {about['device']}", title_justify="left")
-    for column in (
-        "model",
-        "size",
-        "batch",
-        "precision",
-        "mode",
-        "median",
-        "p5",
-        "p95",
-        *modules,
-        "sum",
-        "GFLOPs",
-        "M parameters",
-    ):
+    for column in (*setting, "median", "p5", "p95", *modules, "sum", "GFLOPs", "M parameters", "MB"):
         table.add_column(column)
     for row in about["rows"]:
         whole, parts = row["whole_ms"], row["modules_ms"]
         table.add_row(
-            *(str(row[name]) for name in ("model", "size", "batch", "precision", "mode")),
+            *(str(row[name]) for name in setting),
             *(f"{whole[name]:.1f}" for name in ("median", "p5", "p95")),
             *(f"{parts[name]:.1f}" if name in parts else "" for name in modules),
             f"{sum(parts.values()):.1f}" if parts else "",
             f"{row['flops'] / 1e9:.1f}" if row["flops"] else "",
-            f"{row['parameters'] / 1e6:.1f}" if row["parameters"] else "",
+            f"{row['parameters'] / 1e6:.1f}",
+            str(row["peak_memory_mb"] or ""),
         )
     Console(width=max(Console().width, 150)).print(table)
-    print("Each module is synchronised by itself, so that the parts sum to more than the whole; random weights keep every map.")
+    print("Random weights keep every map. Each module is synchronised by itself: what their sum exceeds the median by is the cost of that.")
+    for row in about["rows"]:
+        if not 0.95 < row["drift"] < 1.05:
+            name = " ".join(str(row[part]) for part in setting)
+            print(f"{name}: the last third took {row['drift']:.2f} x the first: throttled, or other work beside it")
+        if row["clocks"]:
+            print(f"clocks before | after: {row['clocks']}")
+
+
+def _show_comparison(about: dict[str, Any]) -> None:
+    found = about["compare"]
+    for which in ("first", "second"):
+        times = found[f"{which}_ms"]
+        print(f"{Setting(**found[which])}: {times['median']:.1f} ms ({times['p5']:.1f} to {times['p95']:.1f})")
+    ratio = found["ratio"]
+    print(f"ratio {ratio['median']:.2f} (p5 {ratio['p5']:.2f}, p95 {ratio['p95']:.2f}) over {found['repetitions']} turns")
+    print(f"on {about['device']}")

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sparseinst.cli.options import Device, Json, Overrides
-from sparseinst.errors import RunFailed
+from sparseinst.ablation.store import RESULTS
+from sparseinst.cli.options import Device, Json, Overrides, ProfileName, Record, Results
+from sparseinst.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from sparseinst.config import Config
@@ -82,23 +83,70 @@ def _fitting(settings: Config, overrides: dict[str, Any]) -> dict[str, Any]:
 
 @app.command()
 def evaluate(
-    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
+    weights: Annotated[Path | None, typer.Option(help="A weights file, or the folder of a finished run.")] = None,
     data: Annotated[Path | None, typer.Option(help="A COCO-format folder; default: the one it was trained on.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="Also write the instances, in COCO's result format.")] = None,
     override: Overrides = [],  # noqa: B006
     engine: Annotated[Literal["hotcoco", "pycocotools"], typer.Option(help="Who computes the figures.")] = "hotcoco",
+    peer: Annotated[
+        str | None, typer.Option(help="Another system in place of ours: mask-rcnn-r50-fpn, or detectron2:CONFIG.")
+    ] = None,
+    record: Record = False,
+    profile: ProfileName = "coco",
+    results: Results = RESULTS,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """The twelve COCO mask figures of a model."""
+    """The twelve COCO mask figures of a model, or of a peer (whose published weights are fetched where --weights names none)."""
     from sparseinst.engine.device import pick_device
-    from sparseinst.engine.evaluate import evaluate_weights
     from sparseinst.overrides import parse_override
 
     overrides: dict[str, Any] = {} if data is None else {"data.root": str(data), "data.source": "coco"}
     overrides |= dict(map(parse_override, override))
-    result = evaluate_weights(weights, overrides, device=pick_device(device), predictions=predictions, engine=engine)
-    _print_figures(result, as_json)
+    if peer is not None:
+        found = _evaluate_peer(peer, weights, overrides, predictions, engine, device, (profile, results) if record else None)
+    elif weights is None:
+        raise UserError("evaluate: --weights names what to evaluate, or --peer another system")
+    elif record:
+        raise UserError("evaluate: --record is for peers; what `run` and `launch` do is recorded without it")
+    else:
+        from sparseinst.engine.evaluate import evaluate_weights
+
+        found = evaluate_weights(weights, overrides, device=pick_device(device), predictions=predictions, engine=engine)
+    _print_figures(found, as_json)
+
+
+def _evaluate_peer(
+    name: str,
+    weights: Path | None,
+    overrides: dict[str, Any],
+    predictions: Path | None,
+    engine: Literal["hotcoco", "pycocotools"],
+    device: str | None,
+    keep: tuple[str, Path] | None,
+) -> Any:
+    from sparseinst.ablation.peers import keep_peer
+    from sparseinst.ablation.plan import device_name
+    from sparseinst.ablation.provenance import file_digest
+    from sparseinst.ablation.store import Store
+    from sparseinst.data.coco import val_split
+    from sparseinst.engine.device import pick_device
+    from sparseinst.integrations.peers import SIDES, build_peer, evaluate_peer
+    from sparseinst.overrides import load_config
+
+    sides = {"inference.short_side": SIDES[0], "inference.long_side": SIDES[1]}
+    config = load_config(overrides={**sides, **overrides})
+    split = val_split(config.data)
+    chosen = pick_device(device)
+    model = build_peer(name, device=chosen, sides=config.inference.sides(), weights=weights)
+    found = evaluate_peer(model, split, predictions=predictions, engine=engine)
+    if keep is not None:
+        profile, results = keep
+        keep_peer(
+            Store(results), name, config.inference.sides()[0], {"figures": found.figures}, profile=profile,
+            device=device_name(str(chosen)), seconds=found.seconds, data=file_digest(split.file),
+        )  # fmt: skip
+    return found
 
 
 @app.command()

@@ -176,12 +176,12 @@ def decode(segmentation: Any, height: int, width: int) -> Mask:
 
 
 def encode(masks: NDArray[np.bool_] | Mask) -> list[dict[str, Any]]:
-    """(K, H, W) masks to K run lengths with `counts` as text, ready for JSON."""
+    """(K, H, W) masks to K run lengths with `counts` as text, ready for JSON; fastest where they lie by column in memory."""
     from hotcoco import mask
 
     if not len(masks):
         return []
-    stack: Any = np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))
+    stack: Any = np.asfortranarray(masks.transpose(1, 2, 0).view(np.uint8))
     runs: Any = mask.encode(stack)
     return [{"size": list(run["size"]), "counts": run["counts"].decode("ascii")} for run in runs]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
 import torch
 
 from sparseinst.config import Precision
 from sparseinst.errors import UserError
 
-_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of the precisions that are types of their own."""
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -22,6 +26,23 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The context in which a model computes in that precision; fp32 switches any outer one off."""
-    return torch.autocast(device.type, dtype=_DTYPES.get(precision, torch.float32), enabled=precision != "fp32")
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """The context in which a model computes in that precision: fp32 switches any outer one off, and TF32 too."""
+    kind = torch.autocast(device.type, dtype=DTYPES.get(precision, torch.float32), enabled=precision in DTYPES)
+    if device.type != "cuda":
+        return kind
+    both = ExitStack()
+    both.enter_context(tf32(precision == "tf32"))
+    both.enter_context(kind)
+    return both
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """Whether a GPU may round the factors of float32 products to 10 bits; torch's own default is yes for convolutions."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,8 +29,9 @@ from sparseinst.engine.distributed import gather, rank, same_for_all, world_size
 from sparseinst.engine.monitor import progress_bar
 from sparseinst.errors import DataError, UserError
 from sparseinst.models.sparseinst import SparseInst
+from sparseinst.paste import paste_by_column
 from sparseinst.paths import RunPaths, atomic
-from sparseinst.postprocess import ImageSize, postprocess
+from sparseinst.postprocess import ImageSize, Instances, postprocess
 
 _log = logging.getLogger(__name__)
 
@@ -116,9 +117,14 @@ def _compare(
         raise DataError(f"{split.file}: not one of its images can be read")
     results = [instance for image in images for instance in image.instances]
     if predictions is not None:
-        with atomic(predictions, attempt.check if attempt is not None else None) as temporary:
-            temporary.write_text(json.dumps(results), encoding="utf-8")
+        write_predictions(predictions, results, attempt.check if attempt is not None else None)
     return Evaluation(coco_figures(split.file, results, image_ids, engine), len(image_ids), skipped)
+
+
+def write_predictions(file: Path, results: list[dict[str, Any]], check: Callable[[], None] | None = None) -> None:
+    """Keep instances in COCO's result format. What `check` raises prevents it."""
+    with atomic(file, check) as temporary:
+        temporary.write_text(json.dumps(results), encoding="utf-8")
 
 
 def evaluate_run(folder: Path, *, device: torch.device) -> Evaluation:
@@ -172,14 +178,27 @@ def segment_batch(
     with autocast(device, config.inference.precision):
         raw = model(images)
     sizes = [ImageSize(size, (record.height, record.width)) for size, record in zip(batch.sizes, batch.records, strict=True)]
-    results = []
-    found = postprocess(raw, batch.padded, sizes, config.inference)
-    for record, instances in zip(batch.records, found, strict=True):
-        runs = encode(instances.masks.cpu().numpy())
-        for label, score, run in zip(instances.labels.tolist(), instances.scores.tolist(), runs, strict=True):
-            category = split.categories[label].id
-            results.append({"image_id": record.id, "category_id": category, "score": score, "segmentation": run})
-    return results
+    ids = [category.id for category in split.categories]
+    found = postprocess(raw, batch.padded, sizes, config.inference, paste_by_column)
+    return [
+        result
+        for record, instances in zip(batch.records, found, strict=True)
+        for result in in_coco_format(record.id, instances, ids)
+    ]
+
+
+def in_coco_format(image_id: int, instances: Instances, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
+    """The instances of one image as COCO's result format has them.
+
+    Args:
+        category_ids: by label; instances of a label without one are left out.
+    """
+    runs = encode(instances.masks.cpu().numpy())
+    return [
+        {"image_id": image_id, "category_id": category, "score": score, "segmentation": run}
+        for label, score, run in zip(instances.labels.tolist(), instances.scores.tolist(), runs, strict=True)
+        if (category := category_ids[label]) is not None
+    ]
 
 
 def coco_figures(

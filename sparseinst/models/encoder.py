@@ -60,14 +60,19 @@ class Encoder(nn.Module):
             kaiming_normal(self.fusion)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
+        merged = self.top_down(features)
+        if self.fusion is None:
+            return self.outputs[0](merged[-1])  # B E H W: P3 alone
+        pyramid = [output(level) for output, level in zip(self.outputs, merged, strict=True)]  # P5, P4, P3
+        size = pyramid[-1].shape[-2:]
+        return self.fusion(torch.cat([resize(level, size) for level in reversed(pyramid)], dim=1))  # B E H W
+
+    def top_down(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """[C3, C4, C5] to the sums of laterals, deepest first: (B, E, H/4, W/4), (B, E, H/2, W/2), (B, E, H, W)."""
         deepest, *rest = reversed(features)
         merged = [self.ppm(self.laterals[0](deepest))]
         for lateral, feature in zip(list(self.laterals)[1:], rest, strict=True):
             side = lateral(feature)
             # To the lateral's own size, so that inputs of any size work; the same as x2 on multiples of 32.
             merged.append(side + F.interpolate(merged[-1], size=side.shape[-2:], mode="nearest"))
-        if self.fusion is None:
-            return self.outputs[0](merged[-1])  # B E H W: P3 alone
-        pyramid = [output(level) for output, level in zip(self.outputs, merged, strict=True)]  # P5, P4, P3
-        size = pyramid[-1].shape[-2:]
-        return self.fusion(torch.cat([resize(level, size) for level in reversed(pyramid)], dim=1))  # B E H W
+        return merged

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from sparseinst.ablation.compare import compare_key
+from sparseinst.ablation.peers import PeerResult, find_peers
 from sparseinst.ablation.statistics import Difference, Noise, Sample, Spread, Verdict, difference, pooled_spread, verdict
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import AccuracyFigure, Figure, Profile, Row, Table, row_config
@@ -55,6 +56,8 @@ class TableResult:
     profile: str
     columns: list[Column]
     rows: list[RowResult]
+    peers: list[PeerResult] = field(default_factory=list)
+    """Other systems that were measured here."""
     provenance: list[str] = field(default_factory=list)
 
     @property
@@ -106,7 +109,8 @@ def collect(
     """
     keys = store.keys() if keys is None else keys
     found = {row.name: _find(table, row, profile, store, states, keys) for row in table.spec.rows}
-    devices = sorted({device for entry in found.values() for device in entry.latencies})
+    peers = find_peers(store, table.spec.peers, profile.name, keys)
+    devices = sorted({d for entry in found.values() for d in entry.latencies} | {d for peer in peers for d in peer.whole_ms})
     columns = [column for figure in table.spec.figures for column in _columns(figure, devices)]
     samples = {
         (name, column): sample
@@ -134,7 +138,7 @@ def collect(
         ap = cells.get(Column("AP"))
         told = verdict(ap.difference, paper) if ap is not None and paper is not None else None
         rows.append(RowResult(row, found[row.name].state, cells, paper, told))
-    return TableResult(table, profile.name, columns, rows, _provenance(found.values()))
+    return TableResult(table, profile.name, columns, rows, peers, _provenance(found.values()))
 
 
 def _columns(figure: Figure, devices: Sequence[str]) -> list[Column]:

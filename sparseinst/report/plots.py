@@ -16,7 +16,8 @@ from sparseinst.paths import atomic
 from sparseinst.report.collect import Column, TableResult
 
 MODULES: tuple[LatencyFigure, ...] = ("backbone", "encoder", "decoder", "post")
-_MARKS = "sD^vPX*<>"
+_MARKS = "sD^v*<>"
+_PEER_MARKS = "PXhd"
 
 
 def speed_accuracy(result: TableResult) -> Figure | None:
@@ -39,6 +40,10 @@ def speed_accuracy(result: TableResult) -> Figure | None:
                 points.append((1000 / speed.mean if column.figure == "FPS" else speed.mean, ap.measured.mean, row.row.name))
         if points:
             _points(axes, points, "o--", f"SparseInst, measured at {result.profile} scale: {column.device}")
+        known = [p for p in result.peers if column.device in p.whole_ms and p.figures.get("AP") is not None]
+        for name, mark in zip(dict.fromkeys(peer.name for peer in known), _PEER_MARKS, strict=False):
+            at = [(p.whole_ms[column.device], p.figures["AP"] or 0.0, str(p.short_side)) for p in known if p.name == name]
+            _points(axes, at, f"{mark}:", f"{name}, measured here: {column.device}")
     for mark, (name, protocol) in zip(_MARKS, result.table.spec.protocols.items(), strict=False):
         quoted = [
             (ms, row.figures["AP"], " ".join(str(value) for value in row.labels.values()))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from sparseinst.ablation.peers import PeerResult
 from sparseinst.ablation.statistics import Difference
 from sparseinst.report.collect import ACCURACY, Cell, Column, TableResult
 
@@ -29,6 +30,11 @@ def frame(result: TableResult) -> pd.DataFrame:
             cells["in the paper"] = f"{entry.paper_difference:+.1f}" if entry.paper_difference is not None else ""
             cells["verdict"] = entry.verdict or ""
         rows.append(cells)
+    for peer in result.peers:
+        cells = {spec.columns[0]: peer.name, "size": str(peer.short_side)}
+        cells = {name: text for name, text in cells.items() if name in spec.columns}
+        cells |= {column.title: _peer_cell(peer, column) for column in result.columns}
+        rows.append(cells)
     for quoted in spec.quoted:
         cells = {name: str(quoted.labels.get(name, "")) for name in spec.columns}
         for column in result.columns:
@@ -50,6 +56,15 @@ def _cell(cell: Cell, state: str, column: Column) -> str:
         if cell.difference is not None and cell.difference.within_noise:
             measured += f" {NOISE}"
     return f"{measured} | {cell.paper:.1f}" if cell.paper is not None else measured
+
+
+def _peer_cell(peer: PeerResult, column: Column) -> str:
+    if column.figure in ACCURACY:
+        value = peer.figures.get(column.figure)
+    else:
+        median = peer.whole_ms.get(column.device or "")
+        value = {"ms": median, "FPS": 1000 / median if median else None}.get(column.figure)
+    return f"measured {value:.1f}" if value is not None else ""
 
 
 def _interval(found: Difference | None) -> str:

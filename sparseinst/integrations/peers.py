@@ -1,0 +1,195 @@
+"""Other instance segmenters, timed and evaluated as ours are: torchvision's Mask R-CNN, and models of detectron2's zoo.
+
+K instances of one image, H W its height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from sparseinst.data.coco import CocoSplit, category_names, read_image
+from sparseinst.data.transforms import resize_image, short_side_size
+from sparseinst.engine.evaluate import Engine, Evaluation, coco_figures, in_coco_format, write_predictions
+from sparseinst.engine.monitor import progress_bar
+from sparseinst.errors import UserError
+from sparseinst.models.backbone import read_tensors
+from sparseinst.overrides import nearest
+from sparseinst.postprocess import Instances
+
+MASK_RCNN = "mask-rcnn-r50-fpn"
+"""torchvision's, with a ResNet-50."""
+DETECTRON2 = "detectron2:"
+"""Before a config of detectron2's model zoo, or a path of one."""
+SIDES = (800, 1333)
+"""Shorter and longer side that both were trained for."""
+_MASK_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A segmenter of another kind, in evaluation mode."""
+
+    name: str
+    categories: tuple[str, ...]
+    """Names by label."""
+    prepare: Callable[[NDArray[np.uint8]], Any]
+    """An (H, W, 3) RGB photo to the network's input on its device: resized, padded, normalised where the network leaves that
+    to its caller."""
+    segment: Callable[[Any], Instances]
+    """That input to the instances at the photo's own size; the path that is timed."""
+    parameters: int
+
+
+def is_peer(name: str) -> bool:
+    return name == MASK_RCNN or name.startswith(DETECTRON2)
+
+
+def build_peer(
+    name: str, *, device: torch.device, sides: tuple[int, int] = SIDES, weights: Path | None = None, pretrained: bool = True
+) -> Peer:
+    """A peer by name.
+
+    Args:
+        name: `MASK_RCNN`, or `detectron2:` with a config of its model zoo or a file.
+        sides: shorter side of the network's input, and most pixels of the longer one.
+        weights: a file; None for the published ones, which are fetched where they are not in the cache.
+        pretrained: False for random weights: all detections are kept, so that timing sees the most work.
+
+    Raises:
+        UserError: no such peer, detectron2 is missing, or weights that cannot be had or do not fit.
+    """
+    if name == MASK_RCNN:
+        return _torchvision(device, sides, weights, pretrained)
+    if name.startswith(DETECTRON2):
+        return _detectron2(name.removeprefix(DETECTRON2), device, sides, weights, pretrained)
+    raise UserError(f"no peer is called {name!r}: {MASK_RCNN}, or {DETECTRON2} and a config{nearest(name, [MASK_RCNN])}")
+
+
+def _torchvision(device: torch.device, sides: tuple[int, int], weights: Path | None, pretrained: bool) -> Peer:
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights, maskrcnn_resnet50_fpn
+
+    torch.manual_seed(0)
+    published = MaskRCNN_ResNet50_FPN_Weights.COCO_V1
+    threshold = {} if pretrained else {"box_score_thresh": 0.0}
+    model: Any = maskrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=sides[0], max_size=sides[1], **threshold
+    )
+    if pretrained:
+        try:
+            model.load_state_dict(read_tensors(weights) if weights is not None else published.get_state_dict(check_hash=True))
+        except OSError as error:
+            raise UserError(f"{MASK_RCNN}: its weights cannot be fetched ({error}): name a file with --weights") from None
+        except RuntimeError as error:
+            raise UserError(f"{weights or MASK_RCNN}: does not fit {MASK_RCNN}: {str(error).splitlines()[1].strip()}") from None
+    model = model.to(device).eval()
+
+    def prepare(photo: NDArray[np.uint8]) -> Any:
+        image = torch.from_numpy(photo).permute(2, 0, 1).to(device) / 255
+        return model.transform([image])[0], photo.shape[:2]
+
+    def segment(inputs: Any) -> Instances:
+        # GeneralizedRCNN.forward, without its transform, which resizes and normalises.
+        images, size = inputs
+        features = model.backbone(images.tensors)
+        proposals, _ = model.rpn(images, features)
+        detections, _ = model.roi_heads(features, proposals, images.image_sizes)
+        [found] = model.transform.postprocess(detections, images.image_sizes, [size])
+        return _instances(found["scores"], found["labels"], found["masks"][:, 0] > _MASK_THRESHOLD)
+
+    return Peer(MASK_RCNN, tuple(published.meta["categories"]), prepare, segment, _parameters(model))
+
+
+def _detectron2(config: str, device: torch.device, sides: tuple[int, int], weights: Path | None, pretrained: bool) -> Peer:
+    try:
+        from detectron2 import model_zoo
+        from detectron2.checkpoint import DetectionCheckpointer
+        from detectron2.config import get_cfg
+        from detectron2.data import MetadataCatalog
+        from detectron2.modeling import build_model
+    except ImportError as error:
+        raise UserError(f"{DETECTRON2}{config} needs detectron2 ({error}): see the README, 'In detectron2'") from None
+
+    cfg = get_cfg()
+    try:
+        cfg.merge_from_file(config if Path(config).exists() else model_zoo.get_config_file(config))
+    except (RuntimeError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{DETECTRON2}{config}: no config of detectron2's model zoo, nor a file of one ({error})") from None
+    cfg.MODEL.DEVICE = str(device)
+    if not pretrained:
+        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    torch.manual_seed(0)
+    model: Any = build_model(cfg).eval()
+    if pretrained:
+        try:
+            source = str(weights) if weights is not None else model_zoo.get_checkpoint_url(config)
+            DetectionCheckpointer(model).load(source)
+        except (RuntimeError, OSError, AssertionError) as error:
+            raise UserError(f"{DETECTRON2}{config}: its weights cannot be had ({error}): name a file with --weights") from None
+    names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes") if cfg.DATASETS.TEST else None
+    order = slice(None, None, -1 if cfg.INPUT.FORMAT == "BGR" else 1)
+
+    def prepare(photo: NDArray[np.uint8]) -> Any:
+        height, width = photo.shape[:2]
+        resized = resize_image(Image.fromarray(photo), short_side_size(height, width, *sides))
+        pixels = np.ascontiguousarray(np.asarray(resized)[:, :, order].transpose(2, 0, 1))
+        return [{"image": torch.from_numpy(pixels).to(device), "height": height, "width": width}]
+
+    def segment(inputs: Any) -> Instances:
+        found = model(inputs)[0]["instances"]  # it normalises in here
+        return _instances(found.scores, found.pred_classes, found.pred_masks)
+
+    return Peer(f"{DETECTRON2}{config}", tuple(names or ()), prepare, segment, _parameters(model))
+
+
+def _instances(scores: Tensor, labels: Tensor, masks: Tensor) -> Instances:
+    return Instances(scores, labels, masks, torch.arange(len(scores), device=scores.device))
+
+
+def _parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.inference_mode()
+def evaluate_peer(
+    peer: Peer, split: CocoSplit, *, predictions: Path | None = None, engine: Engine = "hotcoco", progress: bool = True
+) -> Evaluation:
+    """Segment every image of the split and compare, as `evaluate` does with ours.
+
+    Its classes are found by their names; instances of classes that the split has not are left out.
+
+    Raises:
+        UserError: not one class of the peer is in the split, or no classes are known of it.
+        DataError: an image that cannot be read.
+    """
+    began = time.perf_counter()
+    ids = category_ids(peer.categories, split)
+    results = []
+    with progress_bar("images", visible=progress) as bar:
+        for record in bar.track(split.images, total=len(split.images), description="evaluate"):
+            photo = np.asarray(read_image(record.path, (record.height, record.width)))
+            found = peer.segment(peer.prepare(photo))
+            results += in_coco_format(record.id, found, ids)
+    if predictions is not None:
+        write_predictions(predictions, results)
+    figures = coco_figures(split.file, results, [image.id for image in split.images], engine)
+    return Evaluation(figures, len(split.images), seconds=round(time.perf_counter() - began, 2))
+
+
+def category_ids(names: Sequence[str], split: CocoSplit) -> list[int | None]:
+    """The split's category id of each name; None where it has none. Raises `UserError` where it has none of them."""
+    known = {category.name: category.id for category in split.categories}
+    ids = [known.get(name) for name in names]
+    if not any(identifier is not None for identifier in ids):
+        some = ", ".join(category_names(split.categories)[:3])
+        raise UserError(f"{split.file}: the peer knows not one of its categories ({some}, ...): it was trained on other data")
+    return ids
