@@ -303,6 +303,11 @@ class TrainConfig(Section):
     start: Annotated[str | None, Neutral(None)] = None
     """A weights file of ours to start from, in place of ImageNet's; layers of another shape (the class head of other
     data) start afresh."""
+    compile: Annotated[bool, Neutral(False)] = False
+    """Train through torch.compile: other roundings, minutes to begin with."""
+    checkpoint_activations: Annotated[bool, Operational()] = False
+    """Keep the activations at the modules' borders alone, and compute the rest again in the backward pass: bigger batches, the
+    same numbers, about a third more time. Frozen norms only: others would count each image twice."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     log_every: Annotated[PositiveInt, Operational()] = 20
     checkpoint_every: Annotated[PositiveInt, Operational()] = 5000

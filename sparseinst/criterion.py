@@ -40,22 +40,29 @@ def count(targets: Sequence[Target], num_maps: int) -> Counts:
 
 
 def prepare_targets(
-    labels: Sequence[Tensor], masks: Sequence[Tensor], padded: tuple[int, int], size: tuple[int, int]
+    labels: Sequence[Tensor], masks: Sequence[Tensor], padded: tuple[int, int], size: tuple[int, int], stride: int = 1
 ) -> list[Target]:
     """Ground truth at the predicted masks' size: zero-padded as the images are, then bilinear, soft in [0, 1].
 
     Args:
         labels: B of (K,) int64.
-        masks: B of (K, h, w), any type, 0 or 1, each at most `padded` high and wide.
+        masks: B of (K, h, w), any type, 0 or 1, each at most `padded` high and wide; or, with a stride, in quarters and at the
+            predicted masks' resolution already (`transforms.shrink`), which gives the same targets to the bit.
         padded: height and width of the padded images.
         size: height and width of the predicted masks.
     """
+    bounds = size if stride > 1 else padded
     targets = []
     for label, mask in zip(labels, masks, strict=True):
         height, width = mask.shape[-2:]
-        whole = F.pad(mask.float(), (0, padded[1] - width, 0, padded[0] - height))[None]  # 1 K H W
-        small = F.interpolate(whole, size=size, mode="bilinear", align_corners=False)[0] if len(mask) else None
-        targets.append(Target(label, small if small is not None else mask.new_zeros((0, *size), dtype=torch.float32)))
+        whole = F.pad(mask.float(), (0, bounds[1] - width, 0, bounds[0] - height))  # K H W
+        if stride > 1:
+            small = whole / 4
+        elif len(mask):
+            small = F.interpolate(whole[None], size=size, mode="bilinear", align_corners=False)[0]
+        else:
+            small = whole.new_zeros((0, *size))
+        targets.append(Target(label, small))
     return targets
 
 

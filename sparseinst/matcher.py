@@ -51,21 +51,22 @@ def match(predictions: Predictions, targets: list[Target], config: MatcherConfig
     Returns:
         B matches, int64, ordered by prediction, on the predictions' device.
     """
-    return [
-        _match_image(logits, masks, target, config)
+    # All scores first: from the first assignment on, the device is waited for.
+    scores = [
+        _score(logits, masks, target, config)
         for logits, masks, target in zip(predictions.class_logits, predictions.mask_logits, targets, strict=True)
     ]
+    return [_assign(score) for score in scores]
 
 
-def _match_image(class_logits: Tensor, mask_logits: Tensor, target: Target, config: MatcherConfig) -> Match:
-    device = class_logits.device
-    if not len(target.labels):
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        return Match(nothing, nothing)
-    with torch.autocast(device.type, enabled=False):
+def _score(class_logits: Tensor, mask_logits: Tensor, target: Target, config: MatcherConfig) -> Tensor:
+    with torch.autocast(class_logits.device.type, enabled=False):
         dice = pairwise_dice(mask_logits.float().sigmoid().flatten(1), target.masks.flatten(1))  # N K
         probability = class_logits.float().sigmoid()[:, target.labels]  # N K
-        score = dice.pow(config.alpha) * probability.pow(config.beta)  # N K
+        return dice.pow(config.alpha) * probability.pow(config.beta)  # N K
+
+
+def _assign(score: Tensor) -> Match:
     # NaN must reach the loss, which names it, not the solver, which does not.
     rows, columns = linear_sum_assignment(score.nan_to_num(0.0).cpu().numpy(), maximize=True)
-    return Match(torch.as_tensor(rows, device=device), torch.as_tensor(columns, device=device))
+    return Match(torch.as_tensor(rows, device=score.device), torch.as_tensor(columns, device=score.device))

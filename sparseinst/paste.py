@@ -46,7 +46,9 @@ def paste(masks: Tensor, padded: tuple[int, int], size: ImageSize, threshold: fl
         return found
     on_cpu = masks.device.type == "cpu"
     rows, columns = (
-        _blocks(masks.shape[1 + axis], padded[axis], size.resized[axis], size.original[axis], step if on_cpu else None, masks.device)
+        _blocks(
+            masks.shape[1 + axis], padded[axis], size.resized[axis], size.original[axis], step if on_cpu else None, masks.device
+        )
         for axis, step in ((0, STRIP), (1, BLOCK))
     )
     for row in rows:

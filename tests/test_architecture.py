@@ -19,11 +19,24 @@ ALLOWED = {
     "data": {"config", "overrides", "errors", "paths"},
     "matcher": {"config", "models"},
     "criterion": {"config", "matcher", "models"},
-    "postprocess": {"config", "models"},
-    "integrations": {"config", "models", "errors", "data", "criterion", "postprocess", "engine"},
+    "paste": set(),
+    "postprocess": {"config", "models", "paste"},
+    "integrations": {"config", "overrides", "models", "errors", "data", "criterion", "postprocess", "engine"},
     "ablation": {"config", "overrides", "errors", "paths", "attempts", "data", "engine"},
     "report": {"config", "paths", "ablation"},
-    "engine": {"config", "overrides", "errors", "paths", "attempts", "models", "data", "matcher", "criterion", "postprocess"},
+    "engine": {
+        "config",
+        "overrides",
+        "errors",
+        "paths",
+        "attempts",
+        "models",
+        "data",
+        "matcher",
+        "criterion",
+        "postprocess",
+        "paste",
+    },
 }
 """What each room of the package may import from; `cli` may import all."""
 

@@ -1,13 +1,22 @@
 """Latency: what is timed, at which size, and that the parts belong to the whole."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sparseinst.cli import run_cli
 from sparseinst.config import MODELS, Config
-from sparseinst.engine.benchmark import MODULES, count_flops, count_parameters, measure_latency, measure_mask_rcnn
+from sparseinst.engine.benchmark import (
+    MODULES,
+    compare,
+    count_flops,
+    count_parameters,
+    measure_latency,
+    network_to_time,
+)
 
 from .conftest import CPU
 
@@ -44,11 +53,51 @@ def test_flops_and_parameters() -> None:
     assert 1.0 < with_offsets / without < 1.15, "the offsets' own convolutions come on top of the same 3x3 ones"
 
 
-def test_batches_and_peers(tiny: Config) -> None:
+def test_batches(tiny: Config) -> None:
     single, four = (measure_latency(tiny, device=CPU, warmup=2, repetitions=5, batch=batch) for batch in (1, 4))
     assert (single.kept, four.kept) == (10, 40)
-    peer = measure_mask_rcnn((64, 96), device=CPU, warmup=1, repetitions=3)
-    assert 0 < peer["p5"] <= peer["median"] <= peer["p95"]
+    assert 0.2 < single.drift < 5
+    assert single.peak_memory_mb is single.clocks is None, "of a GPU alone"
+
+
+@pytest.mark.parametrize("mode", ["plain", "eager", "folded"])
+def test_modes_see_the_same_instances(tiny: Config, mode: Any) -> None:
+    found = measure_latency(tiny, device=CPU, warmup=1, repetitions=3, mode=mode)
+    assert found.kept == 10
+    assert tuple(found.modules_ms) == MODULES
+
+
+def test_comparison_by_turns(tiny: Config) -> None:
+    shallow, deep = (network_to_time(tiny.replace({"model.decoder.depth": depth}), device=CPU) for depth in (1, 60))
+    found = compare(deep, shallow, device=CPU, warmup=2, repetitions=9)
+    assert found.ratio["median"] > 1.3
+    assert found.ratio["p5"] <= found.ratio["median"] <= found.ratio["p95"]
+    assert found.first_ms["median"] > found.second_ms["median"]
+
+
+def test_the_comparison_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = [
+        "bench",
+        "--size",
+        "64",
+        "--repetitions",
+        "3",
+        "--warmup",
+        "1",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "x.json"),
+    ]
+    assert run_cli([*command, "--compare", "mode=plain", "mode=folded,precision=bf16"]) == 0
+    told = capsys.readouterr().out
+    assert "r50-iam 64 x1 fp32 plain" in told
+    assert "r50-iam 64 x1 bf16 folded" in told
+    assert json.loads((tmp_path / "x.json").read_text())["compare"]["ratio"]["median"] > 0
+    mistakes = {"mdoe=plain": "did you mean 'mode'", "size=big": "a number was expected", "mode=fast": "one of plain"}
+    for wrong, message in mistakes.items():
+        assert run_cli([*command, "--compare", "mode=plain", wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,8 +105,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         "bench",
         "--model",
         "r50-iam",
-        "--model",
-        "mask-rcnn-r50-fpn",
         "--size",
         "64",
         "--repetitions",
@@ -71,7 +118,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows == [
         ("r50-iam", 64, 1, "fp32", "eager"),
         ("r50-iam", 64, 1, "bf16", "eager"),
-        ("mask-rcnn-r50-fpn", 64, 1, "fp32", "eager"),
     ]
     assert all(row["whole_ms"]["median"] > 0 for row in found["rows"])
     assert found["rows"][0]["parameters"] == 31_584_373

@@ -180,3 +180,25 @@ def test_a_photo_is_segmented_as_ours_segments_it(cfg: Any, tmp_path: Path) -> N
     ours = Predictor(predictor.model.model, config, (Category(1, "a"), Category(2, "b")), CPU).predict(photo)
     assert len(theirs) == len(ours.scores) > 0
     np.testing.assert_allclose(np.sort(theirs.scores.numpy())[::-1], ours.scores, atol=1e-4)
+
+
+def test_a_config_of_the_model_zoo_is_a_peer() -> None:
+    """Mask R-CNN R-50-FPN with random weights: the photo's own size, COCO's class names, ours to time."""
+    from sparseinst.engine.benchmark import measure, peer_to_time
+    from sparseinst.errors import UserError
+    from sparseinst.integrations.peers import build_peer
+
+    from .conftest import CPU
+
+    name = "detectron2:COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"
+    peer = build_peer(name, device=CPU, sides=(64, 96), pretrained=False)
+    assert (peer.name, len(peer.categories), peer.categories[0]) == (name, 80, "person")
+    photo = np.random.default_rng(0).integers(0, 256, (48, 72, 3), dtype=np.uint8)
+    with torch.no_grad():
+        found = peer.segment(peer.prepare(photo))
+    assert found.masks.shape == (len(found.scores), 48, 72)
+    assert found.masks.dtype == torch.bool
+    latency = measure(peer_to_time(peer, CPU), device=CPU, warmup=1, repetitions=3)
+    assert latency.whole_ms["median"] > 0
+    with pytest.raises(UserError, match="no config of detectron2's model zoo"):
+        build_peer("detectron2:nothing.yaml", device=CPU)

@@ -203,8 +203,8 @@ def test_all_empty_batches_train(tiny: Config, tmp_path: Path, monkeypatch: pyte
     """Instances that a crop leaves outside: a whole batch without any still trains, and pushes scores down."""
     from sparseinst.data import loader
 
-    def nothing(sample: Any) -> Any:
-        size = (sample.image.height, sample.image.width)
+    def nothing(sample: Any, stride: int) -> Any:
+        size = [-(-side // stride) for side in sample.image.shape[:2]]
         return np.zeros(0, dtype=np.int64), np.zeros((0, *size), dtype=np.uint8)
 
     monkeypatch.setattr(loader, "rasterise", nothing)

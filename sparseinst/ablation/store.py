@@ -30,7 +30,8 @@ class Record:
     key: str
     result: dict[str, Any]
     """train: `steps`, `seconds`, `losses`, `parameters`. evaluate: `figures`, `images`. latency: `whole_ms`, `modules_ms`,
-    `size`. compare: `baseline` and `other` (evaluate keys), `difference` and `interval` by figure. peer: another system's name, `short_side`, and `figures` or `whole_ms`."""
+    `size`. compare: `baseline` and `other` (evaluate keys), `difference` and `interval` by figure. peer: another
+    system's name, `short_side`, and `figures` or `whole_ms`."""
     config: dict[str, Any] = field(default_factory=dict)
     """Every setting, resolved; none for a comparison."""
     provenance: dict[str, Any] = field(default_factory=dict)

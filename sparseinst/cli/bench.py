@@ -201,7 +201,10 @@ def _show(about: dict[str, Any]) -> None:
             str(row["peak_memory_mb"] or ""),
         )
     Console(width=max(Console().width, 150)).print(table)
-    print("Random weights keep every map. Each module is synchronised by itself: what their sum exceeds the median by is the cost of that.")
+    print(
+        "Random weights keep every map. Each module is synchronised by itself: "
+        "what their sum exceeds the median by is the cost of that."
+    )
     for row in about["rows"]:
         if not 0.95 < row["drift"] < 1.05:
             name = " ".join(str(row[part]) for part in setting)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sparseinst.ablation.store import RESULTS
-from sparseinst.cli.options import Device, Json, Overrides, ProfileName, Record, Results
+from sparseinst.cli.options import Device, Json, Optimize, Overrides, ProfileName, Record, Results
 from sparseinst.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def evaluate(
     peer: Annotated[
         str | None, typer.Option(help="Another system in place of ours: mask-rcnn-r50-fpn, or detectron2:CONFIG.")
     ] = None,
+    optimize: Optimize = None,
     record: Record = False,
     profile: ProfileName = "coco",
     results: Results = RESULTS,
@@ -112,7 +113,9 @@ def evaluate(
     else:
         from sparseinst.engine.evaluate import evaluate_weights
 
-        found = evaluate_weights(weights, overrides, device=pick_device(device), predictions=predictions, engine=engine)
+        found = evaluate_weights(
+            weights, overrides, device=pick_device(device), predictions=predictions, engine=engine, optimize=optimize
+        )
     _print_figures(found, as_json)
 
 
@@ -155,6 +158,7 @@ def predict(
     weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
     output: Annotated[Path, typer.Option(help="Folder for the overlays and predictions.json.")],
     score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Leave out instances below.")] = 0.4,
+    optimize: Optimize = None,
     device: Device = None,
 ) -> None:
     """Segment images: an overlay for each, and all instances as COCO JSON."""
@@ -162,7 +166,7 @@ def predict(
     from sparseinst.engine.predict_files import find_images, predict_files
 
     files = find_images(inputs)
-    failed = predict_files(load_model(weights, device), files, output, score=score)
+    failed = predict_files(load_model(weights, device, optimize=optimize), files, output, score=score)
     print(f"{len(files) - failed} images: overlays and predictions.json in {output}")
     if failed:
         raise RunFailed(f"{failed} of {len(files)} images could not be read; see the warnings above")

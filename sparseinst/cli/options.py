@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -28,6 +28,10 @@ Seeds = Annotated[int, typer.Option(min=1, max=10, help="Train every row with th
 RowText = Annotated[str | None, typer.Option("--row", help="Only the rows whose name holds this text.")]
 Results = Annotated[Path, typer.Option(help="Where records, tables and figures are kept.")]
 OfCluster = Annotated[str | None, typer.Option("--cluster", help="Timings are those of this cluster's device.")]
+Optimize = Annotated[
+    Literal["folded", "compiled", "graph", "best"] | None,
+    typer.Option(help="Make the model fast first; compiling takes from seconds (compiled) to minutes (best)."),
+]
 Record = Annotated[bool, typer.Option("--record", help="Keep a peer's figures in the records, for the speed-accuracy plot.")]
 Budget = Annotated[float | None, typer.Option(help="Refuse to start where the rest of the plan costs more hours than this.")]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sparseinst.config import DataConfig
 from sparseinst.errors import DataError
@@ -201,8 +201,9 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
             warnings.simplefilter("ignore", UserWarning)  # Pillow warns of metadata that we do not read.
             with Image.open(path) as file:
                 file.load()
-                stored = file.copy()
-                upright = ImageOps.exif_transpose(file)
+                stored: Image.Image = file
+                turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                upright = ImageOps.exif_transpose(file) if turned else file
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
@@ -219,7 +220,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image, dtype=np.float64)
         scale = 255 / 65535 if values.max(initial=0) > 255 else 1.0
         image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def category_names(categories: Sequence[Category]) -> list[str]:

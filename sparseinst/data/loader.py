@@ -36,7 +36,7 @@ class Example(NamedTuple):
     labels: Tensor
     """(K,) int64."""
     masks: Tensor
-    """(K, H, W) uint8, 0 or 1."""
+    """(K, H, W) uint8, 0 or 1; of a `TrainSet` with a stride, in quarters, see `rasterise`."""
     record: ImageRecord
     skipped: tuple[str, ...]
     """Why images before this one were left out."""
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
     """Height and width of each image without the padding."""
     labels: list[Tensor]
     masks: list[Tensor]
-    """Of each image (K, h, w) uint8, without the padding."""
+    """Of each image (K, h, w) uint8, without the padding; with a stride, in quarters, see `rasterise`."""
     records: list[ImageRecord]
     skipped: list[str]
 
@@ -64,12 +64,18 @@ class Batch(NamedTuple):
 
 
 class TrainSet(Dataset[Example]):
-    """Augmented training images; crowds are left out. Indexed by `Draw`."""
+    """Augmented training images; crowds are left out. Indexed by `Draw`.
 
-    def __init__(self, split: CocoSplit, config: DataConfig, seed: int) -> None:
+    Args:
+        stride: of the masks that the model predicts, where it is even: masks then come at that size, and need no more than be
+            moved. 1 for masks of the image's size.
+    """
+
+    def __init__(self, split: CocoSplit, config: DataConfig, seed: int, stride: int = 1) -> None:
         self.split = split.with_instances()
         self.config = config
         self.seed = seed
+        self.stride = stride
         if not self.split.images:
             raise DataError(f"{split.file}: no image holds an instance to train on")
 
@@ -88,8 +94,9 @@ class TrainSet(Dataset[Example]):
                     raise DataError(f"{error}; data.on_bad_image=skip leaves such images out") from None
                 skipped.append(str(error))
                 continue
-            labels, masks = rasterise(sample)
-            return Example(_tensor(sample.image), torch.from_numpy(labels), torch.from_numpy(masks), record, tuple(skipped))
+            labels, masks = rasterise(sample, self.stride)
+            image = torch.from_numpy(sample.image).permute(2, 0, 1)
+            return Example(image, torch.from_numpy(labels), torch.from_numpy(masks), record, tuple(skipped))
         raise DataError(f"{self.split.file}: not one of its {len(self)} images can be read, the first: {skipped[0]}")
 
 
@@ -117,7 +124,8 @@ class EvalSet(Dataset[Example]):
             nothing = torch.zeros((3, 1, 1), dtype=torch.uint8)
             return Example(nothing, labels, nothing[:0], record, (str(error),))
         size = short_side_size(image.height, image.width, *self.inference.sides())
-        return Example(_tensor(resize_image(image, size)), labels, torch.zeros((0, *size), dtype=torch.uint8), record, ())
+        pixels = torch.from_numpy(np.array(resize_image(image, size))).permute(2, 0, 1)
+        return Example(pixels, labels, torch.zeros((0, *size), dtype=torch.uint8), record, ())
 
 
 def read_sample(record: ImageRecord, split: CocoSplit) -> Sample:
@@ -130,11 +138,7 @@ def read_sample(record: ImageRecord, split: CocoSplit) -> Sample:
             segments.append(as_segment(annotation.segmentation, record.height, record.width))
         except (ValueError, TypeError) as error:
             raise DataError(f"{split.file}: annotation {annotation.id}: segmentation: {error}") from None
-    return Sample(image, segments, np.array([a.label for a in annotations], dtype=np.int64))
-
-
-def _tensor(image: Any) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return Sample(np.asarray(image), segments, np.array([a.label for a in annotations], dtype=np.int64))
 
 
 class BatchOrder(Sampler[list[Draw]]):

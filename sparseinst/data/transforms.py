@@ -1,4 +1,4 @@
-"""Augmentation and sizes (paper section 4; the reference implementation's mapper). Imports no torch.
+"""Augmentation and sizes (paper section 4; the reference implementation's mapper). Imports no torch but to resize.
 
 K instances, H W height and width in pixels, x right and y down from the image's corner.
 """
@@ -15,6 +15,8 @@ from PIL import Image
 from sparseinst.config import DataConfig
 from sparseinst.data.coco import Mask, decode
 
+Pixels = NDArray[np.uint8]
+"""(H, W, 3) RGB."""
 Polygon = NDArray[np.float64]
 """(points, 2) of x and y."""
 
@@ -26,7 +28,7 @@ class Sample:
     Polygons stay polygons until the end, so that small objects are drawn once, at the final size; run lengths are masks.
     """
 
-    image: Image.Image
+    image: Pixels
     segments: list[list[Polygon] | Mask]
     labels: NDArray[np.int64]
 
@@ -57,12 +59,21 @@ def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    scale = np.array([size[1] / sample.image.width, size[0] / sample.image.height])
+    """To (height, width), as `resize_image` but for single grey levels here and there: three times as fast, for training."""
+    import torch
+    from torch.nn import functional as F
+
+    height, width = sample.image.shape[:2]
+    if size == (height, width):
+        return Sample(sample.image.copy(), sample.segments, sample.labels)  # of its own, no view
+    pixels = torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))[None]  # 1 3 h w
+    image = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    scale = np.array([size[1] / width, size[0] / height])
     segments: list[list[Polygon] | Mask] = [
         [points * scale for points in segment] if isinstance(segment, list) else _resize_mask(segment, size)
         for segment in sample.segments
     ]
-    return Sample(resize_image(sample.image, size), segments, sample.labels)
+    return Sample(image, segments, sample.labels)
 
 
 def _resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
@@ -71,23 +82,23 @@ def _resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
 
 def flip(sample: Sample) -> Sample:
     """Left to right."""
-    width = sample.image.width
+    width = sample.image.shape[1]
     segments: list[list[Polygon] | Mask] = [
         [np.stack([width - points[:, 0], points[:, 1]], axis=1) for points in segment]
         if isinstance(segment, list)
         else segment[:, ::-1]
         for segment in sample.segments
     ]
-    return Sample(sample.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), segments, sample.labels)
+    return Sample(sample.image[:, ::-1], segments, sample.labels)
 
 
 def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
     offset = np.array([left, top], dtype=np.float64)
+    inside = (slice(top, top + height), slice(left, left + width))
     segments: list[list[Polygon] | Mask] = [
-        [points - offset for points in segment] if isinstance(segment, list) else segment[top : top + height, left : left + width]
-        for segment in sample.segments
+        [points - offset for points in segment] if isinstance(segment, list) else segment[inside] for segment in sample.segments
     ]
-    return Sample(sample.image.crop((left, top, left + width, top + height)), segments, sample.labels)
+    return Sample(sample.image[inside], segments, sample.labels)
 
 
 def augment(sample: Sample, config: DataConfig, random: np.random.Generator) -> Sample:
@@ -95,7 +106,7 @@ def augment(sample: Sample, config: DataConfig, random: np.random.Generator) -> 
     if random.random() < config.crop:
         sample = _resize_short(sample, int(random.choice(config.crop_short_sides)), config.long_side)
         smallest, largest = config.crop_sizes
-        height, width = sample.image.height, sample.image.width
+        height, width = sample.image.shape[:2]
         crop_height = int(random.integers(min(height, smallest), min(height, largest) + 1))
         crop_width = int(random.integers(min(width, smallest), min(width, largest) + 1))
         top = int(random.integers(height - crop_height + 1))
@@ -107,16 +118,46 @@ def augment(sample: Sample, config: DataConfig, random: np.random.Generator) -> 
 
 
 def _resize_short(sample: Sample, short: int, long: int) -> Sample:
-    return resize(sample, short_side_size(sample.image.height, sample.image.width, short, long))
+    height, width = sample.image.shape[:2]
+    return resize(sample, short_side_size(height, width, short, long))
 
 
-def rasterise(sample: Sample) -> tuple[NDArray[np.int64], Mask]:
-    """Labels (K,) and masks (K, H, W) of the instances that still have a pixel in the image."""
-    height, width = sample.image.height, sample.image.width
-    masks = [
-        decode([points.ravel().tolist() for points in segment], height, width) if isinstance(segment, list) else segment
-        for segment in sample.segments
-    ]
-    kept = [index for index, mask in enumerate(masks) if mask.any()]
-    stacked = np.stack([masks[index] for index in kept]) if kept else np.zeros((0, height, width), np.uint8)
+def rasterise(sample: Sample, stride: int = 1) -> tuple[NDArray[np.int64], Mask]:
+    """Labels (K,) and masks of the instances that still have a pixel in the image.
+
+    Args:
+        stride: 1 for masks (K, H, W) of 0 and 1; an even one for `shrink`'s, (K, ceil(H / stride), ceil(W / stride)).
+    """
+    height, width = sample.image.shape[:2]
+    kept, masks = [], []
+    for index, segment in enumerate(sample.segments):
+        mask = _drawn(segment, height, width) if isinstance(segment, list) else segment
+        if mask.view(np.bool_).any():
+            kept.append(index)
+            masks.append(mask if stride == 1 else shrink(mask, stride))
+    shape = (height, width) if stride == 1 else (-(-height // stride), -(-width // stride))
+    stacked = np.stack(masks) if masks else np.zeros((0, *shape), np.uint8)
     return sample.labels[kept], np.ascontiguousarray(stacked)
+
+
+def _drawn(polygons: list[Polygon], height: int, width: int) -> Mask:
+    return decode([points.ravel().tolist() for points in polygons], height, width)
+
+
+def shrink(mask: Mask, stride: int) -> Mask:
+    """What bilinear interpolation to 1 / stride makes of a mask, in quarters: (H, W) to (ceil(H / stride), ceil(W / stride)).
+
+    For an even stride a new pixel lies in the middle between four, so that it is their mean: 0, 1, 2, 3 or 4 quarters, without
+    any rounding. What lies outside the mask is 0, as in a padded image.
+    """
+    by_column = _pairs(mask.T, stride)  # decoded masks lie column after column
+    return _pairs(by_column.T, stride)
+
+
+def _pairs(lines: Mask, stride: int) -> Mask:
+    """The sums of the two lines in the middle of every `stride`."""
+    before, after = lines[stride // 2 - 1 :: stride], lines[stride // 2 :: stride]
+    sums = np.zeros((-(-len(lines) // stride), lines.shape[1]), np.uint8)
+    sums[: len(before)] = before
+    sums[: len(after)] += after
+    return sums

@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ PHOTOS = 4
 MODULES = ("backbone", "encoder", "decoder", "post")
 
 Mode = Literal["plain", "eager"] | optimizing.Mode
-"""`plain`: as the reference runs, contiguous tensors and masks resized in two steps; `eager`: the model as it is, channels-last, masks
-resized in one; the others: see `optimize`."""
+"""`plain`: as the reference runs, contiguous tensors and masks resized in two steps; `eager`: the model as it is, channels-last,
+masks resized in one; the others: see `optimize`."""
 Passed = Callable[[str], Any]
 
 
@@ -83,7 +83,7 @@ def network_to_time(
     inference = config.inference
     layout = torch.contiguous_format if mode == "plain" else torch.channels_last
     if mode not in ("plain", "eager"):
-        network = optimizing.optimize(network, device=device, mode=mode, precision=inference.precision)
+        network = optimizing.optimize(network, device=device, mode=cast(optimizing.Mode, mode), precision=inference.precision)
     network = network.to(memory_format=layout)
     resize = paste_in_two_steps if mode == "plain" else paste
     size = short_side_size(*PHOTO, *inference.sides())
@@ -250,4 +250,3 @@ def peer_to_time(peer: Any, device: torch.device) -> Timed:
         return len(found.scores)
 
     return Timed(run, ())
-

@@ -12,7 +12,9 @@ import itertools
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +25,7 @@ from sparseinst.attempts import Attempt
 from sparseinst.config import Config
 from sparseinst.data.coco import CocoSplit, category_names, encode, val_split
 from sparseinst.data.loader import Batch, EvalSet, eval_loader
+from sparseinst.engine import optimize as optimizing
 from sparseinst.engine.checkpoint import load_weights
 from sparseinst.engine.device import autocast
 from sparseinst.engine.distributed import gather, rank, same_for_all, world_size
@@ -81,12 +84,23 @@ def evaluate(
     dataset = EvalSet(split, config.data, config.inference, part=rank(), parts=world_size())
     loader = eval_loader(dataset, config.data.workers, pin_memory=device.type == "cuda")
     own: list[_Segmented] = []
-    with progress_bar("images", visible=progress and rank() == 0) as bar:
-        for batch in bar.track(loader, total=len(dataset), description="evaluate"):
+    pending: deque[tuple[Batch, Future[list[dict[str, Any]]]]] = deque()
+
+    def encoded() -> None:
+        batch, instances = pending.popleft()
+        own.append(_Segmented(batch.records[0].id, instances.result(), batch.skipped))
+
+    # Masks are encoded beside the network's work on the next image; a few images at most wait for it.
+    with progress_bar("images", visible=progress and rank() == 0) as bar, ThreadPoolExecutor(1) as encoder:
+        for number, batch in enumerate(bar.track(loader, total=len(dataset), description="evaluate")):
             if attempt is not None:
-                attempt.at("image", len(own))
-            instances = segment_batch(model, batch, split, config, device) if not batch.skipped else []
-            own.append(_Segmented(batch.records[0].id, instances, batch.skipped))
+                attempt.at("image", number)
+            found = [] if batch.skipped else segment_batch(model, batch, config, device)
+            pending.append((batch, encoder.submit(_encode, batch, found, split)))
+            if len(pending) > _WAITING:
+                encoded()
+        while pending:
+            encoded()
     if attempt is not None:
         attempt.at("wait")
     shares = gather(own)
@@ -94,6 +108,9 @@ def evaluate(
     result = same_for_all(result)
     assert result is not None
     return replace(result, seconds=round(time.perf_counter() - began, 2))
+
+
+_WAITING = 4
 
 
 class _Segmented(NamedTuple):
@@ -145,11 +162,13 @@ def evaluate_weights(
     device: torch.device,
     predictions: Path | None = None,
     engine: Engine = "hotcoco",
+    optimize: optimizing.Mode | None = None,
 ) -> Evaluation:
     """The figures of a weights file.
 
     Args:
         overrides: dotted paths below `data` and `inference`; the rest belongs to the weights.
+        optimize: see `engine.optimize`; None for the model as it is.
 
     Raises:
         UserError: another override, or data of other categories than the weights were trained on.
@@ -167,24 +186,26 @@ def evaluate_weights(
             f"{split.file}: its {len(theirs)} categories are not the {len(ours)} of {weights}"
             f" (first difference: {differing[1]!r} for {differing[0]!r})"
         )
-    return evaluate(model.to(device), split, config, device=device, predictions=predictions, engine=engine)
+    model = model.to(device)
+    if optimize is not None:
+        model = optimizing.optimize(model, device=device, mode=optimize, precision=config.inference.precision)
+    return evaluate(model, split, config, device=device, predictions=predictions, engine=engine)
 
 
-def segment_batch(
-    model: SparseInst, batch: Batch, split: CocoSplit, config: Config, device: torch.device
-) -> list[dict[str, Any]]:
-    """The instances of a batch in COCO's result format: the file's own category ids, run lengths, scores."""
+def segment_batch(model: SparseInst, batch: Batch, config: Config, device: torch.device) -> list[Instances]:
+    """The instances of each image; masks lie by column in memory, as `encode` takes them fastest."""
     images = model.normalise(batch.images.to(device, non_blocking=True), batch.sizes)
     with autocast(device, config.inference.precision):
         raw = model(images)
     sizes = [ImageSize(size, (record.height, record.width)) for size, record in zip(batch.sizes, batch.records, strict=True)]
+    return postprocess(raw, batch.padded, sizes, config.inference, paste_by_column)
+
+
+def _encode(batch: Batch, found: list[Instances], split: CocoSplit) -> list[dict[str, Any]]:
+    """In COCO's result format: the file's own category ids, run lengths, scores."""
     ids = [category.id for category in split.categories]
-    found = postprocess(raw, batch.padded, sizes, config.inference, paste_by_column)
-    return [
-        result
-        for record, instances in zip(batch.records, found, strict=True)
-        for result in in_coco_format(record.id, instances, ids)
-    ]
+    pairs = zip(batch.records, found, strict=False)  # nothing is found in an image that was left out
+    return [result for record, instances in pairs for result in in_coco_format(record.id, instances, ids)]
 
 
 def in_coco_format(image_id: int, instances: Instances, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:

@@ -30,9 +30,9 @@ from sparseinst.models.sparseinst import SparseInst
 _log = logging.getLogger(__name__)
 
 Mode = Literal["folded", "compiled", "graph", "best"]
-"""`folded`: channels-last, in its precision; `compiled`: by torch.compile as well, with the weights frozen; `graph`: as a CUDA graph
-instead, one a size; `best`: what is fastest for images of one size, and takes minutes to compile: on a GPU with kernels tuned and in
-CUDA graphs, on a processor in float32 with Winograd's convolutions."""
+"""`folded`: channels-last, in its precision; `compiled`: by torch.compile as well, with the weights frozen; `graph`: as a CUDA
+graph instead, one a size; `best`: what is fastest for images of one size, and takes minutes to compile: on a GPU with tuned
+kernels and CUDA graphs, on a processor in float32 with Winograd's convolutions."""
 
 
 class OptimizedSparseInst(SparseInst):
@@ -69,8 +69,8 @@ def optimize(
     With fp32 and tf32 its raw outputs differ by rounding alone. In bf16 and fp16 weights and features have that type; maps are
     normalised, and scores and masks computed, in float32.
 
-    Compiling takes from seconds to a minute at the first image (with `best`, minutes), and again at the second size; from then on one
-    version serves all sizes. What the device or the machine lacks is left out, with a warning.
+    Compiling takes from seconds to a minute at the first image (with `best`, minutes), and again at the second size; from then on
+    one version serves all sizes. What the device or the machine lacks is left out, with a warning.
     """
     fast = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
     fold_norms(fast.backbone)
@@ -87,11 +87,11 @@ def optimize(
 
 
 def _use_winograd(*modules: nn.Module) -> None:
-    """For each large 3x3 convolution: with fewer channels, or on fewer positions, summing takes longer than multiplying."""
+    """In place of each convolution that it pays for."""
     for module in modules:
         for parent in list(module.modules()):
             for name, child in parent.named_children():
-                if isinstance(child, nn.Conv2d) and child.kernel_size == (3, 3) and child.groups == 1 and child.in_channels >= 256:
+                if isinstance(child, nn.Conv2d) and WinogradConv2d.pays_for(child):
                     setattr(parent, name, WinogradConv2d(child))
 
 
@@ -179,10 +179,12 @@ class MergedEncoder(nn.Module):
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        assert encoder.fusion is not None and encoder.fusion.bias is not None
+        assert encoder.fusion is not None
+        assert encoder.fusion.bias is not None
         parts = encoder.fusion.weight.double().flatten(1).chunk(len(encoder.outputs), dim=1)  # of P3, P4, P5: E E
         for index, output in enumerate(encoder.outputs):  # P5, P4, P3
-            assert isinstance(output, nn.Conv2d) and output.bias is not None
+            assert isinstance(output, nn.Conv2d)
+            assert output.bias is not None
             weight, bias = parts[-1 - index], output.bias.double()
             bias = weight @ bias + (encoder.fusion.bias.double() if index == 0 else 0)
             output.weight = nn.Parameter(torch.einsum("oe,eikl->oikl", weight, output.weight.double()).float())

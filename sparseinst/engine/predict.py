@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sparseinst.config import SIZE_DIVISOR, Config
+from sparseinst.config import SIZE_DIVISOR, Config, Precision
 from sparseinst.data.coco import Category, read_image
 from sparseinst.data.transforms import resize_image, short_side_size
+from sparseinst.engine import optimize as optimizing
 from sparseinst.engine.checkpoint import load_weights
 from sparseinst.engine.device import autocast, pick_device
 from sparseinst.errors import DataError
@@ -50,6 +51,16 @@ class Predictor:
         self.categories = categories
         self.device = device
 
+    def optimize(self, mode: optimizing.Mode = "compiled", precision: Precision | None = None) -> None:
+        """Replace the network by a fast copy of the same outputs; see `engine.optimize`.
+
+        Args:
+            precision: None for the config's own, `inference.precision`.
+        """
+        chosen = precision or self.config.inference.precision
+        self.config = self.config.replace({"inference.precision": chosen})
+        self.model = optimizing.optimize(self.model, device=self.device, mode=mode, precision=chosen)
+
     @torch.no_grad()
     def predict(self, image: str | Path | Image.Image | NDArray[Any], score: float = 0.0) -> Prediction:
         """Segment one image.
@@ -81,17 +92,30 @@ class Predictor:
         )
 
 
-def load_model(path: str | Path, device: str | None = None) -> Predictor:
+def load_model(
+    path: str | Path,
+    device: str | None = None,
+    *,
+    optimize: optimizing.Mode | None = None,
+    precision: Precision | None = None,
+) -> Predictor:
     """The model in a weights file (or in the folder of a finished run), ready for `predict`.
 
     Args:
         device: `cpu`, `cuda`, `cuda:1`; None takes a GPU where there is one.
+        optimize: `folded`, `compiled`, `graph` or `best`, for speed; see `engine.optimize`. None leaves the model as it is.
+        precision: `fp32`, `tf32`, `bf16` or `fp16`; None for the config's own, `inference.precision`.
 
     Raises:
         UserError: no such file, or not a weights file of this package.
     """
     model, config, categories = load_weights(Path(path))
-    return Predictor(model, config, categories, pick_device(device))
+    if precision is not None:
+        config = config.replace({"inference.precision": precision})
+    predictor = Predictor(model, config, categories, pick_device(device))
+    if optimize is not None:
+        predictor.optimize(optimize)
+    return predictor
 
 
 def as_image(image: str | Path | Image.Image | NDArray[Any]) -> Image.Image:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from sparseinst.attempts import Attempt
 from sparseinst.config import Config
@@ -19,13 +21,14 @@ from sparseinst.criterion import Criterion, count, prepare_targets
 from sparseinst.data.coco import CocoSplit, train_split, val_split
 from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
 from sparseinst.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, save_weights, start_from
-from sparseinst.engine.device import autocast
+from sparseinst.engine.device import autocast, tf32
 from sparseinst.engine.distributed import average_gradients, largest, mean_counts, rank, same_for_all, share_norms, world_size
 from sparseinst.engine.evaluate import evaluate
 from sparseinst.engine.files import make_folder
 from sparseinst.engine.monitor import Monitor, diverged, logging_to
 from sparseinst.engine.schedule import learning_rate_factor, parameter_groups
 from sparseinst.errors import RunFailed, UserError
+from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst, build_model
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths, atomic
@@ -70,7 +73,8 @@ def train(
                 # Not before the parts could be built: a mistake must not claim the folder.
                 with atomic(paths.config, held.check) as temporary:
                     temporary.write_text(config.to_yaml(), encoding="utf-8")
-            training.run()
+            with tf32(config.train.precision == "tf32"):
+                training.run()
     return paths.weights
 
 
@@ -96,15 +100,20 @@ class _Training:
         _check_classes(config, split)
         _check_instances(config, split)
         self.categories = split.categories
-        self.dataset = TrainSet(split, config.data, config.train.seed)
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, load_pretrained=config.train.start is None)
         if config.train.start is not None:
             fresh = start_from(model, Path(config.train.start))
             _log.info("starting from %s; afresh: %s", config.train.start, ", ".join(fresh) or "nothing")
+        self.dataset = TrainSet(split, config.data, config.train.seed, model.mask_stride())
         self.model = model.to(device).to(memory_format=torch.channels_last).train()
         if config.loss.reduction == "global":
             share_norms(self.model)
+        self.network: Callable[[Tensor], Predictions] = self.model
+        if config.train.checkpoint_activations:
+            self.network = partial(_recomputed, self.model)
+        if config.train.compile:
+            self.network = torch.compile(self.network, dynamic=True)
         self.criterion = Criterion(config.loss, config.matcher)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.train), fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
@@ -159,10 +168,11 @@ class _Training:
             parts = [part.padded_to(size) for part in parts]
         targets = [
             prepare_targets(
-                [labels.to(self.device) for labels in part.labels],
-                [masks.to(self.device) for masks in part.masks],
+                [labels.to(self.device, non_blocking=True) for labels in part.labels],
+                [masks.to(self.device, non_blocking=True) for masks in part.masks],
                 part.padded,
                 self.model.mask_size(part.padded),
+                self.dataset.stride,
             )
             for part in parts
         ]
@@ -173,7 +183,7 @@ class _Training:
             with autocast(self.device, self.config.train.precision):
                 images = part.images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
                 images = self.model.normalise(images, part.sizes)
-                predictions = self.model(images)
+                predictions = self.network(images)
             losses = self.criterion(predictions, target, counts)
             mean = {name: loss / len(parts) for name, loss in losses.items()}
             self.scaler.scale(torch.stack(list(mean.values())).sum()).backward()
@@ -255,8 +265,21 @@ class _Training:
             _log.warning("skipped %s", reason)
 
 
+def _recomputed(model: SparseInst, images: Tensor) -> Predictions:
+    """The model's output, of whose making only what goes from module to module is kept for the backward pass."""
+    x: Any = images
+    for module in (model.backbone, model.encoder, model.decoder):
+        x = checkpoint(module, x, use_reentrant=False)
+    assert isinstance(x, Predictions)
+    return x
+
+
 def _check(config: Config) -> None:
     backbone = config.model.backbone
+    if config.train.checkpoint_activations and not backbone.frozen_norm:
+        raise UserError(
+            "train.checkpoint_activations: needs model.backbone.frozen_norm=true, other norms would count images twice"
+        )
     if backbone.frozen_norm and not backbone.pretrained and backbone.weights is None and config.train.start is None:
         raise UserError(
             "model.backbone: norms frozen at their random start cannot be trained with: "

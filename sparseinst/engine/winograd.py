@@ -1,7 +1,8 @@
 """3x3 convolutions with a quarter of the products: Winograd's F(4x4, 3x3) (Lavin and Gray, CVPR 2016).
 
-For torch.compile on processors in float32, where the decoder's convolutions otherwise run at the machine's peak: each tile of 6 x 6
-inputs gives 4 x 4 outputs by 36 products instead of 144. The sums that this takes cost about a digit: 1e-5 of the largest output.
+For torch.compile on processors in float32, where the decoder's convolutions otherwise run at the machine's peak: each tile of
+6 x 6 inputs gives 4 x 4 outputs by 36 products instead of 144. The sums that this takes cost about a digit: 1e-5 of the largest
+output.
 
 B images, C D channels in and out, H W height and width, h w tiles.
 """
@@ -39,11 +40,16 @@ class WinogradConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        assert (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
         kernel = torch.tensor(_KERNEL, dtype=torch.float64)
         weights = torch.einsum("ui,dcij,vj->uvdc", kernel, conv.weight.detach().double(), kernel)
         self.weights = nn.ParameterList(nn.Parameter(one[:, :, None, None].float()) for one in weights.flatten(0, 1))
         self.bias = conv.bias
+
+    @staticmethod
+    def pays_for(conv: nn.Conv2d) -> bool:
+        """Whether it can stand for the convolution, and sooner: with few channels, summing takes longer than multiplying."""
+        shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and conv.in_channels >= 256
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import FrozenBatchNorm2d
 
 from sparseinst.data.coco import CocoSplit, category_names, read_image
 from sparseinst.data.transforms import resize_image, short_side_size
@@ -76,14 +77,19 @@ def build_peer(
 
 
 def _torchvision(device: torch.device, sides: tuple[int, int], weights: Path | None, pretrained: bool) -> Peer:
-    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights, maskrcnn_resnet50_fpn
+    from torchvision.models.detection import MaskRCNN, MaskRCNN_ResNet50_FPN_Weights
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
     torch.manual_seed(0)
     published = MaskRCNN_ResNet50_FPN_Weights.COCO_V1
+    # As torchvision's own function builds it, but for its published weights alone: frozen norms without epsilon.
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
+    for module in backbone.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = 0.0
+    categories = published.meta["categories"]
     threshold = {} if pretrained else {"box_score_thresh": 0.0}
-    model: Any = maskrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, min_size=sides[0], max_size=sides[1], **threshold
-    )
+    model: Any = MaskRCNN(backbone, len(categories), min_size=sides[0], max_size=sides[1], **threshold)
     if pretrained:
         try:
             model.load_state_dict(read_tensors(weights) if weights is not None else published.get_state_dict(check_hash=True))
@@ -106,7 +112,7 @@ def _torchvision(device: torch.device, sides: tuple[int, int], weights: Path | N
         [found] = model.transform.postprocess(detections, images.image_sizes, [size])
         return _instances(found["scores"], found["labels"], found["masks"][:, 0] > _MASK_THRESHOLD)
 
-    return Peer(MASK_RCNN, tuple(published.meta["categories"]), prepare, segment, _parameters(model))
+    return Peer(MASK_RCNN, tuple(categories), prepare, segment, _parameters(model))
 
 
 def _detectron2(config: str, device: torch.device, sides: tuple[int, int], weights: Path | None, pretrained: bool) -> Peer:

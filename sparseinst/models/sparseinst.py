@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sparseinst.config import STRIDES, ModelConfig
+from sparseinst.config import SIZE_DIVISOR, STRIDES, ModelConfig
 from sparseinst.models.backbone import Backbone
 from sparseinst.models.decoder import Decoder, Predictions
 from sparseinst.models.encoder import Encoder
@@ -40,6 +40,11 @@ class SparseInst(nn.Module):
         """Height and width of the predicted masks for a padded input of (height, width)."""
         height, width = (math.floor(side // STRIDES[0] * self.decoder.mask_scale) for side in padded)
         return height, width
+
+    def mask_stride(self) -> int:
+        """Input pixels a pixel of the predicted masks, where that is an even number; 1 where it is not."""
+        stride = STRIDES[0] / self.decoder.mask_scale
+        return int(stride) if stride % 2 == 0 and SIZE_DIVISOR % stride == 0 else 1
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         """RGB of 0-255, (B, 3, H, W) of any type, to the network's input; all outside each image's (h, w) becomes zero."""

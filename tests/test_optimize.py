@@ -1,0 +1,144 @@
+"""A fast copy gives what the model gives: folded norms, merged convolutions, Winograd, torch.compile."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sparseinst import load_model
+from sparseinst.cli import run_cli
+from sparseinst.config import MODELS, Config
+from sparseinst.engine import optimize as optimizing
+from sparseinst.engine.evaluate import evaluate_weights
+from sparseinst.engine.optimize import OptimizedSparseInst, fold_norms, optimize
+from sparseinst.engine.winograd import WinogradConv2d
+from sparseinst.models.sparseinst import SparseInst, build_model
+
+from .conftest import CPU, run
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+
+
+def lively(model: SparseInst) -> SparseInst:
+    """With norms that do something, so that folding them wrongly shows."""
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in [*model.backbone.named_buffers(), *model.backbone.named_parameters()]:
+        if name.endswith("running_var"):
+            tensor.data.uniform_(0.5, 1.5, generator=generator)
+        elif name.endswith("running_mean") or (tensor.ndim == 1 and name.endswith("bias")):
+            tensor.data.normal_(0, 0.1, generator=generator)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["r50-giam", "r50-dcn-giam", "r50d-giam", "cspdarknet53-giam", "pvtv2-b1-giam"])
+def test_folding_changes_nothing_but_roundings(name: str) -> None:
+    config = Config().replace({**MODELS[name], "model.backbone.pretrained": False, "model.decoder.depth": 1})
+    torch.manual_seed(0)
+    model = lively(build_model(config.model))
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(image)
+        fast = optimize(model, device=CPU, mode="folded")
+        for ours, theirs in zip(fast(image), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    norms = [m for m in fast.backbone.modules() if hasattr(m, "running_mean")]
+    assert not norms, "every one of them is gone"
+    assert any(hasattr(m, "running_mean") for m in model.backbone.modules()) or name == "pvtv2-b1-giam", "the model keeps its own"
+
+
+def test_norms_that_cannot_be_folded_stay(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model = lively(build_model(Config().replace({"model.backbone.name": "resnet10t", "model.backbone.pretrained": False}).model))
+    image = torch.randn(1, 3, 64, 64)
+    expected = model.backbone(image)
+    monkeypatch.setattr(optimizing, "fuse_conv_bn_weights", lambda weight, bias, *_: (nn.Parameter(2 * weight), bias))
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        assert fold_norms(model.backbone) == 0
+        assert "cannot be folded: they stay" in caplog.text
+        assert all(torch.equal(a, b) for a, b in zip(model.backbone(image), expected, strict=True))
+
+
+def test_without_fusion_and_with_trainable_norms(tiny: Config) -> None:
+    model = lively(build_model(tiny.replace({"model.encoder.fusion": False}).model))
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(optimize(model, device=CPU, mode="folded")(image).mask_logits, model(image).mask_logits)
+
+
+@pytest.mark.parametrize("size", [(16, 20), (21, 30), (5, 7), (1, 1)])
+def test_winograd(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(19, 23, 3, padding=1)
+    x = torch.randn(2, 19, *size).relu()
+    with torch.no_grad():
+        torch.testing.assert_close(WinogradConv2d(conv)(x), conv(x), rtol=1e-4, atol=3e-5)
+    assert WinogradConv2d.pays_for(nn.Conv2d(256, 256, 3, padding=1))
+    for other in (nn.Conv2d(256, 8, 3, 2, padding=1), nn.Conv2d(256, 8, 3), nn.Conv2d(256, 8, 1), nn.Conv2d(64, 8, 3, padding=1)):
+        assert not WinogradConv2d.pays_for(other)
+
+
+def test_half_precision_and_what_is_missing(tiny: Config, monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = lively(build_model(tiny.model))
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        expected = model(image)
+        half = optimize(model, device=CPU, mode="graph", precision="bf16")
+        assert "no CUDA graphs on cpu" in caplog.text
+        assert next(half.parameters()).dtype == torch.bfloat16
+        assert half.normalise(torch.zeros(1, 3, 64, 96), [(64, 96)]).dtype == torch.float32
+        found = half(image)
+        assert found.responses.dtype == torch.float32
+        torch.testing.assert_close(found.mask_logits.float(), expected.mask_logits, rtol=0.1, atol=0.05)
+        monkeypatch.setattr(optimizing.shutil, "which", lambda _: None)
+        plain = optimize(model, device=CPU, mode="compiled")
+        assert "needs a C++ compiler" in caplog.text
+        torch.testing.assert_close(plain(image).mask_logits, expected.mask_logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_compiler_that_fails_is_gone_on_without(tiny: Config, caplog: pytest.LogCaptureFixture) -> None:
+    model = lively(build_model(tiny.model))
+    fast = optimize(model, device=CPU, mode="folded")
+
+    def broken(_: torch.Tensor) -> Any:
+        raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no such kernel"), None)
+
+    fast._compiled = broken
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(fast(image).mask_logits, model(image).mask_logits, rtol=1e-3, atol=1e-4)
+    assert "torch.compile fails" in caplog.text
+    assert fast._compiled is None
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+def test_compiled(tiny: Config) -> None:
+    model = lively(build_model(tiny.replace({"model.backbone.name": "test_resnet"}).model))
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        fast = optimize(model, device=CPU, mode="compiled")
+        for ours, theirs in zip(fast(image), model(image), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert fast._compiled is not None, "it was compiled, not given up"
+
+
+def test_load_model_and_commands(tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tiny, tmp_path / "run")
+    picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    plain = load_model(tmp_path / "run", "cpu").predict(picture)
+    fast = load_model(tmp_path / "run", "cpu", optimize="folded", precision="fp32")
+    assert isinstance(fast.model, OptimizedSparseInst)
+    found = fast.predict(picture)
+    np.testing.assert_allclose(found.scores, plain.scores, rtol=1e-3)
+    assert (found.masks != plain.masks).mean() < 1e-3
+    exact = evaluate_weights(tmp_path / "run", {}, device=CPU)
+    folded = evaluate_weights(tmp_path / "run", {}, device=CPU, optimize="folded")
+    assert folded.figures["AP"] == pytest.approx(exact.figures["AP"], abs=0.1)
+    assert run_cli(["evaluate", "--weights", str(tmp_path / "run"), "--optimize", "folded", "--device", "cpu"]) == 0
+    assert run_cli(["evaluate", "--weights", str(tmp_path / "run"), "--optimize", "fast"]) == 2
+    assert load_model(tmp_path / "run", "cpu", optimize="folded", precision="bf16").config.inference.precision == "bf16"
