@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-STRIP, BLOCK, GROUP = 64, 64, 32
+STRIP, BLOCK, GROUP = 64, 64, 24
 """Rows of a strip, columns of a block, and instances at once on a processor; a GPU takes all at once."""
 
 
@@ -45,6 +45,7 @@ def paste(masks: Tensor, padded: tuple[int, int], size: ImageSize, threshold: fl
     if not len(masks):
         return found
     on_cpu = masks.device.type == "cpu"
+    group = GROUP if on_cpu else len(masks)
     rows, columns = (
         _blocks(
             masks.shape[1 + axis], padded[axis], size.resized[axis], size.original[axis], step if on_cpu else None, masks.device
@@ -53,15 +54,22 @@ def paste(masks: Tensor, padded: tuple[int, int], size: ImageSize, threshold: fl
     )
     for row in rows:
         strip = masks[:, row.first : row.last]
-        if on_cpu:  # a mean exceeds the threshold only where something does that it is the mean of
-            groups = (strip.amax((1, 2)) > threshold).nonzero().squeeze(1).split(GROUP)
-        else:  # asking would wait for the device
-            groups = (torch.arange(len(masks), device=masks.device),)
-        for instances in groups:
-            some = strip[instances]
-            wide = torch.cat([some[:, :, column.first : column.last] @ column.weights.T for column in columns], dim=2)
-            found[instances, row.start : row.end] = row.weights @ wide > threshold
+        target = found[:, row.start : row.end]
+        # A mean exceeds the threshold only where something does that it is the mean of. Asking a GPU would mean to wait for it.
+        reached = (strip.amax((1, 2)) > threshold).nonzero().squeeze(1) if on_cpu else None
+        if reached is None or len(reached) == len(masks):
+            for some, into in zip(strip.split(group), target.split(group), strict=True):
+                torch.gt(_resized(some, row, columns), threshold, out=into)
+        else:
+            for instances in reached.split(group):
+                target[instances] = _resized(strip[instances], row, columns) > threshold
     return found
+
+
+def _resized(masks: Tensor, row: _Block, columns: list[_Block]) -> Tensor:
+    """The inputs of a strip, (k, last - first, w), to its probabilities (k, end - start, W)."""
+    wide = [masks[:, :, column.first : column.last] @ column.weights.T for column in columns]
+    return row.weights @ torch.cat(wide, dim=2)
 
 
 def paste_by_column(masks: Tensor, padded: tuple[int, int], size: ImageSize, threshold: float) -> Tensor:

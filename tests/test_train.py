@@ -7,19 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sparseinst.attempts import Attempt
 from sparseinst.config import Config, TrainConfig
 from sparseinst.engine.checkpoint import newest_checkpoint, write_state
 from sparseinst.engine.files import no_space_explained
 from sparseinst.engine.schedule import learning_rate_factor, parameter_groups
+from sparseinst.engine.train import _recomputed
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.models.sparseinst import build_model
 from sparseinst.overrides import load_config
@@ -212,6 +214,57 @@ def test_all_empty_batches_train(tiny: Config, tmp_path: Path, monkeypatch: pyte
     records = lines(tmp_path / "run")
     assert all(r["loss_dice"] == r["loss_pixel"] == r["loss_objectness"] == 0 for r in records)
     assert records[-1]["loss_class"] < records[0]["loss_class"]
+
+
+def frozen(tiny: Config, tmp_path: Path) -> Config:
+    """With norms that are frozen, as the paper's are, and weights to freeze."""
+    import timm
+
+    save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "backbone.safetensors")
+    return tiny.replace({"model.backbone.weights": str(tmp_path / "backbone.safetensors"), "model.backbone.frozen_norm": True})
+
+
+def test_recomputed_activations_change_no_bit(tiny: Config, tmp_path: Path) -> None:
+    config = frozen(tiny, tmp_path)
+    assert_same(
+        run(config, tmp_path / "kept"), run(config.replace({"train.checkpoint_activations": True}), tmp_path / "recomputed")
+    )
+    with pytest.raises(UserError, match="needs model.backbone.frozen_norm=true"):
+        run(tiny.replace({"train.checkpoint_activations": True}), tmp_path / "other")
+
+
+def test_recomputed_activations_are_not_kept(tiny: Config, tmp_path: Path) -> None:
+    model = build_model(frozen(tiny, tmp_path).model)
+    kept: dict[str, int] = {}
+    for name, forward in (("all", model), ("few", partial(_recomputed, model))):
+        kept[name] = 0
+
+        def pack(tensor: torch.Tensor, name: str = name) -> torch.Tensor:
+            kept[name] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            forward(torch.randn(1, 3, 64, 64))
+    assert kept["few"] < 0.2 * kept["all"]
+
+
+def test_compiled_training_is_the_same_training(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the compiler's front end, which is what could change it; its code generators take a minute."""
+    compiled = []
+
+    def light(network: Any, **options: Any) -> Any:
+        compiled.append(options)
+        return compile_(network, backend="aot_eager", **options)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", light)
+    config = tiny.replace({"train.compile": True})
+    found, expected = run(config, tmp_path / "compiled"), run(tiny, tmp_path / "plain")
+    assert compiled == [{"dynamic": True}]
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3)
+    assert config.train_key() != tiny.train_key(), "other roundings, another run"
 
 
 KILLED = """

@@ -66,7 +66,7 @@ def resize(sample: Sample, size: tuple[int, int]) -> Sample:
     height, width = sample.image.shape[:2]
     if size == (height, width):
         return Sample(sample.image.copy(), sample.segments, sample.labels)  # of its own, no view
-    pixels = torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))[None]  # 1 3 h w
+    pixels = torch.from_numpy(sample.image.transpose(2, 0, 1).copy())[None]  # 1 3 h w
     image = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
     scale = np.array([size[1] / width, size[0] / height])
     segments: list[list[Polygon] | Mask] = [
