@@ -158,6 +158,7 @@ def predict(
     weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
     output: Annotated[Path, typer.Option(help="Folder for the overlays and predictions.json.")],
     score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Leave out instances below.")] = 0.4,
+    maps: Annotated[bool, typer.Option("--maps", help="Also draw each instance's activation map.")] = False,
     optimize: Optimize = None,
     device: Device = None,
 ) -> None:
@@ -166,10 +167,31 @@ def predict(
     from sparseinst.engine.predict_files import find_images, predict_files
 
     files = find_images(inputs)
-    failed = predict_files(load_model(weights, device, optimize=optimize), files, output, score=score)
+    failed = predict_files(load_model(weights, device, optimize=optimize), files, output, score=score, maps=maps)
     print(f"{len(files) - failed} images: overlays and predictions.json in {output}")
     if failed:
         raise RunFailed(f"{failed} of {len(files)} images could not be read; see the warnings above")
+
+
+@app.command()
+def maps(
+    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
+    output: Annotated[Path, typer.Option(help="Folder for the sheets and the numbers.")],
+    data: Annotated[Path | None, typer.Option(help="A folder of images; default: the validation images of the run.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first images only.")] = None,
+    device: Device = None,
+) -> None:
+    """Where each instance activation map responds, as the mean over a data set: 12 that differ most, and all (Figure 6)."""
+    from sparseinst.data.coco import val_split
+    from sparseinst.engine.activations import mean_responses, write_mean_maps
+    from sparseinst.engine.predict import load_model
+    from sparseinst.engine.predict_files import find_images
+
+    model = load_model(weights, device)
+    files = find_images([data]) if data is not None else [image.path for image in val_split(model.config.data).images]
+    files = files[:limit]
+    for path in write_mean_maps(mean_responses(model, files), output):
+        print(f"{path}: {len(files)} images")
 
 
 def _print_figures(result: Any, as_json: bool = False) -> None:

@@ -6,6 +6,7 @@ K instances, H W height and width in pixels.
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +15,17 @@ from PIL import Image, ImageDraw, ImageFont
 from sparseinst.engine.predict import Prediction
 
 
-def overlay(image: Image.Image, prediction: Prediction, *, opacity: float = 0.5) -> Image.Image:
-    """The image with each mask tinted and outlined, and its name and score at its top; best instances drawn last."""
+def overlay(image: Image.Image, prediction: Prediction, *, opacity: float = 0.45) -> Image.Image:
+    """The image with each mask tinted and outlined, and its name and score at its top; best instances drawn last.
+
+    The outline is two lines, of the instance's colour and of white around it, so that it is seen on objects of any colour.
+    """
     canvas = np.asarray(image, dtype=np.float32).copy()  # H W 3
     line = max(1, round(min(image.size) / 240))
     colours = palette(len(prediction.scores))
     order = list(range(len(prediction.scores)))[::-1]
     for index in order:
-        mask, colour = prediction.masks[index], np.array(colours[index], dtype=np.float32)
-        canvas[mask] = (1 - opacity) * canvas[mask] + opacity * colour
-        canvas[outline(mask, line)] = colour
+        _tint(canvas, prediction.masks[index], colours[index], line, opacity)
     drawn = Image.fromarray(canvas.round().astype(np.uint8))
     pen = ImageDraw.Draw(drawn)
     font = ImageFont.load_default(size=max(9, min(image.size) / 32))
@@ -32,6 +34,80 @@ def overlay(image: Image.Image, prediction: Prediction, *, opacity: float = 0.5)
             text = f"{prediction.names[index]} {prediction.scores[index]:.2f}"
             _label(pen, font, text, prediction.masks[index], colours[index], image.size)
     return drawn
+
+
+def _tint(canvas: NDArray[np.float32], mask: NDArray[np.bool_], colour: tuple[int, int, int], line: int, opacity: float) -> None:
+    """Draw one mask onto (H, W, 3), within the box around it."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return
+    room = line + 1
+    box = np.s_[max(0, rows[0] - room) : rows[-1] + room + 1, max(0, columns[0] - room) : columns[-1] + room + 1]
+    part, inside = canvas[box], mask[box]
+    part[inside] = (1 - opacity) * part[inside] + opacity * np.array(colour, dtype=np.float32)
+    part[outline(~inside, max(1, line // 2), edge=True)] = 255
+    part[outline(inside, line)] = colour
+
+
+def activation_sheet(image: Image.Image, prediction: Prediction, *, most: int = 8, width: int = 240) -> Image.Image:
+    """Each instance's activation map over the image, above its mask, best instances first (the paper's Figure 4).
+
+    Args:
+        most: columns, one an instance.
+        width: of each, in pixels.
+    """
+    assert prediction.activations is not None
+    height = max(1, round(image.height * width / image.width))
+    small = image.resize((width, height), Image.Resampling.BILINEAR)
+    font = ImageFont.load_default(size=max(9, width / 18))
+    shown = min(most, len(prediction.scores))
+    gap, title = 4, round(width / 18) + 8
+    sheet = Image.new("RGB", (max(1, shown) * (width + gap) + gap, 2 * (height + gap) + gap + title), "white")
+    colours = palette(max(shown, 1))
+    for index in range(shown):
+        left = gap + index * (width + gap)
+        text = f"{prediction.names[index]} {prediction.scores[index]:.2f}, map {prediction.maps[index]}"
+        ImageDraw.Draw(sheet).text((left, 2), text, fill="black", font=font)
+        sheet.paste(heat(small, prediction.activations[index]), (left, title))
+        canvas = np.asarray(small, dtype=np.float32).copy()
+        mask = Image.fromarray(prediction.masks[index]).resize((width, height), Image.Resampling.NEAREST)
+        _tint(canvas, np.asarray(mask), colours[index], 2, 0.45)
+        sheet.paste(Image.fromarray(canvas.round().astype(np.uint8)), (left, title + height + gap))
+    if not shown:
+        ImageDraw.Draw(sheet).text((gap, 2), "no instance", fill="black", font=font)
+    return sheet
+
+
+def heat(image: Image.Image | None, values: NDArray[np.float32], size: tuple[int, int] | None = None) -> Image.Image:
+    """Values of [0, 1] (h, w) as colours, the brighter the more, over a grey copy of the image.
+
+    Args:
+        image: None for the colours alone, of (width, height) `size`.
+    """
+    import matplotlib as mpl
+
+    to = image.size if image is not None else size
+    assert to is not None
+    smooth = np.asarray(Image.fromarray(values).resize(to, Image.Resampling.BILINEAR)).clip(0, 1)
+    colours = 255 * mpl.colormaps["inferno"](smooth)[..., :3]
+    if image is not None:
+        share = 0.35 + 0.65 * smooth[..., None]
+        colours = share * colours + (1 - share) * np.asarray(image.convert("L"), dtype=np.float64)[..., None]
+    return Image.fromarray(colours.round().astype(np.uint8))
+
+
+def sheet(pictures: Sequence[tuple[str, Image.Image]], *, columns: int) -> Image.Image:
+    """Pictures of one size in rows, each below its title."""
+    width, height = pictures[0][1].size
+    gap, title = 4, max(12, width // 10 + 4)
+    rows = -(-len(pictures) // columns)
+    whole = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap + title) + gap), "white")
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=max(9, width / 12))
+    for index, (text, picture) in enumerate(pictures):
+        left, top = gap + index % columns * (width + gap), gap + index // columns * (height + gap + title)
+        pen.text((left, top), text, fill="black", font=font)
+        whole.paste(picture, (left, top + title))
+    return whole
 
 
 def palette(count: int) -> list[tuple[int, int, int]]:
@@ -44,11 +120,15 @@ def palette(count: int) -> list[tuple[int, int, int]]:
     return colours
 
 
-def outline(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
-    """The pixels of a mask (H, W) within `width` of its edge."""
+def outline(mask: NDArray[np.bool_], width: int, *, edge: bool = False) -> NDArray[np.bool_]:
+    """The pixels of a mask (H, W) within `width` of its edge.
+
+    Args:
+        edge: take what lies outside the image for the mask's.
+    """
     inner = mask
     for _ in range(width):
-        padded = np.pad(inner, 1, constant_values=False)
+        padded = np.pad(inner, 1, constant_values=edge)
         inner = padded[1:-1, 1:-1] & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inner
 

@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
-from sparseinst.config import SIZE_DIVISOR, Config, Precision
+from sparseinst.config import SIZE_DIVISOR, STRIDES, Config, Precision
 from sparseinst.data.coco import Category, read_image
 from sparseinst.data.transforms import resize_image, short_side_size
 from sparseinst.engine import optimize as optimizing
 from sparseinst.engine.checkpoint import load_weights
 from sparseinst.engine.device import autocast, pick_device
 from sparseinst.errors import DataError
+from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.postprocess import ImageSize, postprocess
 
@@ -34,6 +36,11 @@ class Prediction:
     """(K, H, W) at the image's own size."""
     names: list[str]
     """K category names."""
+    maps: NDArray[np.int64]
+    """(K,) which of the N instance activation maps each came from."""
+    activations: NDArray[np.float32] | None = None
+    """(K, h, w) of [0, 1]: where each instance's map responds, its groups' mean, over the image without its padding; where
+    asked for."""
 
 
 class Predictor:
@@ -62,25 +69,22 @@ class Predictor:
         self.model = optimizing.optimize(self.model, device=self.device, mode=mode, precision=chosen)
 
     @torch.no_grad()
-    def predict(self, image: str | Path | Image.Image | NDArray[Any], score: float = 0.0) -> Prediction:
+    def predict(
+        self, image: str | Path | Image.Image | NDArray[Any], score: float = 0.0, *, activations: bool = False
+    ) -> Prediction:
         """Segment one image.
 
         Args:
             image: a file, a Pillow image, or (H, W, 3) RGB or (H, W) grey uint8.
             score: leave out instances below this score.
+            activations: also give each instance's activation map.
 
         Raises:
             DataError: a file that is no readable image, or an array of another shape or type.
         """
         picture = as_image(image)
-        inference = self.config.inference
-        size = short_side_size(picture.height, picture.width, *inference.sides())
-        pixels = torch.from_numpy(np.array(resize_image(picture, size))).permute(2, 0, 1)[None]  # 1 3 h w
-        height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size)
-        padded = torch.nn.functional.pad(pixels, (0, width - size[1], 0, height - size[0])).to(self.device)
-        with autocast(self.device, inference.precision):
-            raw = self.model(self.model.normalise(padded, [size]))
-        [found] = postprocess(raw, (height, width), [ImageSize(size, (picture.height, picture.width))], inference)
+        raw, size, padded = self.forward(picture)
+        [found] = postprocess(raw, padded, [ImageSize(size, (picture.height, picture.width))], self.config.inference)
         order = found.scores.argsort(descending=True, stable=True)
         order = order[found.scores[order] >= score]
         labels = found.labels[order].cpu().numpy()
@@ -89,7 +93,35 @@ class Predictor:
             labels,
             found.masks[order].cpu().numpy(),
             [self.categories[label].name for label in labels],
+            found.maps[order].cpu().numpy(),
+            self._activations(raw, size, found.maps[order]).cpu().numpy() if activations else None,
         )
+
+    def forward(self, picture: Image.Image) -> tuple[Predictions, tuple[int, int], tuple[int, int]]:
+        """The raw output for one image, and the network's height and width of it, without and with the padding."""
+        size = short_side_size(picture.height, picture.width, *self.config.inference.sides())
+        pixels = torch.from_numpy(np.array(resize_image(picture, size))).permute(2, 0, 1)[None]  # 1 3 h w
+        height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size)
+        padded = torch.nn.functional.pad(pixels, (0, width - size[1], 0, height - size[0])).to(self.device)
+        with torch.no_grad(), autocast(self.device, self.config.inference.precision):
+            raw: Predictions = self.model(self.model.normalise(padded, [size]))
+        return raw, size, (height, width)
+
+    def _activations(self, raw: Predictions, size: tuple[int, int], maps: Tensor) -> Tensor:
+        responses = instance_responses(raw, self.config.model.decoder.iam.num_maps, size)[maps]  # K h w
+        return responses / responses.amax((1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def instance_responses(raw: Predictions, num_maps: int, size: tuple[int, int]) -> Tensor:
+    """Where each instance's map responds in one image, its groups' maps normalised and averaged: (N, h, w) at 1/8.
+
+    Args:
+        size: height and width of the image in the network, whose padding is cut off.
+    """
+    height, width = (-(-side // STRIDES[0]) for side in size)
+    responses = raw.responses[0, :, :height, :width].float()  # GN h w
+    normalised = responses / responses.sum((1, 2), keepdim=True).clamp(min=1e-12)
+    return normalised.unflatten(0, (-1, num_maps)).mean(0)
 
 
 def load_model(

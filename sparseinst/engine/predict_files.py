@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparseinst.data.coco import encode
-from sparseinst.engine.draw import overlay
+from sparseinst.engine.draw import activation_sheet, overlay
 from sparseinst.engine.files import make_folder
 from sparseinst.engine.monitor import progress_bar
 from sparseinst.engine.predict import Prediction, Predictor, as_image
@@ -39,8 +39,11 @@ def find_images(inputs: Iterable[Path]) -> list[Path]:
     return files
 
 
-def predict_files(predictor: Predictor, files: list[Path], output: Path, *, score: float) -> int:
+def predict_files(predictor: Predictor, files: list[Path], output: Path, *, score: float, maps: bool = False) -> int:
     """Write an overlay for each image and one `predictions.json` in COCO format for all.
+
+    Args:
+        maps: also a sheet of each image's activation maps, `NAME-maps.png`.
 
     Returns:
         How many files could not be read; each is named in a warning.
@@ -57,9 +60,12 @@ def predict_files(predictor: Predictor, files: list[Path], output: Path, *, scor
                 _log.warning("%s", error)
                 failed += 1
                 continue
-            prediction = predictor.predict(image, score)
+            prediction = predictor.predict(image, score, activations=maps)
             with atomic(output / names[number - 1]) as temporary:
                 overlay(image, prediction).save(temporary, format="JPEG", quality=92)
+            if maps:
+                with atomic(output / f"{Path(names[number - 1]).stem}-maps.png") as temporary:
+                    activation_sheet(image, prediction).save(temporary, format="PNG")
             entry = {"id": number, "file_name": str(file), "height": image.height, "width": image.width}
             result["images"].append(entry)
             result["annotations"] += as_annotations(prediction, number, predictor, len(result["annotations"]) + 1)
