@@ -6,18 +6,15 @@ in a spec, on the command line and in the code. Sources of the values: the paper
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from sparseinst.section import Neutral, Only, Operational, Section, Stage, content_hash
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 """tf32 is float32 with products rounded to 10 bits on GPUs that can; elsewhere it is fp32."""
-Stage = Literal["train", "evaluate", "latency"]
-"""What a row of a table becomes: a training, an evaluation of its weights, and a timing."""
 Activation = Literal["sigmoid", "softmax"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -34,53 +31,6 @@ SIZE_DIVISOR = STRIDES[-1]
 """Images are padded at the right and bottom to a multiple of the deepest feature's stride."""
 REFERENCE_BATCH = 64
 """Images an optimiser step in the paper: 8 processes of 8."""
-
-
-@dataclass(frozen=True)
-class Neutral:
-    """Marks a field added after results exist: at this value it is left out of the content hash, so that old keys live on."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class Operational:
-    """Marks a field that cannot change a result (worker counts, how often to log): never part of the content hash."""
-
-
-@dataclass(frozen=True)
-class Only:
-    """Marks a field that one stage alone reads."""
-
-    stage: Stage
-
-
-class Section(BaseModel):
-    """Frozen, closed and strict: unknown keys, wrong types, NaN and infinity are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
-
-    def content(self, stage: Stage | None = None) -> dict[str, Any]:
-        """The resolved values that can change a result, as plain data for `content_hash`.
-
-        Operational fields are left out, and fields at their `Neutral` value.
-
-        Args:
-            stage: leave out, too, what only the other stages read.
-        """
-        data: dict[str, Any] = {}
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if any(_leaves_out(mark, value, stage) for mark in field.metadata):
-                continue
-            data[name] = value.content(stage) if isinstance(value, Section) else value
-        return data
-
-
-def _leaves_out(mark: Any, value: Any, stage: Stage | None) -> bool:
-    if isinstance(mark, Only):
-        return stage not in (None, mark.stage)
-    return isinstance(mark, Operational) or (isinstance(mark, Neutral) and mark.value == value)
 
 
 class BackboneConfig(Section):
@@ -421,9 +371,3 @@ MODELS: dict[str, dict[str, Any]] = {
     "pvtv2-b2-li-giam": {**_GIAM, "model.backbone.name": "pvt_v2_b2_li.in1k"},
 }
 """The released models by name, as overrides."""
-
-
-def content_hash(data: Any) -> str:
-    """16 hexadecimal digits of SHA-256 over canonical JSON; the same on every machine and Python version."""
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

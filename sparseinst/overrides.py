@@ -10,8 +10,9 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from sparseinst.config import MODELS, PRESETS, Config, Section
+from sparseinst.config import MODELS, PRESETS, Config
 from sparseinst.errors import UserError
+from sparseinst.section import Section
 
 
 def load_config(

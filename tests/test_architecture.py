@@ -13,8 +13,9 @@ ALLOWED = {
     "errors": set(),
     "paths": set(),
     "attempts": {"errors", "paths"},
-    "config": {"overrides"},  # inside `Config.replace` alone
-    "overrides": {"config", "errors"},
+    "section": set(),
+    "config": {"overrides", "section"},  # inside `Config.replace` alone
+    "overrides": {"config", "section", "errors"},
     "models": {"config", "overrides", "errors"},
     "data": {"config", "overrides", "errors", "paths"},
     "matcher": {"config", "models"},
@@ -22,7 +23,7 @@ ALLOWED = {
     "paste": set(),
     "postprocess": {"config", "models", "paste"},
     "integrations": {"config", "overrides", "models", "errors", "data", "criterion", "postprocess", "engine"},
-    "ablation": {"config", "overrides", "errors", "paths", "attempts", "data", "engine"},
+    "ablation": {"section", "config", "overrides", "errors", "paths", "attempts", "data", "engine"},
     "report": {"config", "paths", "ablation"},
     "engine": {
         "config",
@@ -44,6 +45,7 @@ WITHOUT_TORCH = [
     "errors",
     "paths",
     "attempts",
+    "section",
     "config",
     "overrides",
     "cli",

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 import pytest
 from pydantic import ValidationError
 
-from sparseinst.config import MODELS, PRESETS, Config, Neutral, Section, content_hash
+from sparseinst.config import MODELS, PRESETS, Config
 from sparseinst.errors import UserError
 from sparseinst.overrides import leaf_paths, load_config, parse_override
+from sparseinst.section import Neutral, Section, content_hash
 
 
 def test_defaults_are_the_paper() -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from sparseinst.ablation.cluster import Cluster
 from sparseinst.ablation.plan import StageRun
 from sparseinst.ablation.status import NEEDS_RETRY, State, Status
-from sparseinst.config import Stage
 from sparseinst.errors import UserError
+from sparseinst.section import Stage
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from sparseinst.config import PositiveInt, Section
+from sparseinst.config import PositiveInt
 from sparseinst.errors import UserError
 from sparseinst.overrides import nearest, one_line, read_layer
+from sparseinst.section import Section
 
 CLUSTERS = Path("slurm")
 

@@ -17,7 +17,8 @@ from sparseinst.ablation.plan import Plan
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import row_config
 from sparseinst.ablation.work import run_folder
-from sparseinst.config import DataConfig, content_hash
+from sparseinst.config import DataConfig
+from sparseinst.section import content_hash
 
 SAMPLES = 1000
 CONFIDENCE = 0.95

@@ -34,8 +34,8 @@ from sparseinst.ablation.store import Store
 from sparseinst.ablation.submission import EXIT_TRAP, Submission, read_submission, write_submission
 from sparseinst.ablation.work import RUNS, run_folder
 from sparseinst.attempts import latest, process_name
-from sparseinst.config import Stage
 from sparseinst.errors import RunFailed, UserError
+from sparseinst.section import Stage
 
 JOBS = RUNS / "jobs"
 """What submitit keeps: the jobs as they were sent, and what their processes said."""

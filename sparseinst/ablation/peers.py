@@ -8,7 +8,7 @@ from typing import Any
 
 from sparseinst.ablation.provenance import describe
 from sparseinst.ablation.store import Record, Store
-from sparseinst.config import content_hash
+from sparseinst.section import content_hash
 
 PREFIX = "peer-"
 

@@ -18,8 +18,9 @@ from rich.table import Table
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import Profile, Row, row_config, select_rows
 from sparseinst.ablation.study import Table as StudyTable
-from sparseinst.config import Config, Stage
+from sparseinst.config import Config
 from sparseinst.errors import UserError
+from sparseinst.section import Stage
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from sparseinst.config import Stage
 from sparseinst.errors import UserError
 from sparseinst.paths import atomic
+from sparseinst.section import Stage
 
 _log = logging.getLogger(__name__)
 

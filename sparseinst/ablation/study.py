@@ -12,9 +12,10 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from sparseinst.config import PRESETS, Config, NonNegative, Section, Stage
+from sparseinst.config import PRESETS, Config, NonNegative
 from sparseinst.errors import UserError
 from sparseinst.overrides import choose, merge, nearest, nest, one_line, parse_config, read_layer
+from sparseinst.section import Section, Stage
 
 EXPERIMENTS = Path("experiments")
 

@@ -15,8 +15,9 @@ from sparseinst.ablation.plan import StageRun
 from sparseinst.ablation.provenance import describe, file_digest
 from sparseinst.ablation.store import Record, Store
 from sparseinst.attempts import Attempt
-from sparseinst.config import Config, Stage
+from sparseinst.config import Config
 from sparseinst.paths import RunPaths
+from sparseinst.section import Stage
 
 _log = logging.getLogger(__name__)
 
