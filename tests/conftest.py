@@ -60,6 +60,15 @@ def tiny(shapes_root: Path) -> Config:
     return load_config(overrides={**TINY, "data.root": str(shapes_root)})
 
 
+@pytest.fixture(scope="session")
+def trained(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder, of a model that has hardly learned anything."""
+    config = load_config(overrides={**TINY, "data.root": str(shapes_root)})
+    output = tmp_path_factory.mktemp("trained")
+    train(config, output, device=CPU, progress=False)
+    return output
+
+
 CPU = torch.device("cpu")
 
 

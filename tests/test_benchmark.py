@@ -6,17 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from sparseinst.cli import run_cli
 from sparseinst.config import MODELS, Config
-from sparseinst.engine.benchmark import (
-    MODULES,
-    compare,
-    count_flops,
-    count_parameters,
-    measure_latency,
-    network_to_time,
-)
+from sparseinst.engine.benchmark import compare, measure, measure_latency
+from sparseinst.engine.roofline import Peak, Work, count_parameters, count_work, measure_peak
+from sparseinst.engine.timed import MODULES, network_to_time, photo_inputs
 
 from .conftest import CPU
 
@@ -28,7 +24,7 @@ def test_parts_and_whole(tiny: Config) -> None:
     assert all(value > 0 for value in found.modules_ms.values())
     assert found.whole_ms["p5"] <= found.whole_ms["median"] <= found.whole_ms["p95"]
     assert 0.3 < sum(found.modules_ms.values()) / found.whole_ms["median"] < 3
-    assert (found.kept, found.repetitions) == (tiny.model.decoder.iam.num_maps, 5)
+    assert (found.kept, found.repetitions) == (tiny.model.decoder.iam.num_maps, 8), "whole turns of four images"
 
 
 def test_a_deeper_model_is_slower_and_tf32_is_given_back(tiny: Config) -> None:
@@ -48,13 +44,15 @@ def test_flops_and_parameters() -> None:
         Config().replace({**MODELS[name], "model.backbone.pretrained": False}) for name in ("r50-giam", "r50-dcn-giam")
     )
     small = {"inference.short_side": 224, "inference.long_side": 224}
-    without, with_offsets = count_flops(plain.replace(small)), count_flops(deformable.replace(small))
+    without, with_offsets = count_work(plain.replace(small)).flops, count_work(deformable.replace(small)).flops
     assert 2 * 4.1e9 * (192 / 224) < without < 3 * 2 * 4.1e9, "192 x 224 of the photo, backbone and heads"
     assert 1.0 < with_offsets / without < 1.15, "the offsets' own convolutions come on top of the same 3x3 ones"
 
 
 def test_batches(tiny: Config) -> None:
-    single, four = (measure_latency(tiny, device=CPU, warmup=2, repetitions=5, batch=batch) for batch in (1, 4))
+    single, four = (
+        measure(network_to_time(tiny, device=CPU, batch=batch), device=CPU, warmup=2, repetitions=5) for batch in (1, 4)
+    )
     assert (single.kept, four.kept) == (10, 40)
     assert 0.2 < single.drift < 5
     assert single.peak_memory_mb is single.clocks is None, "of a GPU alone"
@@ -62,7 +60,7 @@ def test_batches(tiny: Config) -> None:
 
 @pytest.mark.parametrize("mode", ["plain", "eager", "folded"])
 def test_modes_see_the_same_instances(tiny: Config, mode: Any) -> None:
-    found = measure_latency(tiny, device=CPU, warmup=1, repetitions=3, mode=mode)
+    found = measure(network_to_time(tiny, device=CPU, mode=mode), device=CPU, warmup=1, repetitions=3)
     assert found.kept == 10
     assert tuple(found.modules_ms) == MODULES
 
@@ -127,3 +125,55 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'compiled'" in capsys.readouterr().err
     assert run_cli(["bench", "--model", "r50-iamm"]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+def photos(folder: Path) -> Path:
+    folder.mkdir()
+    for number, size in enumerate([(64, 48), (48, 90), (100, 50)]):
+        Image.new("RGB", size, (80, 90, 200)).save(folder / f"{number}.png")
+    return folder
+
+
+def test_photos_at_their_own_sizes(tiny: Config, tmp_path: Path) -> None:
+    files = sorted(photos(tmp_path / "photos").iterdir())
+    inputs = photo_inputs(files, tiny.inference, 1)
+    assert {each.padded for each in inputs} == {(64, 96), (96, 64)}
+    assert [each.sizes[0].original for each in inputs] == [(48, 64), (90, 48), (50, 100)]
+    pairs = photo_inputs(files, tiny.inference, 2)
+    assert [len(each.sizes) for each in pairs] == [2, 2], "begun again from the first"
+    found = measure(network_to_time(tiny, device=CPU, photos=files), device=CPU, warmup=1, repetitions=4)
+    assert (found.size, found.repetitions) == (None, 6)
+
+
+def test_bench_of_weights_on_photos(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trained model at its own size, on photos, eager and optimised; and how soon it could be done."""
+    command = ["bench", "--model", str(trained), "--photos", str(photos(tmp_path / "photos")), "--repetitions", "3"]
+    assert run_cli([*command, "--mode", "eager", "--mode", "folded", "--roofline", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["size"], row["photos"], row["input"]) for row in rows] == [(64, 3, None)] * 2
+    assert rows[0]["kept"] == rows[1]["kept"]
+    for row in rows:
+        assert row["roofline"]["bound_ms"] > 0
+        assert row["roofline"]["bytes"] > 4 * row["parameters"], "each weight is read"
+    assert run_cli([*command, "--roofline"]) == 0
+    assert "operator by operator" in capsys.readouterr().out
+    assert run_cli(["bench", "--photos", str(tmp_path / "none")]) == 2
+    assert "no such image or folder" in capsys.readouterr().err
+
+
+def test_roofline() -> None:
+    """An operator takes the longer of its arithmetic and its traffic."""
+    work = Work(((100, 10), (0, 50)))
+    assert (work.flops, work.traffic("fp32"), work.traffic("bf16")) == (100, 240, 120)
+    assert work.bound_ms(Peak(flops=10.0, bytes=100.0), "fp32") == pytest.approx(1000 * (100 / 10 + 200 / 100))
+    peak = measure_peak(CPU, "fp32", side=256, repetitions=3)
+    assert 1e8 < peak.flops < 1e14
+    assert 1e8 < peak.bytes < 1e13
+
+
+def test_work_of_one_convolution(tiny: Config) -> None:
+    """More channels in the decoder's last layers cost what they must."""
+    narrow, wide = (count_work(tiny.replace({"model.num_classes": classes})) for classes in (6, 7))
+    width = tiny.model.decoder.width
+    num_maps = tiny.model.decoder.iam.num_maps
+    assert wide.flops - narrow.flops == 2 * num_maps * width, "one more class: a product of each map's features"

@@ -15,22 +15,11 @@ from safetensors.torch import save_file
 
 from sparseinst.cli import run_cli
 from sparseinst.config import Config
-from sparseinst.engine.train import train
 from sparseinst.paths import RunPaths
 
 from .conftest import TINY, annotation, box, write_coco
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="session")
-def trained(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sparseinst.overrides import load_config
-
-    config = load_config(overrides={**TINY, "data.root": str(shapes_root)})
-    output = tmp_path_factory.mktemp("trained")
-    train(config, output, device=torch.device("cpu"), progress=False)
-    return output
 
 
 def small_settings(without: str = "", **more: Any) -> list[str]:

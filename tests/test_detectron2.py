@@ -184,7 +184,8 @@ def test_a_photo_is_segmented_as_ours_segments_it(cfg: Any, tmp_path: Path) -> N
 
 def test_a_config_of_the_model_zoo_is_a_peer() -> None:
     """Mask R-CNN R-50-FPN with random weights: the photo's own size, COCO's class names, ours to time."""
-    from sparseinst.engine.benchmark import measure, peer_to_time
+    from sparseinst.engine.benchmark import measure
+    from sparseinst.engine.timed import peer_to_time
     from sparseinst.errors import UserError
     from sparseinst.integrations.peers import build_peer
 

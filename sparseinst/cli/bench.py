@@ -17,7 +17,9 @@ from sparseinst.errors import UserError
 from sparseinst.overrides import nearest
 
 if TYPE_CHECKING:
-    from sparseinst.engine.benchmark import Timed
+    from sparseinst.config import Config
+    from sparseinst.engine.timed import Timed
+    from sparseinst.models.sparseinst import SparseInst
 
 app = typer.Typer()
 
@@ -56,9 +58,13 @@ class Setting:
 def bench(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="By name; or a peer: mask-rcnn-r50-fpn of torchvision, detectron2:CONFIG.  [default: r50-iam]"),
+        typer.Option(
+            metavar="NAME|WEIGHTS",
+            help="By name; a weights file or a run's folder; a peer: mask-rcnn-r50-fpn of torchvision, detectron2:CONFIG."
+            "  [default: r50-iam]",
+        ),
     ] = None,
-    size: Annotated[list[int] | None, typer.Option(help="Shorter side of the image.  [default: 640]")] = None,
+    size: Annotated[list[int] | None, typer.Option(help="The image's shorter side.  [default: 640, or the weights' own]")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Images at once.  [default: 1]")] = None,
     precision: Annotated[list[str] | None, typer.Option(help=f"{', '.join(PRECISIONS)}.  [default: fp32]")] = None,
     mode: Annotated[list[str] | None, typer.Option(help=f"{', '.join(MODES)}.  [default: eager]")] = None,
@@ -68,6 +74,12 @@ def bench(
     ] = None,
     repetitions: Annotated[int, typer.Option(min=3, help="Timed runs of each.")] = 50,
     warmup: Annotated[int, typer.Option(min=1, help="Runs before, which are not timed.")] = 10,
+    photos: Annotated[
+        list[Path] | None, typer.Option(metavar="IMAGE|DIR", help="Time these at their own sizes, in place of a 480 x 640 image.")
+    ] = None,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Also how soon the device could be done, by its measured arithmetic and memory.")
+    ] = False,
     device: Device = None,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
     record: Record = False,
@@ -75,25 +87,33 @@ def bench(
     results: Results = RESULTS,
     as_json: Json = False,
 ) -> None:
-    """Latency by the paper's protocol, with random weights: forward and post-processing, decoding of the image left out.
+    """Latency by the paper's protocol: forward and post-processing, decoding of the image left out.
 
+    A model by name has random weights and keeps every map, the slowest case; weights and --photos show real use.
     Every combination of the options is timed; repeat an option for more of its values. Modes: plain, as the reference runs;
     eager, the model as it is; folded, compiled, graph and best as `load_model(..., optimize=...)` makes it.
     """
     from sparseinst.ablation.plan import device_name
     from sparseinst.engine.device import pick_device
+    from sparseinst.engine.predict_files import find_images
 
     chosen = pick_device(device)
-    axes = (model or ["r50-iam"], size or [640], batch or [1], precision or ["fp32"], mode or ["eager"])
-    settings = [Setting(*values) for values in itertools.product(*axes)]
+    settings = [
+        Setting(name, *values)
+        for name in model or ["r50-iam"]
+        for values in itertools.product(size or [_own_side(name)], batch or [1], precision or ["fp32"], mode or ["eager"])
+    ]
+    inputs = find_images(photos) if photos else []
     about: dict[str, Any] = {"device": device_name(str(chosen)), **_threads(chosen)}
     if compare is not None:
         pair = [_changed(settings[0], text) for text in compare]
-        about["compare"] = _compare(pair, chosen, warmup, repetitions)
+        about["compare"] = _compare(pair, inputs, chosen, warmup, repetitions)
     else:
         about["rows"] = []
         for setting in settings:
-            about["rows"].append(_row(setting, chosen, warmup, repetitions))
+            about["rows"].append(_row(setting, inputs, chosen, warmup, repetitions))
+            if roofline:
+                about["rows"][-1] |= _bound(about["rows"][-1], setting, chosen)
             if record:
                 _keep(about["rows"][-1], setting, about["device"], profile, results)
     if output is not None:
@@ -128,34 +148,77 @@ def _changed(setting: Setting, text: str) -> Setting:
     return replace(setting, **changes)
 
 
-def _timed(setting: Setting, device: Any) -> tuple[Timed, dict[str, Any]]:
-    """What is to be timed, and what is known of it: `flops` of one image and `parameters`."""
-    from sparseinst.engine.benchmark import count_flops, count_parameters, network_to_time, peer_to_time
-    from sparseinst.integrations.peers import build_peer, is_peer
+def _own_side(model: str) -> int:
+    """The image's shorter side that a model is meant for."""
+    from sparseinst.engine.checkpoint import load_weights
+
+    return load_weights(Path(model))[1].inference.sides()[0] if Path(model).exists() else 640
+
+
+def _network(setting: Setting) -> tuple[Config, SparseInst | None]:
+    """The config to time by, and trained weights where the setting names them. Raises `UserError`."""
+    from sparseinst.engine.checkpoint import load_weights
     from sparseinst.overrides import load_config
+
+    (short, long), network = setting.sides, None
+    if Path(setting.model).exists():
+        network, config, _ = load_weights(Path(setting.model))
+        own_short, own_long = config.inference.sides()
+        long = round(short * own_long / own_short)
+    else:
+        config = load_config(model=setting.model, overrides={"model.backbone.pretrained": False})
+    sides = {"inference.short_side": short, "inference.long_side": long, "inference.size_factor": 1.0}
+    return config.replace({**sides, "inference.precision": setting.precision}), network
+
+
+def _timed(setting: Setting, photos: list[Path], device: Any) -> tuple[Timed, dict[str, Any]]:
+    """What is to be timed, and what is known of it: FLOPs of one image, and parameters."""
+    from sparseinst.engine.roofline import count_parameters, count_work
+    from sparseinst.engine.timed import network_to_time, peer_to_time
+    from sparseinst.integrations.peers import build_peer, is_peer
 
     if is_peer(setting.model):
         usual = Setting(setting.model, setting.size)
         if setting != usual:
             raise UserError(f"{setting}: a peer is timed as it is: batch 1, fp32, eager")
         peer = build_peer(setting.model, device=device, sides=setting.sides, pretrained=False)
-        return peer_to_time(peer, device), {"flops": None, "parameters": peer.parameters}
-    short, long = setting.sides
-    sides = {"inference.short_side": short, "inference.long_side": long, "inference.precision": setting.precision}
-    config = load_config(model=setting.model, overrides={**sides, "model.backbone.pretrained": False})
+        return peer_to_time(peer, device, photos), {"flops": None, "parameters": peer.parameters}
+    config, network = _network(setting)
     mode: Any = setting.mode
-    timed = network_to_time(config, device=device, batch=setting.batch, mode=mode)
-    return timed, {"flops": count_flops(config), "parameters": count_parameters(config)}
+    timed = network_to_time(config, device=device, model=network, batch=setting.batch, mode=mode, photos=photos)
+    return timed, {"flops": count_work(config).flops, "parameters": count_parameters(config)}
 
 
-def _row(setting: Setting, device: Any, warmup: int, repetitions: int) -> dict[str, Any]:
+def _row(setting: Setting, photos: list[Path], device: Any, warmup: int, repetitions: int) -> dict[str, Any]:
     from dataclasses import asdict
 
     from sparseinst.engine.benchmark import measure
 
-    timed, known = _timed(setting, device)
+    timed, known = _timed(setting, photos, device)
     found = asdict(measure(timed, device=device, warmup=warmup, repetitions=repetitions))
-    return {**asdict(setting), **found, "input": found["size"], "size": setting.size, **known}
+    return {**asdict(setting), **found, "input": found["size"], "size": setting.size, "photos": len(photos) or None, **known}
+
+
+def _bound(row: dict[str, Any], setting: Setting, device: Any) -> dict[str, Any]:
+    """How soon the network could be done with the same number of 480 x 640 images, by what the device did just now."""
+    from dataclasses import asdict
+
+    from sparseinst.engine.roofline import count_work, measure_peak
+    from sparseinst.integrations.peers import is_peer
+
+    if is_peer(setting.model):
+        return {"roofline": None}
+    precision: Any = setting.precision
+    work, peak = count_work(_network(setting)[0]), measure_peak(device, precision)
+    bound = setting.batch * work.bound_ms(peak, precision)
+    return {
+        "roofline": {
+            "bytes": work.traffic(precision),
+            "peak": asdict(peak),
+            "bound_ms": round(bound, 3),
+            "share": round(bound / row["whole_ms"]["median"], 3),
+        }
+    }
 
 
 def _keep(row: dict[str, Any], setting: Setting, device: str, profile: str, results: Path) -> None:
@@ -170,12 +233,12 @@ def _keep(row: dict[str, Any], setting: Setting, device: str, profile: str, resu
     keep_peer(Store(results), setting.model, setting.size, result, profile=profile, device=device, seconds=seconds)
 
 
-def _compare(pair: list[Setting], device: Any, warmup: int, repetitions: int) -> dict[str, Any]:
+def _compare(pair: list[Setting], photos: list[Path], device: Any, warmup: int, repetitions: int) -> dict[str, Any]:
     from dataclasses import asdict
 
     from sparseinst.engine.benchmark import compare
 
-    first, second = (_timed(setting, device)[0] for setting in pair)
+    first, second = (_timed(setting, photos, device)[0] for setting in pair)
     found = compare(first, second, device=device, warmup=warmup, repetitions=repetitions)
     return {"first": asdict(pair[0]), "second": asdict(pair[1]), "repetitions": repetitions, **asdict(found)}
 
@@ -201,16 +264,27 @@ def _show(about: dict[str, Any]) -> None:
             str(row["peak_memory_mb"] or ""),
         )
     Console(width=max(Console().width, 150)).print(table)
+    for row in about["rows"]:
+        if row.get("roofline"):
+            bound = row["roofline"]
+            print(
+                f"{_name(row)}: not below {bound['bound_ms']:.1f} ms operator by operator, {bound['share']:.0%} of the median "
+                f"({bound['bytes'] / 1e9:.2f} GB an image; {bound['peak']['flops'] / 1e12:.2f} TFLOP/s and "
+                f"{bound['peak']['bytes'] / 1e9:.0f} GB/s measured)"
+            )
     print(
         "Random weights keep every map. Each module is synchronised by itself: "
         "what their sum exceeds the median by is the cost of that."
     )
     for row in about["rows"]:
         if not 0.95 < row["drift"] < 1.05:
-            name = " ".join(str(row[part]) for part in setting)
-            print(f"{name}: the last third took {row['drift']:.2f} x the first: throttled, or other work beside it")
+            print(f"{_name(row)}: the last third took {row['drift']:.2f} x the first: throttled, or other work beside it")
         if row["clocks"]:
             print(f"clocks before | after: {row['clocks']}")
+
+
+def _name(row: dict[str, Any]) -> str:
+    return str(Setting(**{field.name: row[field.name] for field in fields(Setting)}))
 
 
 def _show_comparison(about: dict[str, Any]) -> None:

@@ -8,47 +8,15 @@ from __future__ import annotations
 import shutil
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from sparseinst.config import SIZE_DIVISOR, Config
-from sparseinst.data.transforms import short_side_size
-from sparseinst.engine import optimize as optimizing
-from sparseinst.engine.device import autocast
-from sparseinst.models.sparseinst import SparseInst, build_model
-from sparseinst.paste import paste, paste_in_two_steps
-from sparseinst.postprocess import ImageSize, postprocess
-
-PHOTO = (480, 640)
-"""Height and width of the image that is timed: those of most COCO photos."""
-PHOTOS = 4
-"""Different images that take turns, so that no cache holds the only one."""
-MODULES = ("backbone", "encoder", "decoder", "post")
-
-Mode = Literal["plain", "eager"] | optimizing.Mode
-"""`plain`: as the reference runs, contiguous tensors and masks resized in two steps; `eager`: the model as it is, channels-last,
-masks resized in one; the others: see `optimize`."""
-Passed = Callable[[str], Any]
-
-
-@dataclass(frozen=True)
-class Timed:
-    """Something to be timed."""
-
-    run: Callable[[int, Passed], int]
-    """Segments the n-th batch, tells which module is done, and gives how many instances were kept."""
-    modules: tuple[str, ...]
-    """What `run` tells; empty for what runs as one."""
-    size: tuple[int, int] | None = None
-    """Height and width of the padded input."""
+from sparseinst.config import Config
+from sparseinst.engine.roofline import now
+from sparseinst.engine.timed import Timed, network_to_time
 
 
 @dataclass(frozen=True)
@@ -58,9 +26,9 @@ class Latency:
     modules_ms: dict[str, float]
     """Medians, synchronised after each module, so that they sum to more than the whole; empty for what runs as one."""
     size: tuple[int, int] | None
-    """Height and width of the padded input."""
+    """Height and width of the padded input; None where they change."""
     kept: int
-    """Instances that post-processing resized: random weights keep every map, the slowest case."""
+    """Instances that post-processing resized in the last batch: random weights keep every map, the slowest case."""
     repetitions: int
     drift: float = 1.0
     """Median of the last third of the repetitions over that of the first: well above 1 where the device was throttled."""
@@ -70,54 +38,13 @@ class Latency:
     """What the GPU's driver says of clocks, temperature and throttling, before and after; None on a processor."""
 
 
-def network_to_time(
-    config: Config, *, device: torch.device, model: SparseInst | None = None, batch: int = 1, mode: Mode = "eager"
-) -> Timed:
-    """A model on random images of COCO's usual size.
-
-    Args:
-        model: one with trained weights; random ones serve, since all maps are computed whatever they show.
-    """
-    torch.manual_seed(0)
-    network = (model or build_model(config.model, load_pretrained=False)).to(device).eval()
-    inference = config.inference
-    layout = torch.contiguous_format if mode == "plain" else torch.channels_last
-    if mode not in ("plain", "eager"):
-        network = optimizing.optimize(network, device=device, mode=cast(optimizing.Mode, mode), precision=inference.precision)
-    network = network.to(memory_format=layout)
-    resize = paste_in_two_steps if mode == "plain" else paste
-    size = short_side_size(*PHOTO, *inference.sides())
-    height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size)
-    pixels = torch.randint(0, 256, (PHOTOS, batch, 3, height, width), dtype=torch.uint8)
-    images = [network.normalise(each.to(device), [size] * batch).contiguous(memory_format=layout) for each in pixels]
-    sizes = [ImageSize(size, PHOTO)] * batch
-    as_one = mode not in ("plain", "eager", "folded")
-
-    def run(number: int, passed: Passed) -> int:
-        image = images[number % PHOTOS]
-        with autocast(device, inference.precision):
-            predictions = network(image) if as_one else _by_modules(network, image, passed)
-        found = postprocess(predictions, (height, width), sizes, inference, resize)
-        passed("post")
-        return sum(len(instances.scores) for instances in found)
-
-    return Timed(run, () if as_one else MODULES, (height, width))
-
-
-def _by_modules(network: SparseInst, image: Tensor, passed: Passed) -> Any:
-    network_input = image.to(network.dtype) if isinstance(network, optimizing.OptimizedSparseInst) else image
-    features = network.backbone(network_input)
-    passed("backbone")
-    encoded = network.encoder(features)
-    passed("encoder")
-    predictions = network.decoder(encoded)
-    passed("decoder")
-    return predictions
-
-
 @torch.no_grad()
 def measure(timed: Timed, *, device: torch.device, warmup: int = 10, repetitions: int = 50) -> Latency:
-    """Time it: the unbroken whole, and then, by itself, each module."""
+    """Time it: the unbroken whole, and then, by itself, each module.
+
+    Every batch is run once, at least, before the clock is started, and all as often as each other with it.
+    """
+    warmup, repetitions = max(warmup, timed.turns), whole_turns(timed, repetitions)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     parts: dict[str, list[float]] = {name: [] for name in timed.modules}
@@ -129,12 +56,13 @@ def measure(timed: Timed, *, device: torch.device, warmup: int = 10, repetitions
     for number in range(repetitions):
         whole.append(_seconds(timed, number, device))
         if timed.modules:
-            marks = {"start": _now(device)}
-            timed.run(number, lambda name: marks.update({name: _now(device)}))  # noqa: B023
+            marks = {"start": now(device)}
+            timed.run(number, lambda name: marks.update({name: now(device)}))  # noqa: B023
             for earlier, name in zip(("start", *timed.modules), timed.modules, strict=False):
                 parts[name].append(marks[name] - marks[earlier])
     after = gpu_clocks(device)
-    third = max(1, repetitions // 3)
+    # As many whole turns as there are in a third: photos of other sizes are no drift.
+    third = max(1, repetitions // 3 // timed.turns) * timed.turns
     return Latency(
         percentiles(whole),
         {name: round(1000 * statistics.median(values), 3) for name, values in parts.items()},
@@ -147,19 +75,14 @@ def measure(timed: Timed, *, device: torch.device, warmup: int = 10, repetitions
     )
 
 
-def measure_latency(
-    config: Config,
-    *,
-    device: torch.device,
-    warmup: int = 10,
-    repetitions: int = 50,
-    model: SparseInst | None = None,
-    batch: int = 1,
-    mode: Mode = "eager",
-) -> Latency:
-    """`measure` of `network_to_time`."""
-    timed = network_to_time(config, device=device, model=model, batch=batch, mode=mode)
-    return measure(timed, device=device, warmup=warmup, repetitions=repetitions)
+def measure_latency(config: Config, *, device: torch.device, warmup: int = 10, repetitions: int = 50) -> Latency:
+    """`measure` of `network_to_time`, the model as it is and with random weights: the stage `latency`."""
+    return measure(network_to_time(config, device=device), device=device, warmup=warmup, repetitions=repetitions)
+
+
+def whole_turns(timed: Timed, repetitions: int) -> int:
+    """At least as many repetitions, so that each batch comes as often as any other."""
+    return -(-repetitions // timed.turns) * timed.turns
 
 
 @dataclass(frozen=True)
@@ -174,7 +97,8 @@ class Comparison:
 @torch.no_grad()
 def compare(first: Timed, second: Timed, *, device: torch.device, warmup: int = 10, repetitions: int = 50) -> Comparison:
     """Time two things by turns, so that what else the machine does falls on both."""
-    for number in range(warmup):
+    repetitions = whole_turns(first, repetitions)
+    for number in range(max(warmup, first.turns)):
         for timed in (first, second):
             timed.run(number, lambda _: None)
     pairs = [tuple(_seconds(timed, number, device) for timed in (first, second)) for number in range(repetitions)]
@@ -187,15 +111,9 @@ def compare(first: Timed, second: Timed, *, device: torch.device, warmup: int = 
 
 
 def _seconds(timed: Timed, number: int, device: torch.device) -> float:
-    began = _now(device)
+    began = now(device)
     timed.run(number, lambda _: None)
-    return _now(device) - began
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return now(device) - began
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -213,40 +131,3 @@ def gpu_clocks(device: torch.device) -> str | None:
     query = [command, f"--query-gpu={fields}", "--format=csv,noheader", f"--id={device.index or 0}"]
     asked = subprocess.run(query, capture_output=True, text=True, check=False)
     return asked.stdout.strip() if asked.returncode == 0 else None
-
-
-@torch.inference_mode()
-def count_flops(config: Config) -> int:
-    """Multiply-adds times two of one image through the network, deformable convolutions with them; post-processing left out."""
-    network = build_model(config.model, load_pretrained=False).eval()
-    height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in short_side_size(*PHOTO, *config.inference.sides()))
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deformable_flops})
-    with counter:
-        network(torch.zeros(1, 3, height, width))
-    return int(counter.get_total_flops())
-
-
-def _deformable_flops(_images: Any, weight: Sequence[int], *_rest: Any, out_shape: Sequence[int], **_more: Any) -> int:
-    """Those of the plain convolution of the same shape; the interpolation at the offsets is not counted, as is usual."""
-    batch, _, height, width = out_shape
-    return 2 * batch * height * width * int(np.prod(weight))
-
-
-def count_parameters(config: Config) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_model(config.model, load_pretrained=False).parameters())
-
-
-def peer_to_time(peer: Any, device: torch.device) -> Timed:
-    """Another system (`integrations.peers.Peer`) on random photos of the same size, in float32 without TF32."""
-    random = np.random.default_rng(0)
-    photos: list[NDArray[np.uint8]] = [random.integers(0, 256, (*PHOTO, 3), dtype=np.uint8) for _ in range(PHOTOS)]
-    inputs = [peer.prepare(photo) for photo in photos]
-
-    def run(number: int, passed: Passed) -> int:
-        with autocast(device, "fp32"):
-            found = peer.segment(inputs[number % PHOTOS])
-        passed("whole")
-        return len(found.scores)
-
-    return Timed(run, ())
