@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sparseinst.paths import atomic
 from sparseinst.report.collect import TableResult
-from sparseinst.report.plots import plots, save
+from sparseinst.report.plots import plots
+from sparseinst.report.style import save
 from sparseinst.report.tables import FORMATS
 
 

@@ -3,68 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.axes
 import matplotlib.ticker
+import numpy as np
+from adjustText import adjust_text
 from matplotlib.figure import Figure
 
 from sparseinst.ablation.study import LatencyFigure
-from sparseinst.paths import atomic
+from sparseinst.report import style
 from sparseinst.report.collect import Column, TableResult
 
 MODULES: tuple[LatencyFigure, ...] = ("backbone", "encoder", "decoder", "post")
-_MARKS = "sD^v*<>"
+_QUOTED_MARKS = "s^v<>*"
 _PEER_MARKS = "PXhd"
+_THE_PAPER = "The paper: SparseInst, CVPR 2022"
+
+Point = tuple[float, float, str]
+"""x, y and a name."""
 
 
+@style.styled
 def speed_accuracy(result: TableResult) -> Figure | None:
     """AP over milliseconds an image: the paper's, measured and quoted points, a mark for each protocol (Figure 1)."""
-    figure, axes = _new(7.5, 5)
+    figure, axes = style.new(7.5, 6)
+    texts: list[Any] = []
     paper = [
         (ms, entry.row.paper["AP"], entry.row.name)
         for entry in result.rows
         if "AP" in entry.row.paper and (ms := _milliseconds(entry.row.paper)) is not None
     ]
     if paper:
-        _points(axes, paper, "o-", "SparseInst, the paper: RTX 2080 Ti, PyTorch FP32")
+        texts += _points(axes, paper, "SparseInst, the paper: RTX 2080 Ti, PyTorch FP32", **style.PAPER)
     for column in result.columns:
-        if column.device is None or column.figure not in ("FPS", "ms"):
-            continue
-        points = []
-        for row in result.rows:
-            speed, ap = row.cells[column].measured, row.cells.get(Column("AP"))
-            if speed is not None and ap is not None and ap.measured is not None:
-                points.append((1000 / speed.mean if column.figure == "FPS" else speed.mean, ap.measured.mean, row.row.name))
-        if points:
-            _points(axes, points, "o--", f"SparseInst, measured at {result.profile} scale: {column.device}")
-        known = [p for p in result.peers if column.device in p.whole_ms and p.figures.get("AP") is not None]
-        for name, mark in zip(dict.fromkeys(peer.name for peer in known), _PEER_MARKS, strict=False):
-            at = [(p.whole_ms[column.device], p.figures["AP"] or 0.0, str(p.short_side)) for p in known if p.name == name]
-            _points(axes, at, f"{mark}:", f"{name}, measured here: {column.device}")
-    for mark, (name, protocol) in zip(_MARKS, result.table.spec.protocols.items(), strict=False):
-        quoted = [
+        if column.device is not None and column.figure in ("FPS", "ms"):
+            texts += _measured(axes, result, column)
+    quoted = zip(_QUOTED_MARKS, style.COLOURS[1:], result.table.spec.protocols.items(), strict=False)
+    for mark, colour, (name, protocol) in quoted:
+        points = [
             (ms, row.figures["AP"], " ".join(str(value) for value in row.labels.values()))
             for row in result.table.spec.quoted
             if row.protocol == name and "AP" in row.figures and (ms := _milliseconds(row.figures)) is not None
         ]
-        if quoted:
+        if points:
             label = f"quoted: {protocol.device}, {protocol.description}"
-            _points(axes, quoted, mark, label, ls="", alpha=0.6, size=5.5)
+            texts += _points(axes, points, label, marker=mark, color=colour, ls="", alpha=0.7, ms=5)
     if not axes.lines:
         return None
-    axes.set(xlabel="ms an image (log scale); other devices and engines are no comparison", ylabel="mask AP", xscale="log")
-    axes.set_title(result.table.spec.title)
+    axes.set(xlabel="time of an image (ms, log scale); other devices and engines are no comparison", ylabel="mask AP (%)")
+    axes.set(xscale="log")
     axes.xaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
     axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 3, 5)))
     axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-    axes.grid(alpha=0.25)
-    figure.legend(fontsize=8, loc="outside lower center", frameon=False)
+    axes.margins(x=0.12)
+    axes.grid()
+    style.finish(axes, result.table.spec.title, sources(result))
+    _keep_apart(axes, texts)
     return figure
 
 
+def _measured(axes: mpl.axes.Axes, result: TableResult, column: Column) -> list[Any]:
+    """Our own points on one device, and those of peers; their names."""
+    points = []
+    for row in result.rows:
+        speed, ap = row.cells[column].measured, row.cells.get(Column("AP"))
+        if speed is not None and ap is not None and ap.measured is not None:
+            points.append((1000 / speed.mean if column.figure == "FPS" else speed.mean, ap.measured.mean, row.row.name))
+    label = f"SparseInst, measured at {result.profile} scale: {column.device}"
+    texts = _points(axes, points, label, **style.MEASURED) if points else []
+    known = [p for p in result.peers if column.device in p.whole_ms and p.figures.get("AP") is not None]
+    for name, mark in zip(dict.fromkeys(peer.name for peer in known), _PEER_MARKS, strict=False):
+        at = [(p.whole_ms[str(column.device)], p.figures["AP"] or 0.0, str(p.short_side)) for p in known if p.name == name]
+        texts += _points(axes, at, f"{name}, measured here: {column.device}", marker=mark, color="0.3", ls=":")
+    return texts
+
+
+def _points(axes: mpl.axes.Axes, points: list[Point], label: str, **more: Any) -> list[Any]:
+    """Points, and their names as texts to be kept apart; more of matplotlib's options for their line."""
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], label=label, **more)
+    return [axes.text(x, y, text, fontsize=6.5 if more.get("ls") == "" else 8) for x, y, text in points]
+
+
+def _keep_apart(axes: mpl.axes.Axes, texts: list[Any]) -> None:
+    """Move names off each other and off the points, a thin line to what they name."""
+    # The axes must have their last size before places are looked for.
+    axes.figure.canvas.draw()
+    points = np.concatenate([np.asarray(line.get_xydata()) for line in axes.lines])
+    adjust_text(
+        texts, points[:, 0], points[:, 1], ax=axes, expand=(1.15, 1.4), arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.5}
+    )
+
+
+@style.styled
 def module_times(result: TableResult) -> Figure | None:
     """Milliseconds by module, a bar for each size and device (Table 8)."""
     devices = sorted({column.device for column in result.columns if column.device is not None})
@@ -78,46 +110,65 @@ def module_times(result: TableResult) -> Figure | None:
                 bars.append((f"{row.row.name}, measured\n({device})", [cell.mean for cell in cells if cell is not None]))
     if not bars:
         return None
-    figure, axes = _new(7.5, 1.2 + 0.6 * len(bars))
+    figure, axes = style.new(7.5, 1.8 + 0.5 * len(bars))
     left = [0.0] * len(bars)
     for index, name in enumerate(MODULES):
         widths = [values[index] for _, values in bars]
-        axes.barh(range(len(bars)), widths, left=left, label=name)
+        look: dict[str, Any] = {"color": style.COLOURS[index], "hatch": style.HATCHES[index], "edgecolor": "white"}
+        axes.barh(range(len(bars)), widths, left=left, label=name, height=0.6, **look)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(bars)), [label for label, _ in bars])
     axes.invert_yaxis()
-    axes.set(xlabel="ms", title=result.table.spec.title)
-    figure.legend(frameon=False, ncols=4, fontsize=8, loc="outside lower center")
+    axes.set(xlabel="time of an image (ms), each module synchronised by itself")
+    style.finish(axes, result.table.spec.title, sources(result), columns=4)
     return figure
 
 
+@style.styled
 def differences(result: TableResult) -> Figure | None:
     """Each row's difference in AP from the reference row: measured with its interval, and the paper's."""
     rows = [row for row in result.rows if (ap := row.cells.get(Column("AP"))) is not None and ap.difference is not None]
     if not rows:
         return None
-    figure, axes = _new(6.5, 1.4 + 0.45 * len(rows))
+    figure, axes = style.new(6.5, 1.9 + 0.4 * len(rows))
+    labelled: set[str] = set()
+
+    def once(label: str) -> str | None:
+        first = label not in labelled
+        labelled.add(label)
+        return label if first else None
+
     for index, row in enumerate(rows):
         found = row.cells[Column("AP")].difference
         assert found is not None
         errors = [[found.value - found.low], [found.high - found.value]]
-        label = f"measured at {result.profile} scale, 95 %" if index == 0 else None
-        axes.errorbar([found.value], [index], xerr=errors, fmt="o", color="C0", capsize=3, label=label)
+        look = style.MEASURED if found.seeds_known else style.IMAGES_ALONE
+        what = "over seeds and images" if found.seeds_known else "over images alone"
+        label = once(f"measured at {result.profile} scale, 95 % {what}")
+        axes.errorbar([found.value], [index - 0.12], xerr=errors, capsize=3, label=label, **look)
         if row.paper_difference is not None:
-            axes.plot([row.paper_difference], [index], "D", color="C1", label="the paper, on COCO" if index == 0 else None)
+            axes.plot([row.paper_difference], [index + 0.12], label=once("the paper, on COCO"), **{**style.PAPER, "ls": ""})
     axes.axvline(0, color="0.5", lw=0.8)
     axes.set_yticks(range(len(rows)), [row.row.name for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set(xlabel=f"difference in AP from '{result.table.spec.reference}'", title=result.table.spec.title)
-    figure.legend(frameon=False, ncols=2, fontsize=8, loc="outside lower center")
+    axes.grid(axis="x")
+    axes.set(xlabel=f"difference in mask AP (points) from '{result.table.spec.reference}'")
+    style.finish(axes, result.table.spec.title, sources(result), columns=2)
     return figure
 
 
-def _new(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+def sources(result: TableResult) -> list[str]:
+    """Where the numbers of a figure come from, for its caption."""
+    lines = []
+    if result.provenance:
+        lines.append(f"Measured at {result.profile} scale: " + "; ".join(result.provenance) + ".")
+    if any(row.row.paper for row in result.rows):
+        lines.append(f"{_THE_PAPER}, {result.table.spec.title.partition(':')[0]}.")
+    used = {row.protocol for row in result.table.spec.quoted}
+    quoted = dict.fromkeys(p.source for name, p in result.table.spec.protocols.items() if name in used)
+    if quoted:
+        lines.append(f"Quoted: {'; '.join(quoted)}.")
+    return lines
 
 
 def _milliseconds(figures: Mapping[Any, float]) -> float | None:
@@ -125,15 +176,6 @@ def _milliseconds(figures: Mapping[Any, float]) -> float | None:
     if "ms" in figures:
         return figures["ms"]
     return 1000 / figures["FPS"] if "FPS" in figures else None
-
-
-def _points(
-    axes: mpl.axes.Axes, points: list[tuple[float, float, str]], style: str, label: str, size: float = 8, **more: Any
-) -> None:
-    """Points with a name each; more of matplotlib's options for their line."""
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], style, label=label, **more)
-    for x, y, text in points:
-        axes.annotate(text, (x, y), textcoords="offset points", xytext=(5, -0.9 * size), fontsize=size)
 
 
 def plots(result: TableResult) -> dict[str, Callable[[TableResult], Figure | None]]:
@@ -147,14 +189,3 @@ def plots(result: TableResult) -> dict[str, Callable[[TableResult], Figure | Non
     if result.table.spec.reference is not None:
         chosen["differences"] = differences
     return chosen
-
-
-def save(figure: Figure, path: Path) -> None:
-    """As PNG and SVG, with the same bytes for the same figure."""
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        # Ids that do not change; text that stays text.
-        with (
-            atomic(path.with_suffix(suffix)) as temporary,
-            mpl.rc_context({"svg.hashsalt": "sparseinst", "svg.fonttype": "none"}),
-        ):
-            figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=metadata)
