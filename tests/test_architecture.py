@@ -24,7 +24,7 @@ ALLOWED = {
     "postprocess": {"config", "models", "paste"},
     "integrations": {"config", "overrides", "models", "errors", "data", "criterion", "postprocess", "engine"},
     "ablation": {"section", "config", "overrides", "errors", "paths", "attempts", "data", "engine"},
-    "report": {"config", "paths", "ablation"},
+    "report": {"config", "overrides", "paths", "ablation"},
     "engine": {
         "config",
         "overrides",
@@ -73,7 +73,9 @@ WITHOUT_TORCH = [
     "report.tables",
     "report.plots",
     "report.pages",
+    "report.style",
     "report.terminal",
+    "report.webpage",
 ]
 
 

@@ -163,6 +163,7 @@ def report(
     profile: ProfileName = "coco",
     results: Results = RESULTS,
     show: Annotated[bool, typer.Option(help="Also print the tables.")] = False,
+    html: Annotated[bool, typer.Option("--html", help="Also one page with all, results/PROFILE.html; needs no network.")] = False,
 ) -> None:
     """Tables and figures from the records, in results/; missing runs are visible gaps."""
     from sparseinst.ablation.status import plan_status
@@ -178,8 +179,10 @@ def report(
     others = read_tables(["all"]) if list_tables() else []
     spreads = seed_spreads([*chosen, *others], settings, store, keys)
     collected = [collect(table, settings, store, states, spreads, keys) for table in chosen]
-    changed = write_report(collected, results)
+    changed = write_report(collected, results, page=html)
     if show:
         for result in collected:
             print_table(result)
+    if html:
+        print(f"the page: {results / f'{settings.name}.html'}")
     print(f"{len(changed)} files changed in {results}" if changed else f"{results}: nothing new")

@@ -48,6 +48,8 @@ class RowResult:
     paper_difference: float | None
     """In AP, from the reference row."""
     verdict: Verdict | None
+    keys: tuple[str, ...] = ()
+    """Of its records: trainings, evaluations, timings, comparisons with the reference row."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class _Found:
     """By seed."""
     latencies: dict[str, Record]
     """By device."""
+    trainings: list[str]
+    """Keys of those that are recorded."""
     state: str
 
 
@@ -137,7 +141,8 @@ def collect(
         paper = _paper_difference(table, row)
         ap = cells.get(Column("AP"))
         told = verdict(ap.difference, paper) if ap is not None and paper is not None else None
-        rows.append(RowResult(row, found[row.name].state, cells, paper, told))
+        known = _keys(found[row.name], found.get(str(reference)), keys)
+        rows.append(RowResult(row, found[row.name].state, cells, paper, told, known))
     return TableResult(table, profile.name, columns, rows, peers, _provenance(found.values()))
 
 
@@ -150,16 +155,18 @@ def _columns(figure: Figure, devices: Sequence[str]) -> list[Column]:
 def _find(table: Table, row: Row, profile: Profile, store: Store, states: Mapping[str, str], keys: set[str]) -> _Found:
     stages = table.spec.stages()
     base = row_config(table.spec, row, profile)
-    entry = _Found({}, {}, "done")
+    entry = _Found({}, {}, [], "done")
     if "evaluate" in stages:
         for seed in SEEDS:
             config = base.model_copy(update={"train": base.train.model_copy(update={"seed": seed})})
-            key = config.evaluate_key()
+            key, training = config.evaluate_key(), config.train_key()
+            if training in keys:
+                entry.trainings.append(training)
             record = store.load(key) if key in keys else None
             if record is not None:
                 entry.evaluations[seed] = record
             elif seed == SEEDS[0]:
-                told = (states.get(stage_key) for stage_key in (key, config.train_key()))
+                told = (states.get(stage_key) for stage_key in (key, training))
                 entry.state = next((state for state in told if state not in (None, "pending", "done")), None) or "pending"
         if entry.evaluations:
             entry.state = "done"
@@ -201,6 +208,14 @@ def _standard_errors(row: _Found, reference: _Found, store: Store, keys: set[str
         for figure, error in (comparison.result["standard_error"] if comparison is not None else {}).items():
             errors.setdefault(figure, []).append(error)
     return errors
+
+
+def _keys(row: _Found, reference: _Found | None, keys: set[str]) -> tuple[str, ...]:
+    """Of the records behind a row."""
+    measured = [record.key for record in (*row.evaluations.values(), *row.latencies.values())]
+    baselines = reference.evaluations if reference is not None else {}
+    compared = [compare_key(baselines[s].key, record.key) for s, record in row.evaluations.items() if s in baselines]
+    return (*row.trainings, *measured, *(key for key in compared if key in keys))
 
 
 def _paper_difference(table: Table, row: Row) -> float | None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparseinst.ablation.store import Store
 from sparseinst.paths import atomic
 from sparseinst.report.collect import TableResult
 from sparseinst.report.plots import plots
 from sparseinst.report.style import save
 from sparseinst.report.tables import FORMATS
+from sparseinst.report.webpage import web_page
 
 
-def write_report(results: Sequence[TableResult], folder: Path) -> list[Path]:
+def write_report(results: Sequence[TableResult], folder: Path, *, page: bool = False) -> list[Path]:
     """Tables and figures of these results below `folder`, and the index of all that is there.
+
+    Args:
+        page: also write all on one page, `PROFILE.html`.
 
     Returns:
         The files that are new or changed: none, where no record is new.
@@ -30,6 +35,10 @@ def write_report(results: Sequence[TableResult], folder: Path) -> list[Path]:
                 if figure is not None:
                     save(figure, path)
                     changed += [path, path.with_suffix(".png")]
+    if page:
+        path = folder / f"{results[0].profile}.html"
+        if _write(path, web_page(results, Store(folder), folder / "figures")):
+            changed.append(path)
     index = folder / "README.md"
     if _write(index, _index(folder)):
         changed.append(index)

@@ -71,7 +71,8 @@ def _measured(axes: mpl.axes.Axes, result: TableResult, column: Column) -> list[
         speed, ap = row.cells[column].measured, row.cells.get(Column("AP"))
         if speed is not None and ap is not None and ap.measured is not None:
             points.append((1000 / speed.mean if column.figure == "FPS" else speed.mean, ap.measured.mean, row.row.name))
-    label = f"SparseInst, measured at {result.profile} scale: {column.device}"
+    other_data = "" if result.profile == "coco" else " (other data: compare no heights)"
+    label = f"SparseInst, measured at {result.profile} scale{other_data}: {column.device}"
     texts = _points(axes, points, label, **style.MEASURED) if points else []
     known = [p for p in result.peers if column.device in p.whole_ms and p.figures.get("AP") is not None]
     for name, mark in zip(dict.fromkeys(peer.name for peer in known), _PEER_MARKS, strict=False):
@@ -91,9 +92,8 @@ def _keep_apart(axes: mpl.axes.Axes, texts: list[Any]) -> None:
     # The axes must have their last size before places are looked for.
     axes.figure.canvas.draw()
     points = np.concatenate([np.asarray(line.get_xydata()) for line in axes.lines])
-    adjust_text(
-        texts, points[:, 0], points[:, 1], ax=axes, expand=(1.15, 1.4), arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.5}
-    )
+    leader = {"arrowstyle": "-", "color": "0.6", "lw": 0.5}
+    adjust_text(texts, points[:, 0], points[:, 1], ax=axes, expand=(1.15, 1.4), arrowprops=leader)
 
 
 @style.styled
@@ -107,7 +107,9 @@ def module_times(result: TableResult) -> Figure | None:
         for device in devices:
             cells = [row.cells[Column(name, device)].measured for name in MODULES]
             if all(cells):
-                bars.append((f"{row.row.name}, measured\n({device})", [cell.mean for cell in cells if cell is not None]))
+                bars.append(
+                    (f"{row.row.name}, {result.profile} scale\n({device})", [cell.mean for cell in cells if cell is not None])
+                )
     if not bars:
         return None
     figure, axes = style.new(7.5, 1.8 + 0.5 * len(bars))

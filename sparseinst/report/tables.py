@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pandas as pd
 
 from sparseinst.ablation.peers import PeerResult
 from sparseinst.ablation.statistics import Difference
+from sparseinst.ablation.study import Figure
 from sparseinst.report.collect import ACCURACY, Cell, Column, TableResult
 
 NOISE = "≈"
@@ -38,7 +39,7 @@ def frame(result: TableResult) -> pd.DataFrame:
     for quoted in spec.quoted:
         cells = {name: str(quoted.labels.get(name, "")) for name in spec.columns}
         for column in result.columns:
-            value = quoted.figures.get(column.figure)
+            value = _quoted(quoted.figures, column.figure)
             mark = f" [{quoted.protocol}]" if column.figure not in ACCURACY else ""
             cells[column.title] = f"quoted {value:.1f}{mark}" if value is not None else ""
         rows.append(cells)
@@ -65,6 +66,16 @@ def _peer_cell(peer: PeerResult, column: Column) -> str:
         median = peer.whole_ms.get(column.device or "")
         value = {"ms": median, "FPS": 1000 / median if median else None}.get(column.figure)
     return f"measured {value:.1f}" if value is not None else ""
+
+
+def _quoted(figures: Mapping[Figure, float], figure: Figure) -> float | None:
+    """A quoted figure; images a second and milliseconds are one figure."""
+    known = dict(figures)
+    if "ms" in figures:
+        known.setdefault("FPS", 1000 / figures["ms"])
+    if "FPS" in figures:
+        known.setdefault("ms", 1000 / figures["FPS"])
+    return known.get(figure)
 
 
 def _interval(found: Difference | None) -> str:
@@ -94,8 +105,19 @@ def notes(result: TableResult) -> list[str]:
         for name, protocol in result.table.spec.protocols.items()
     ]
     lines += list(result.table.spec.footnotes)
+    lines += _same_runs(result)
     lines.append("Provenance: " + "; ".join(result.provenance) + "." if result.provenance else "Nothing is measured yet.")
     return lines
+
+
+def _same_runs(result: TableResult) -> list[str]:
+    """Rows that are one run at this scale, as where a profile has a backbone of its own: their equality tells nothing."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for entry in result.rows:
+        if own := tuple(sorted(set(entry.keys))):
+            rows.setdefault(own, []).append(f"'{entry.row.name}'")
+    together = [names for names in rows.values() if len(names) > 1]
+    return [f"At {result.profile} scale {' and '.join(names)} are one and the same run." for names in together]
 
 
 def markdown(result: TableResult) -> str:

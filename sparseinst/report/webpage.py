@@ -1,0 +1,183 @@
+"""All results on one page that needs nothing but itself. Imports no torch."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from sparseinst.ablation.store import Record, Store
+from sparseinst.config import Config
+from sparseinst.overrides import flatten
+from sparseinst.report.collect import ACCURACY, Cell, Column, RowResult, TableResult
+from sparseinst.report.plots import plots
+from sparseinst.report.tables import frame, notes
+
+_CHIPS = {"replicates": "yes", "does not replicate": "no", "cannot be told": "open"}
+_COUNTED = {
+    "replicates": "differences that replicate",
+    "does not replicate": "that do not",
+    "cannot be told": "that cannot be told from noise",
+}
+
+
+def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str:
+    """These tables with their figures, and every record of the store, as HTML.
+
+    Args:
+        figures: the folder that holds the figures, as `write_report` left them.
+    """
+    profile = results[0].profile
+    loaded = [record for key in sorted(store.keys()) if (record := store.load(key)) is not None]
+    rows = {key: f"{result.name}: {row.row.name}" for result in reversed(results) for row in result.rows for key in row.keys}
+    gaps = [
+        {"table": _short(result), "row": row.row.name, "state": row.state}
+        for result in results
+        for row in result.rows
+        if row.state != "done"
+    ]
+    verdicts = Counter(str(row.verdict) for result in results for row in result.rows if row.verdict is not None)
+    counts = [
+        (len(results), "tables"),
+        (sum(row.state == "done" for result in results for row in result.rows), "rows measured"),
+        (len(gaps), "gaps"),
+        (len(loaded), "records"),
+        *((verdicts[name], text) for name, text in _COUNTED.items()),
+    ]
+    folder = files(__package__) / "page"
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    template = environment.from_string((folder / "page.html.jinja").read_text(encoding="utf-8"))
+    return template.render(
+        profile=profile,
+        counts=counts,
+        tables=[_table(result, figures) for result in results],
+        gaps=gaps,
+        records=[_line(record, rows.get(record.key, "")) for record in loaded],
+        data=_as_script({record.key: _details(record) for record in loaded}),
+        css=Markup((folder / "page.css").read_text(encoding="utf-8")),
+        js=Markup((folder / "page.js").read_text(encoding="utf-8")),
+    )
+
+
+def _as_script(data: Any) -> Markup:
+    """JSON that no text within can end early."""
+    return Markup(json.dumps(data, sort_keys=True).replace("<", "\\u003c"))
+
+
+def _short(result: TableResult) -> str:
+    return result.table.spec.title.partition(":")[0]
+
+
+def _table(result: TableResult, figures: Path) -> dict[str, Any]:
+    data = frame(result)
+    rows = []
+    for number, values in enumerate(data.itertuples(index=False)):
+        entry = result.rows[number] if number < len(result.rows) else None
+        cells = [_cell(title, str(text), entry, result) for title, text in zip(data.columns, values, strict=True)]
+        peer = len(result.rows) <= number < len(result.rows) + len(result.peers)
+        kind = "row" if entry is not None else "peer" if peer else "quoted"
+        labels = " ".join(str(text) for text in values[: len(result.table.spec.columns)] if text)
+        name = entry.row.name if entry is not None else labels
+        rows.append({"kind": kind, "name": name, "cells": cells, "runs": _distinct(entry.keys) if entry is not None else ()})
+    return {
+        "name": result.table.name,
+        "short": _short(result),
+        "title": result.table.spec.title,
+        "columns": list(data.columns),
+        "rows": rows,
+        "figures": [
+            {"data": base64.b64encode(path.read_bytes()).decode(), "alt": _alt(name, result)}
+            for name in plots(result)
+            if (path := figures / f"{result.name}-{name}.svg").exists()
+        ],
+        "notes": notes(result),
+    }
+
+
+def _distinct(keys: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(keys))
+
+
+def _alt(name: str, result: TableResult) -> str:
+    what = {
+        "differences": "differences in AP from the reference row, measured with intervals and the paper's",
+        "speed-accuracy": "mask AP over milliseconds an image",
+        "modules": "milliseconds of each module",
+    }
+    return f"{result.table.spec.title}: {what[name]}. The numbers are in the table above."
+
+
+def _cell(title: str, text: str, entry: RowResult | None, result: TableResult) -> dict[str, Any]:
+    """What one cell shows, and by what it is sorted."""
+    cell = {"text": text, "sort": text, "paper": "", "chip": "", "note": ""}
+    column = next((column for column in result.columns if column.title == title), None)
+    if entry is None:
+        return cell | ({"sort": "".join(part for part in text.split() if _is_number(part))} if column is not None else {})
+    if column is not None:
+        return cell | _number(entry.cells[column], column, entry.state, text)
+    if title == "difference in AP":
+        found = entry.cells[Column("AP")].difference
+        return cell | {"sort": found.value if found is not None else 0.0 if text == "reference" else ""}
+    return cell | {"chip": _CHIPS.get(text, "") if title == "verdict" else ""}
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
+
+
+def _number(cell: Cell, column: Column, state: str, text: str) -> dict[str, Any]:
+    measured, _, _ = text.partition(" | ")
+    about: dict[str, Any] = {"text": measured, "sort": cell.measured.mean if cell.measured is not None else ""}
+    if cell.paper is not None:
+        about["paper"] = f"{cell.paper:.1f}"
+    if cell.measured is None and state != "done":
+        about["chip"] = "gap"
+    elif cell.measured is not None and column.figure in ACCURACY and len(cell.measured.values) > 1:
+        about["note"] = "by seed: " + ", ".join(f"{value:.2f}" for value in cell.measured.values)
+    return about
+
+
+def _line(record: Record, row: str) -> dict[str, Any]:
+    about = record.provenance
+    values = (
+        record.kind,
+        row or str(record.result.get("peer", "")),
+        _headline(record),
+        about.get("profile", ""),
+        about.get("seed", "") if record.kind in ("train", "evaluate") else "",
+        about.get("device", ""),
+        str(about.get("commit") or "")[:10] + ("+" if about.get("changes") else ""),
+        about.get("ended", ""),
+        record.key,
+    )
+    return {"kind": record.kind, "key": record.key, "columns": values}
+
+
+def _headline(record: Record) -> str:
+    result = record.result
+    if record.kind == "evaluate":
+        return f"AP {result['figures']['AP']:.1f}" if result["figures"].get("AP") is not None else ""
+    if record.kind == "latency":
+        return f"{result['whole_ms']['median']:.1f} ms"
+    if record.kind == "compare":
+        return f"AP {result['difference']['AP']:+.1f}" if "AP" in result.get("difference", {}) else ""
+    return f"loss {result['losses']['loss']:.3f}" if "loss" in result.get("losses", {}) else ""
+
+
+def _details(record: Record) -> dict[str, Any]:
+    defaults = flatten(Config().model_dump(mode="json"))
+    changed = {path: value for path, value in flatten(record.config).items() if defaults.get(path) != value}
+    return {"kind": record.kind, "result": _rounded(record.result), "config": changed, "provenance": record.provenance}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    return {name: _rounded(each) for name, each in value.items()} if isinstance(value, Mapping) else value

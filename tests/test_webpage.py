@@ -1,0 +1,136 @@
+"""The page of results, in a browser: every record is on it, nothing is fetched, and it can be used by keyboard and on a phone."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparseinst.ablation.store import Record, Store
+from sparseinst.ablation.study import read_profile, read_tables
+from sparseinst.report.collect import collect, seed_spreads
+from sparseinst.report.pages import write_report
+from sparseinst.report.webpage import web_page
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+def write_page(folder: Path) -> Path:
+    """The committed records' page, with the committed figures."""
+    shutil.copytree(ROOT / "results", folder)
+    store, profile, tables = Store(folder), read_profile("mini", EXPERIMENTS), read_tables(["all"], EXPERIMENTS)
+    # Not a name: text that would be a script, were it not escaped.
+    store.write(
+        Record("peer", "peer-evil", {"peer": "</script><b>", "short_side": 1, "figures": {}}, provenance={"profile": "x"})
+    )
+    keys = store.keys()
+    spreads = seed_spreads(tables, profile, store, keys)
+    write_report([collect(table, profile, store, {}, spreads, keys) for table in tables], folder, page=True)
+    return folder / "mini.html"
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_page(tmp_path_factory.mktemp("page") / "results")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Any, page_file: Path) -> Iterator[Any]:
+    """Open in a browser that is offline; whatever it complains of fails the test."""
+    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
+    opened = context.new_page()
+    complaints: list[str] = []
+    opened.on("console", lambda message: complaints.append(message.text))
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("request", lambda asked: None if asked.url.startswith(("file:", "data:")) else complaints.append(asked.url))
+    opened.goto(page_file.as_uri())
+    yield opened
+    assert complaints == []
+    context.close()
+
+
+def test_every_record_is_there_and_nothing_is_fetched(page_file: Path) -> None:
+    text = page_file.read_text()
+    for record in (ROOT / "results/records").glob("*.json"):
+        assert f'data-keys="{record.stem}"' in text, record.stem
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
+    assert "</script><b>" not in text
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S).group(1))  # type: ignore[union-attr]
+    assert data["peer-evil"]["result"]["peer"] == "</script><b>"
+
+
+def test_gaps_are_named(tmp_path: Path) -> None:
+    store, profile, [table] = Store(tmp_path), read_profile("mini", EXPERIMENTS), read_tables(["table5"], EXPERIMENTS)
+    text = web_page([collect(table, profile, store, {}, {}, set())], store, tmp_path)
+    assert "Table 5: BCE alone (pending)" in text
+    assert '<span class="chip gap">pending</span>' in text
+
+
+def column(page: Any, heading: str) -> list[str]:
+    """The texts of a column of Table 5, from top to bottom."""
+    headings = page.locator("#table5 th").all_inner_texts()
+    index = next(number for number, text in enumerate(headings, 1) if text.split(" ")[0] == heading)
+    texts: list[str] = page.locator(f"#table5 tbody td:nth-child({index})").all_inner_texts()
+    return texts
+
+
+def test_sorting(page: Any) -> None:
+    assert [text.split(" ")[0] for text in column(page, "AP")] == ["19.7", "3.9", "29.5", "33.5"]
+    button = page.locator("#table5 th button", has_text=re.compile("^AP$"))
+    button.click()
+    assert [text.split(" ")[0] for text in column(page, "AP")] == ["3.9", "19.7", "29.5", "33.5"], "numbers, not texts"
+    button.click()
+    assert [text.split(" ")[0] for text in column(page, "AP")] == ["33.5", "29.5", "19.7", "3.9"]
+    assert page.locator("#table5 th[aria-sort=descending]").count() == 1
+
+
+def test_details_by_keyboard(page: Any) -> None:
+    """Tab to a row's button, Enter opens what is behind it, Escape closes it and gives the focus back."""
+    button = page.locator("#table5 button.details").first
+    button.focus()
+    page.keyboard.press("Enter")
+    dialog = page.locator("dialog")
+    assert dialog.is_visible()
+    told = dialog.inner_text()
+    assert "Table 5: BCE alone" in told
+    for part in ("loss.dice", "evaluate", "compare", "commit", "AMD EPYC"):
+        assert part in told
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    assert button.evaluate("element => element === document.activeElement")
+
+
+def test_filter(page: Any) -> None:
+    page.locator("#filter").fill("cross-attention")
+    shown = page.locator("#all-records tbody tr:visible").all_inner_texts()
+    assert 0 < len(shown) < 20
+    assert all("cross-attention" in text for text in shown)
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_on_a_phone(page: Any, width: int) -> None:
+    """The page is no wider than the screen; tables scroll by themselves, their first column stays."""
+    page.set_viewport_size({"width": width, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    scroll = page.locator("#table5 .scroll")
+    assert scroll.evaluate("element => element.scrollWidth > element.clientWidth")
+    scroll.evaluate("element => { element.scrollLeft = 300 }")
+    assert page.locator("#table5 tbody td").first.bounding_box()["x"] < 40
+    assert page.locator("#table5 figure img").evaluate("image => image.naturalWidth > 0 && image.complete")
