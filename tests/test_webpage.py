@@ -1,5 +1,6 @@
 """The page of results, in a browser: every record is on it, nothing is fetched, and it can be used by keyboard and on a phone."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import pytest
 
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables
-from sparseinst.report.collect import collect, seed_spreads
+from sparseinst.report.collect import collect, read_results
 from sparseinst.report.pages import write_report
 from sparseinst.report.webpage import web_page
 
@@ -23,20 +24,19 @@ CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrom
 def write_page(folder: Path) -> Path:
     """The committed records' page, with the committed figures."""
     shutil.copytree(ROOT / "results", folder)
-    store, profile, tables = Store(folder), read_profile("mini", EXPERIMENTS), read_tables(["all"], EXPERIMENTS)
+    store = Store(folder)
     # Not a name: text that would be a script, were it not escaped.
     store.write(
         Record("peer", "peer-evil", {"peer": "</script><b>", "short_side": 1, "figures": {}}, provenance={"profile": "x"})
     )
-    keys = store.keys()
-    spreads = seed_spreads(tables, profile, store, keys)
-    write_report([collect(table, profile, store, {}, spreads, keys) for table in tables], folder, page=True)
+    write_report(read_results(["all"], "mini", folder), folder, page=True)
     return folder / "mini.html"
 
 
 @pytest.fixture(scope="module")
-def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_page(tmp_path_factory.mktemp("page") / "results")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with contextlib.chdir(ROOT):
+        yield write_page(tmp_path_factory.mktemp("page") / "results")
 
 
 @pytest.fixture(scope="module")

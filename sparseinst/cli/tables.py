@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from sparseinst.ablation.store import RESULTS
-from sparseinst.ablation.study import list_tables, read_profile, read_tables
 from sparseinst.cli.options import (
     Budget,
     Device,
@@ -167,22 +166,17 @@ def report(
 ) -> None:
     """Tables and figures from the records, in results/; missing runs are visible gaps."""
     from sparseinst.ablation.status import plan_status
-    from sparseinst.report.collect import collect, seed_spreads
+    from sparseinst.report.collect import read_results
     from sparseinst.report.pages import write_report
     from sparseinst.report.terminal import print_table
 
-    chosen, settings = read_tables(tables or []), read_profile(profile)
-    made, store = make_plan(tables, profile, 1, None, results, None)
+    made, _ = make_plan(tables, profile, 1, None, results, None)
     states = {found.run.key: found.state for found in plan_status(made)}
-    keys = store.keys()
-    # Over every table there is, so that a table says the same whether it is reported alone or with others.
-    others = read_tables(["all"]) if list_tables() else []
-    spreads = seed_spreads([*chosen, *others], settings, store, keys)
-    collected = [collect(table, settings, store, states, spreads, keys) for table in chosen]
+    collected = read_results(tables or [], profile, results, states)
     changed = write_report(collected, results, page=html)
     if show:
         for result in collected:
             print_table(result)
     if html:
-        print(f"the page: {results / f'{settings.name}.html'}")
+        print(f"the page: {results / f'{made.profile.name}.html'}")
     print(f"{len(changed)} files changed in {results}" if changed else f"{results}: nothing new")

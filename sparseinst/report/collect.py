@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 from sparseinst.ablation.compare import compare_key
 from sparseinst.ablation.peers import PeerResult, find_peers
 from sparseinst.ablation.statistics import Difference, Noise, Sample, Spread, Verdict, difference, pooled_spread, verdict
-from sparseinst.ablation.store import Record, Store
-from sparseinst.ablation.study import AccuracyFigure, Figure, Profile, Row, Table, row_config
+from sparseinst.ablation.store import RESULTS, Record, Store
+from sparseinst.ablation.study import (
+    AccuracyFigure,
+    Figure,
+    Profile,
+    Row,
+    Table,
+    list_tables,
+    read_profile,
+    read_tables,
+    row_config,
+)
 
 SEEDS = range(10)
 """Which seeds a report looks for."""
@@ -79,6 +90,28 @@ class _Found:
     trainings: list[str]
     """Keys of those that are recorded."""
     state: str
+
+
+def read_results(
+    names: Sequence[str], profile: str, results: Path = RESULTS, states: Mapping[str, str] | None = None
+) -> list[TableResult]:
+    """What these tables show, from specs and records.
+
+    The spread over seeds is taken over every table there is, so that a table says the same alone and with others.
+
+    Args:
+        names: tables by name, specs by path; none for all.
+        profile: the scale, by name or path.
+        states: by key, of stages that are not done; others are pending.
+
+    Raises:
+        UserError: no such spec or profile, or a mistake in one.
+    """
+    tables, settings, store = read_tables(names), read_profile(profile), Store(results)
+    keys = store.keys()
+    others = read_tables(["all"]) if list_tables() else []
+    spreads = seed_spreads([*tables, *others], settings, store, keys)
+    return [collect(table, settings, store, states or {}, spreads, keys) for table in tables]
 
 
 def seed_spreads(tables: Sequence[Table], profile: Profile, store: Store, keys: set[str]) -> dict[Figure, Spread]:
