@@ -62,7 +62,8 @@ def activation_sheet(image: Image.Image, prediction: Prediction, *, most: int = 
     font = ImageFont.load_default(size=max(9, width / 18))
     shown = min(most, len(prediction.scores))
     gap, title = 4, round(width / 18) + 8
-    sheet = Image.new("RGB", (max(1, shown) * (width + gap) + gap, 2 * (height + gap) + gap + title), "white")
+    rows = 2 if shown else 0
+    sheet = Image.new("RGB", (max(1, shown) * (width + gap) + gap, rows * (height + gap) + gap + title), "white")
     colours = palette(max(shown, 1))
     for index in range(shown):
         left = gap + index * (width + gap)
