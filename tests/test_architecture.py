@@ -24,7 +24,7 @@ ALLOWED = {
     "postprocess": {"config", "models", "paste"},
     "integrations": {"config", "overrides", "models", "errors", "data", "criterion", "postprocess", "engine"},
     "ablation": {"section", "config", "overrides", "errors", "paths", "attempts", "data", "engine"},
-    "report": {"config", "overrides", "paths", "ablation"},
+    "report": {"config", "overrides", "errors", "paths", "ablation"},
     "engine": {
         "config",
         "overrides",
@@ -73,6 +73,7 @@ WITHOUT_TORCH = [
     "report.tables",
     "report.plots",
     "report.pages",
+    "report.curves",
     "report.style",
     "report.terminal",
     "report.webpage",

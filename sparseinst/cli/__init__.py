@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sparseinst import __version__
-from sparseinst.cli import bench, cluster, data, models, tables, weights
+from sparseinst.cli import bench, cluster, data, look, models, tables, weights
 from sparseinst.errors import RunFailed, UserError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.add_typer(tables.app)
 app.add_typer(cluster.app)
 app.add_typer(models.app)
+app.add_typer(look.app)
 app.add_typer(weights.app)
 app.add_typer(bench.app)
 app.add_typer(data.app, name="data", help="Write the embedded data set; check a COCO-format folder.")

@@ -1,4 +1,4 @@
-"""Commands for one model outside any table: train, evaluate, predict."""
+"""Commands for one model outside any table: train, evaluate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from sparseinst.ablation.store import RESULTS
 from sparseinst.cli.options import Device, Json, Optimize, Overrides, ProfileName, Record, Results
-from sparseinst.errors import RunFailed, UserError
+from sparseinst.errors import UserError
 
 if TYPE_CHECKING:
     from sparseinst.config import Config
@@ -150,48 +150,6 @@ def _evaluate_peer(
             device=device_name(str(chosen)), seconds=found.seconds, data=file_digest(split.file),
         )  # fmt: skip
     return found
-
-
-@app.command()
-def predict(
-    inputs: Annotated[list[Path], typer.Argument(metavar="IMAGE|DIR ...")],
-    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
-    output: Annotated[Path, typer.Option(help="Folder for the overlays and predictions.json.")],
-    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Leave out instances below.")] = 0.4,
-    maps: Annotated[bool, typer.Option("--maps", help="Also draw each instance's activation map.")] = False,
-    optimize: Optimize = None,
-    device: Device = None,
-) -> None:
-    """Segment images: an overlay for each, and all instances as COCO JSON."""
-    from sparseinst.engine.predict import load_model
-    from sparseinst.engine.predict_files import find_images, predict_files
-
-    files = find_images(inputs)
-    failed = predict_files(load_model(weights, device, optimize=optimize), files, output, score=score, maps=maps)
-    print(f"{len(files) - failed} images: overlays and predictions.json in {output}")
-    if failed:
-        raise RunFailed(f"{failed} of {len(files)} images could not be read; see the warnings above")
-
-
-@app.command()
-def maps(
-    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
-    output: Annotated[Path, typer.Option(help="Folder for the sheets and the numbers.")],
-    data: Annotated[Path | None, typer.Option(help="A folder of images; default: the validation images of the run.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first images only.")] = None,
-    device: Device = None,
-) -> None:
-    """Where each instance activation map responds, as the mean over a data set: 12 that differ most, and all (Figure 6)."""
-    from sparseinst.data.coco import val_split
-    from sparseinst.engine.activations import mean_responses, write_mean_maps
-    from sparseinst.engine.predict import load_model
-    from sparseinst.engine.predict_files import find_images
-
-    model = load_model(weights, device)
-    files = find_images([data]) if data is not None else [image.path for image in val_split(model.config.data).images]
-    files = files[:limit]
-    for path in write_mean_maps(mean_responses(model, files), output):
-        print(f"{path}: {len(files)} images")
 
 
 def _print_figures(result: Any, as_json: bool = False) -> None:

@@ -15,14 +15,21 @@ from PIL import Image, ImageDraw, ImageFont
 from sparseinst.engine.predict import Prediction
 
 
-def overlay(image: Image.Image, prediction: Prediction, *, opacity: float = 0.45) -> Image.Image:
+def overlay(
+    image: Image.Image, prediction: Prediction, *, opacity: float = 0.45, by_map: bool = False, scores: bool = True
+) -> Image.Image:
     """The image with each mask tinted and outlined, and its name and score at its top; best instances drawn last.
 
     The outline is two lines, of the instance's colour and of white around it, so that it is seen on objects of any colour.
+
+    Args:
+        by_map: a colour for each instance activation map, the same in every image, in place of one for each rank.
+        scores: write them beside the names.
     """
     canvas = np.asarray(image, dtype=np.float32).copy()  # H W 3
     line = max(1, round(min(image.size) / 240))
-    colours = palette(len(prediction.scores))
+    ranks = prediction.maps.tolist() if by_map else list(range(len(prediction.scores)))
+    colours = [palette(rank + 1)[rank] for rank in ranks]
     order = list(range(len(prediction.scores)))[::-1]
     for index in order:
         _tint(canvas, prediction.masks[index], colours[index], line, opacity)
@@ -31,7 +38,7 @@ def overlay(image: Image.Image, prediction: Prediction, *, opacity: float = 0.45
     font = ImageFont.load_default(size=max(9, min(image.size) / 32))
     for index in order:
         if prediction.masks[index].any():
-            text = f"{prediction.names[index]} {prediction.scores[index]:.2f}"
+            text = prediction.names[index] + (f" {prediction.scores[index]:.2f}" if scores else "")
             _label(pen, font, text, prediction.masks[index], colours[index], image.size)
     return drawn
 
@@ -77,6 +84,23 @@ def activation_sheet(image: Image.Image, prediction: Prediction, *, most: int = 
     if not shown:
         ImageDraw.Draw(sheet).text((gap, 2), "no instance", fill="black", font=font)
     return sheet
+
+
+def outlined(image: Image.Image, mask: NDArray[np.bool_], width: int) -> Image.Image:
+    """The image at a width in pixels, with the outline of one mask (H, W) of its size."""
+    size = (width, max(1, round(image.height * width / image.width)))
+    canvas = np.asarray(image.resize(size), dtype=np.float32).copy()
+    _tint(canvas, np.asarray(Image.fromarray(mask).resize(size)), (255, 40, 40), 2, 0.0)
+    return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+def fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Scaled to fit into a white frame."""
+    scale = min(width / picture.width, height / picture.height)
+    small = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    whole = Image.new("RGB", (width, height), "white")
+    whole.paste(small, ((width - small.width) // 2, (height - small.height) // 2))
+    return whole
 
 
 def heat(image: Image.Image | None, values: NDArray[np.float32], size: tuple[int, int] | None = None) -> Image.Image:

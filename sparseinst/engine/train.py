@@ -27,6 +27,7 @@ from sparseinst.engine.evaluate import evaluate
 from sparseinst.engine.files import make_folder
 from sparseinst.engine.monitor import Monitor, diverged, logging_to
 from sparseinst.engine.schedule import learning_rate_factor, parameter_groups
+from sparseinst.engine.stability import Matches, matched_maps, stability
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst, build_model
@@ -118,6 +119,7 @@ class _Training:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.train), fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         decay = config.train.ema_decay
+        self.matches: Matches = {}
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
 
     def run(self) -> None:
@@ -152,11 +154,13 @@ class _Training:
                 facts |= self._update()
                 monitor.step(iteration, losses, rate, **facts)
                 done = iteration + 1
+                # Before the checkpoint, which holds what the next evaluation compares with.
+                if train.evaluate_every and done % train.evaluate_every == 0 and done < train.iterations:
+                    monitor.flush(rate)
+                    self._evaluate(monitor, done)
                 if done % train.checkpoint_every == 0 or done == train.iterations:
                     monitor.flush(rate)
                     self._save(done)
-                if train.evaluate_every and done % train.evaluate_every == 0 and done < train.iterations:
-                    self._evaluate(monitor, done)
         if rank() == 0:
             state = self._trained().state_dict()
             save_weights(self.paths.weights, state, self.config, self.categories, self.attempt.check)
@@ -220,8 +224,13 @@ class _Training:
         model = self._trained().eval()
         split = val_split(self.config.data)
         result = evaluate(model, split, self.config, device=self.device, progress=False, attempt=self.attempt)
+        told: dict[str, float | None] = dict(result.figures)
+        if rank() == 0:
+            matches = matched_maps(model, split, self.config, device=self.device)
+            told["matching_stability"] = stability(self.matches, matches)
+            self.matches = matches
         self.model.train()
-        monitor.write({"iteration": iteration, **result.figures}, "val")
+        monitor.write({"iteration": iteration, **told}, "val")
         _log.info("step %d: AP %s", iteration, result.figures["AP"])
 
     def _save(self, iteration: int) -> None:
@@ -237,6 +246,7 @@ class _Training:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
+            "matches": self.matches,
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -253,6 +263,7 @@ class _Training:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        self.matches = state.get("matches", {})  # checkpoints of earlier versions lack it
         torch.set_rng_state(state["random"].cpu())
         if state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
