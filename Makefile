@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install mini test test-slurm lint clean
+.PHONY: install mini lab test test-slurm lint clean
 mini: $(INSTALLED)
 	$(BIN)/sparseinst run table5 --profile mini --results runs/mini --pictures runs/pictures
 	$(BIN)/sparseinst report table5 --profile mini --results runs/mini --show
+
+# The notebooks, in a browser.
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab notebooks
 
 install: $(INSTALLED)
 

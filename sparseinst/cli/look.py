@@ -29,7 +29,8 @@ def predict(
 
     files = find_images(inputs, videos=True)
     failed = predict_files(load_model(weights, device, optimize=optimize), files, output, score=score, maps=maps)
-    print(f"{len(files) - failed} files: overlays and predictions.json in {output}")
+    done = len(files) - failed
+    print(f"{done} file{'s' if done != 1 else ''}: overlays and predictions.json in {output}")
     if failed:
         raise RunFailed(f"{failed} of {len(files)} files could not be read; see the warnings above")
 

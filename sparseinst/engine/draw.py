@@ -124,10 +124,10 @@ def heat(image: Image.Image | None, values: NDArray[np.float32], size: tuple[int
 def sheet(pictures: Sequence[tuple[str, Image.Image]], *, columns: int) -> Image.Image:
     """Pictures of one size in rows, each below its title."""
     width, height = pictures[0][1].size
-    gap, title = 4, max(12, width // 10 + 4)
+    gap, title = 4, max(12, min(width // 10, 14) + 4)
     rows = -(-len(pictures) // columns)
     whole = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap + title) + gap), "white")
-    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=max(9, width / 12))
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=max(9, min(width / 12, 13)))
     for index, (text, picture) in enumerate(pictures):
         left, top = gap + index % columns * (width + gap), gap + index // columns * (height + gap + title)
         pen.text((left, top), text, fill="black", font=font)
