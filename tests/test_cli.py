@@ -134,7 +134,7 @@ def bad_inputs() -> dict[str, tuple[list[str], str]]:
             ["predict", "{tmp}/n.jpg", "--weights", "{trained}", "--output", "{tmp}/o"],
             "no such image or folder",
         ),
-        "no pictures": (["predict", "{bad}/list", "--weights", "{trained}", "--output", "{tmp}/o"], "no image (.bmp"),
+        "no pictures": (["predict", "{bad}/list", "--weights", "{trained}", "--output", "{tmp}/o"], "no image or video (.avi"),
         "shapes over something": (["data", "shapes", "--output", "{bad}"], "name another folder"),
         "unknown table": (["run", "tabel5", "--profile", "mini"], "did you mean 'table5'"),
         "unknown profile": (["run", "table5", "--profile", "minni"], "did you mean 'mini'"),

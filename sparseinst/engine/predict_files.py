@@ -45,7 +45,7 @@ def find_images(inputs: Iterable[Path], *, videos: bool = False) -> list[Path]:
         else:
             raise UserError(f"{path}: no such image or folder")
     if not files:
-        raise UserError(f"no image ({', '.join(sorted(wanted))}) in {', '.join(map(str, inputs))}")
+        raise UserError(f"no image{' or video' if videos else ''} ({', '.join(sorted(wanted))}) in {', '.join(map(str, inputs))}")
     return files
 
 

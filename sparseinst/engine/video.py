@@ -72,7 +72,7 @@ def _pyav() -> Any:
     try:
         import av
     except ImportError:
-        raise UserError('videos need PyAV: pip install "sparseinst[video]"') from None
+        raise UserError("videos need PyAV, the extra `video`: pip install 'sparseinst[video]'") from None
     return av
 
 

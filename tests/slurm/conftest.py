@@ -1,0 +1,37 @@
+"""A private SLURM cluster, and a project folder on it."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .lab import ROOT, SCRIPTS, slurm, wait_for
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Path]:
+    """A running cluster; its folder."""
+    folder = Path(tempfile.mkdtemp(prefix="cluster-"))  # not in pytest's own, which others may not enter: munge wants that
+    subprocess.run([SCRIPTS / "start.sh", folder, "2", "4"], check=True, timeout=60)
+    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    yield folder
+    subprocess.run([SCRIPTS / "stop.sh", folder], check=True, timeout=60)
+    shutil.rmtree(folder)
+    del os.environ["SLURM_CONF"]
+
+
+@pytest.fixture
+def project(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty project folder on a cluster whose nodes are up and whose queue is empty."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
+    monkeypatch.chdir(tmp_path)
+    slurm("scontrol", "update", "nodename=ALL", "state=resume", check=False)
+    wait_for(lambda: slurm("sinfo", "--noheader", "--Node", "--format=%t").split() == ["idle"] * 2, 60, "idle nodes")
+    yield tmp_path
+    slurm("scancel", "--me")
+    wait_for(lambda: not slurm("squeue", "--noheader"), 60, "an empty queue")
