@@ -71,7 +71,7 @@ def test_predict_counts_what_it_cannot_read(trained: Path, tmp_path: Path, capsy
     (tmp_path / "bad.png").write_bytes(b"no image")
     assert run_cli(["predict", str(tmp_path), "--weights", str(trained), "--output", str(tmp_path / "out")]) == 1
     captured = capsys.readouterr()
-    assert "1 of 2 images could not be read" in captured.err
+    assert "1 of 2 files could not be read" in captured.err
     assert (tmp_path / "out" / "good.jpg").exists()
 
 

@@ -20,12 +20,11 @@ from sparseinst.engine.failures import find_failures
 from sparseinst.engine.predict import Prediction
 from sparseinst.engine.stability import matched_maps, stability
 from sparseinst.engine.train import train
+from sparseinst.errors import DataError
 from sparseinst.paths import RunPaths
 from sparseinst.report.curves import draw_curves, read_metrics
 
 from .conftest import CPU, annotation, box, write_coco
-
-av = pytest.importorskip("av", reason="PyAV, the extra `video`, is not installed")
 
 
 def test_what_is_drawn_is_what_is_evaluated(trained: Path, tmp_path: Path) -> None:
@@ -64,7 +63,12 @@ def test_the_overlay_tints_the_mask_and_nothing_far_from_it() -> None:
     assert by_map[100, 150].tolist() == list(palette(4)[3]), "the colour of map 3, whatever its rank"
 
 
-def write_video(path: Path, frames: int, size: tuple[int, int] = (98, 65)) -> Path:
+@pytest.fixture
+def av() -> Any:
+    return pytest.importorskip("av", reason="PyAV, the extra `video`, is not installed")
+
+
+def write_video(av: Any, path: Path, frames: int, size: tuple[int, int] = (98, 65)) -> Path:
     """A square that moves; sides that are not even, as cropped videos have them."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libvpx-vp9", rate=10)
@@ -77,10 +81,10 @@ def write_video(path: Path, frames: int, size: tuple[int, int] = (98, 65)) -> Pa
     return path
 
 
-def test_video(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_video(av: Any, trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
-    write_video(folder / "clip.webm", 7)
+    write_video(av, folder / "clip.webm", 7)
     Image.new("RGB", (50, 40)).save(folder / "clip.png")
     command = ["predict", str(folder), "--weights", str(trained), "--score", "0", "--device", "cpu"]
     assert run_cli([*command, "--output", str(tmp_path / "out")]) == 0
@@ -95,9 +99,9 @@ def test_video(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_videos_that_are_none_or_break_off(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    av: Any, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_video(tmp_path / "short.mkv", 20)
+    write_video(av, tmp_path / "short.mkv", 20)
     whole = (tmp_path / "short.mkv").read_bytes()
     (tmp_path / "short.mkv").write_bytes(whole[: int(0.7 * len(whole))])
     (tmp_path / "none.mp4").write_bytes(b"no video at all")
@@ -112,6 +116,58 @@ def test_videos_that_are_none_or_break_off(
         assert sum(1 for _ in drawn.decode(video=0)) == frames
     assert not (tmp_path / "out/none.mp4").exists()
     assert not list((tmp_path / "out").glob(".*")), "no half-written file is left"
+
+
+def test_a_phones_video_is_turned_upright(av: Any, trained: Path, tmp_path: Path) -> None:
+    """Its frames lie on their side, and the file says so: a quarter turn to the right to be shown."""
+    with av.open(str(tmp_path / "phone.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        picture = np.zeros((64, 96, 3), dtype=np.uint8)
+        picture[:, :24] = (250, 40, 40)  # at the left, which is the top when it is turned
+        for _ in range(3):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+    data = (tmp_path / "phone.mp4").read_bytes()
+    unit, zero = (0x10000).to_bytes(4, "big"), bytes(4)
+    upright = unit + 3 * zero + unit + 3 * zero + (0x40000000).to_bytes(4, "big")
+    turned = zero + unit + zero + (-0x10000).to_bytes(4, "big", signed=True) + 4 * zero + upright[-4:]
+    head = data.index(b"tkhd")
+    at = data.index(upright, head)
+    (tmp_path / "phone.mp4").write_bytes(data[:at] + turned + data[at + 36 :])
+    command = ["predict", str(tmp_path / "phone.mp4"), "--weights", str(trained), "--score", "1", "--device", "cpu"]
+    assert run_cli([*command, "--output", str(tmp_path / "out")]) == 0
+    with av.open(str(tmp_path / "out/phone.mp4")) as drawn:
+        frame = next(drawn.decode(video=0)).to_ndarray(format="rgb24")
+    assert frame.shape == (96, 64, 3)
+    assert frame[10, 32, 0] > 150 > 60 > frame[80, 32, 0]
+
+
+def test_an_image_is_not_written_over(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (50, 40)).save(tmp_path / "photo.jpg")
+    before = (tmp_path / "photo.jpg").read_bytes()
+    assert run_cli(["predict", str(tmp_path / "photo.jpg"), "--weights", str(trained), "--output", str(tmp_path)]) == 2
+    assert "would be written over" in capsys.readouterr().err
+    assert (tmp_path / "photo.jpg").read_bytes() == before
+
+
+def test_failures_read_what_evaluation_reads(two_images: Path) -> None:
+    """Ids from 0 on, annotations without area and iscrowd; a polygon that is none is named."""
+    file = two_images / "annotations/instances_val2017.json"
+    data = json.loads(file.read_text())
+    for number, entry in enumerate(data["annotations"]):
+        entry["id"] = number
+        del entry["area"]
+        if not entry["iscrowd"]:
+            del entry["iscrowd"]
+    file.write_text(json.dumps(data))
+    found = find_failures(file, [result(1, 7, 10, 10, 40, 0.9)], [1, 2], 0.4)
+    assert found.found == {"small": 0, "medium": 1, "large": 0}
+    assert found.invented == []
+    data["annotations"][1]["segmentation"] = [[1, 2, 3, 4]]
+    file.write_text(json.dumps(data))
+    with pytest.raises(DataError, match="annotation 1: segmentation: a polygon needs at least three points"):
+        find_failures(file, [], [1, 2], 0.4)
 
 
 def result(image: int, category: int, x: int, y: int, side: int, score: float) -> dict[str, Any]:
@@ -208,6 +264,8 @@ def test_curves(tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     panels = [axes.get_ylabel() for axes in draw_curves({"a": entries}).axes]
     assert {"mask AP (%)", "learning rate", "objects matched as before (%)", "dice loss (weighted)"} <= set(panels)
     capsys.readouterr()
+    assert run_cli(["curves", str(tmp_path / "whole"), "--output", "a.pdf"]) == 2
+    assert "written as .png and .svg" in capsys.readouterr().err
     assert run_cli(["curves", str(tmp_path)]) == 2
     assert "metrics.jsonl is missing" in capsys.readouterr().err
     broken = RunPaths(stopped.root).metrics

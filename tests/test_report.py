@@ -10,7 +10,7 @@ from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import Profile, Table, read_profile, read_spec, read_tables, row_config
 from sparseinst.report.collect import TableResult, collect, seed_spreads
 from sparseinst.report.pages import write_report
-from sparseinst.report.tables import FORMATS, frame
+from sparseinst.report.tables import FORMATS, frame, notes
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 MINI = read_profile("mini", EXPERIMENTS)
@@ -112,3 +112,32 @@ def test_figures_are_the_same_bytes_each_time(store: Store, tmp_path: Path) -> N
         write_report([table5(store)], tmp_path / folder)
     for name in ("table5-mini-differences.png", "table5-mini-differences.svg"):
         assert (tmp_path / "a" / "figures" / name).read_bytes() == (tmp_path / "b" / "figures" / name).read_bytes()
+
+
+def test_a_crowded_plot_is_the_same_each_time(tmp_path: Path) -> None:
+    """Names are moved apart in as many steps on any machine."""
+    [table] = read_tables(["figure1"], EXPERIMENTS)
+    result = collect(table, MINI, Store(tmp_path), {}, {})
+    for folder in ("a", "b"):
+        write_report([result], tmp_path / folder)
+    name = "figures/figure1-mini-speed-accuracy.svg"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_missing_timing_is_a_gap(tmp_path: Path) -> None:
+    [table] = read_tables(["figure1"], EXPERIMENTS)
+    store = Store(tmp_path)
+    config = row_config(table.spec, table.spec.rows[0], MINI)
+    store.write(evaluation(config.evaluate_key(), 30.0))
+    result = collect(table, MINI, store, {config.latency_key("A card"): "failed"}, {})
+    assert result.rows[0].missing == "timing failed"
+    assert frame(result)["FPS"][0] == "failed | 58.5"
+    assert result.rows[1].missing == "pending, timing pending"
+
+
+def test_rows_that_are_one_run_are_told(tmp_path: Path) -> None:
+    """The backbone is the profile's own, so two backbones of the paper are one training."""
+    [table] = read_tables(["table1"], EXPERIMENTS)
+    store = Store(tmp_path)
+    store.write(evaluation(row_config(table.spec, table.spec.rows[0], MINI).evaluate_key(), 30.0))
+    assert "At mini scale 'R-50' and 'R-50-d' are one and the same run." in notes(collect(table, MINI, store, {}, {}))

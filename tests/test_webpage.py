@@ -29,7 +29,8 @@ def write_page(folder: Path) -> Path:
     store.write(
         Record("peer", "peer-evil", {"peer": "</script><b>", "short_side": 1, "figures": {}}, provenance={"profile": "x"})
     )
-    write_report(read_results(["all"], "mini", folder), folder, page=True)
+    results = read_results(["all"], "mini", folder)
+    write_report(results, folder, page=results)
     return folder / "mini.html"
 
 
@@ -87,7 +88,7 @@ def column(page: Any, heading: str) -> list[str]:
     """The texts of a column of Table 5, from top to bottom."""
     headings = page.locator("#table5 th").all_inner_texts()
     index = next(number for number, text in enumerate(headings, 1) if text.split(" ")[0] == heading)
-    texts: list[str] = page.locator(f"#table5 tbody td:nth-child({index})").all_inner_texts()
+    texts: list[str] = page.locator(f"#table5 tbody tr > :nth-child({index})").all_inner_texts()
     return texts
 
 
@@ -122,6 +123,7 @@ def test_filter(page: Any) -> None:
     shown = page.locator("#all-records tbody tr:visible").all_inner_texts()
     assert 0 < len(shown) < 20
     assert all("cross-attention" in text for text in shown)
+    assert page.locator("#shown").inner_text() == f"{len(shown)} shown"
 
 
 @pytest.mark.parametrize("width", [320, 390])
@@ -132,5 +134,5 @@ def test_on_a_phone(page: Any, width: int) -> None:
     scroll = page.locator("#table5 .scroll")
     assert scroll.evaluate("element => element.scrollWidth > element.clientWidth")
     scroll.evaluate("element => { element.scrollLeft = 300 }")
-    assert page.locator("#table5 tbody td").first.bounding_box()["x"] < 40
+    assert page.locator("#table5 tbody th").first.bounding_box()["x"] < 40
     assert page.locator("#table5 figure img").evaluate("image => image.naturalWidth > 0 && image.complete")

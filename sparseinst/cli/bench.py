@@ -12,7 +12,7 @@ import typer
 
 from sparseinst.ablation.store import RESULTS
 from sparseinst.cli.options import Device, Json, ProfileName, Record, Results
-from sparseinst.config import Precision
+from sparseinst.config import MODELS, Precision
 from sparseinst.errors import UserError
 from sparseinst.overrides import nearest
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+MOST_PHOTOS = 64
 MODES = ("plain", "eager", "folded", "compiled", "graph", "best")
 
 
@@ -96,6 +97,7 @@ def bench(
     from sparseinst.ablation.plan import device_name
     from sparseinst.engine.device import pick_device
     from sparseinst.engine.predict_files import find_images
+    from sparseinst.integrations.peers import is_peer
 
     chosen = pick_device(device)
     settings = [
@@ -104,9 +106,18 @@ def bench(
         for values in itertools.product(size or [_own_side(name)], batch or [1], precision or ["fp32"], mode or ["eager"])
     ]
     inputs = find_images(photos) if photos else []
+    if len(inputs) > MOST_PHOTOS:
+        print(f"the first {MOST_PHOTOS} of {len(inputs)} photos are taken: all are held on the device")
+        inputs = inputs[:MOST_PHOTOS]
+    if inputs and (record or roofline):
+        raise UserError("--photos: neither with --record nor with --roofline, which are of 480 x 640 images")
+    if record and not all(map(is_peer, model or [""])):
+        raise UserError("--record is for peers; our own timings are recorded by `run`")
     about: dict[str, Any] = {"device": device_name(str(chosen)), **_threads(chosen)}
     if compare is not None:
-        pair = [_changed(settings[0], text) for text in compare]
+        pair = [_changed(settings[0], text, size is None) for text in compare]
+        if pair[0].batch != pair[1].batch:
+            raise UserError(f"--compare: batches of {pair[0].batch} and {pair[1].batch}: a ratio needs as many images at once")
         about["compare"] = _compare(pair, inputs, chosen, warmup, repetitions)
     else:
         about["rows"] = []
@@ -133,8 +144,12 @@ def _threads(device: Any) -> dict[str, Any]:
     return {"torch": torch.__version__, **({"threads": torch.get_num_threads()} if device.type == "cpu" else {})}
 
 
-def _changed(setting: Setting, text: str) -> Setting:
-    """A setting with what `mode=best,precision=bf16` says. Raises `UserError`."""
+def _changed(setting: Setting, text: str, own_size: bool) -> Setting:
+    """A setting with what `mode=best,precision=bf16` says. Raises `UserError`.
+
+    Args:
+        own_size: give another model the size it is meant for.
+    """
     known = {field.name: type(getattr(setting, field.name)) for field in fields(setting)}
     changes: dict[str, Any] = {}
     for part in text.split(","):
@@ -145,6 +160,8 @@ def _changed(setting: Setting, text: str) -> Setting:
             changes[name] = known[name](value)
         except ValueError:
             raise UserError(f"--compare: {part!r}: a number was expected") from None
+    if own_size and "model" in changes:
+        changes.setdefault("size", _own_side(changes["model"]))
     return replace(setting, **changes)
 
 
@@ -152,7 +169,12 @@ def _own_side(model: str) -> int:
     """The image's shorter side that a model is meant for."""
     from sparseinst.engine.checkpoint import load_weights
 
-    return load_weights(Path(model))[1].inference.sides()[0] if Path(model).exists() else 640
+    return load_weights(Path(model))[1].inference.sides()[0] if _is_weights(model) else 640
+
+
+def _is_weights(model: str) -> bool:
+    """Whether a model is named by its file or folder. The names of models come first."""
+    return model not in MODELS and Path(model).exists()
 
 
 def _network(setting: Setting) -> tuple[Config, SparseInst | None]:
@@ -161,7 +183,7 @@ def _network(setting: Setting) -> tuple[Config, SparseInst | None]:
     from sparseinst.overrides import load_config
 
     (short, long), network = setting.sides, None
-    if Path(setting.model).exists():
+    if _is_weights(setting.model):
         network, config, _ = load_weights(Path(setting.model))
         own_short, own_long = config.inference.sides()
         long = round(short * own_long / own_short)
@@ -200,7 +222,7 @@ def _row(setting: Setting, photos: list[Path], device: Any, warmup: int, repetit
 
 
 def _bound(row: dict[str, Any], setting: Setting, device: Any) -> dict[str, Any]:
-    """How soon the network could be done with the same number of 480 x 640 images, by what the device did just now."""
+    """How soon the network alone could be done, by what the device did just now."""
     from dataclasses import asdict
 
     from sparseinst.engine.roofline import count_work, measure_peak
@@ -209,8 +231,8 @@ def _bound(row: dict[str, Any], setting: Setting, device: Any) -> dict[str, Any]
     if is_peer(setting.model):
         return {"roofline": None}
     precision: Any = setting.precision
-    work, peak = count_work(_network(setting)[0]), measure_peak(device, precision)
-    bound = setting.batch * work.bound_ms(peak, precision)
+    work, peak = count_work(_network(setting)[0], setting.batch), measure_peak(device, precision)
+    bound = work.bound_ms(peak, precision)
     return {
         "roofline": {
             "bytes": work.traffic(precision),
@@ -224,10 +246,7 @@ def _bound(row: dict[str, Any], setting: Setting, device: Any) -> dict[str, Any]
 def _keep(row: dict[str, Any], setting: Setting, device: str, profile: str, results: Path) -> None:
     from sparseinst.ablation.peers import keep_peer
     from sparseinst.ablation.store import Store
-    from sparseinst.integrations.peers import is_peer
 
-    if not is_peer(setting.model):
-        raise UserError(f"--record: {setting.model} is no peer; our own timings are recorded by `run`")
     seconds = row["repetitions"] * row["whole_ms"]["median"] / 1000
     result = {"whole_ms": row["whole_ms"]}
     keep_peer(Store(results), setting.model, setting.size, result, profile=profile, device=device, seconds=seconds)
@@ -267,15 +286,14 @@ def _show(about: dict[str, Any]) -> None:
     for row in about["rows"]:
         if row.get("roofline"):
             bound = row["roofline"]
+            rates = f"{bound['peak']['flops'] / 1e12:.2f} TFLOP/s and {bound['peak']['bytes'] / 1e9:.0f} GB/s measured"
             print(
-                f"{_name(row)}: not below {bound['bound_ms']:.1f} ms operator by operator, {bound['share']:.0%} of the median "
-                f"({bound['bytes'] / 1e9:.2f} GB an image; {bound['peak']['flops'] / 1e12:.2f} TFLOP/s and "
-                f"{bound['peak']['bytes'] / 1e9:.0f} GB/s measured)"
+                f"{_name(row)}: the network, operator by operator, not below {bound['bound_ms']:.1f} ms, "
+                f"{bound['share']:.0%} of the median ({bound['bytes'] / 1e9:.2f} GB; {rates})"
             )
-    print(
-        "Random weights keep every map. Each module is synchronised by itself: "
-        "what their sum exceeds the median by is the cost of that."
-    )
+    print("Each module is synchronised by itself: what their sum exceeds the median by is the cost of that.")
+    if any(row["model"] in MODELS for row in about["rows"]):
+        print("Random weights keep every map, the slowest case.")
     for row in about["rows"]:
         if not 0.95 < row["drift"] < 1.05:
             print(f"{_name(row)}: the last third took {row['drift']:.2f} x the first: throttled, or other work beside it")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparseinst.cli.options import Device, Optimize, Overrides
-from sparseinst.errors import RunFailed
+from sparseinst.errors import RunFailed, UserError
 
 app = typer.Typer()
 
@@ -83,8 +83,7 @@ def failures(
     evaluation = evaluate_weights(weights, overrides, device=pick_device(device), predictions=predictions)
     split = val_split(load_weights(weights)[1].replace(overrides).data)
     results = json.loads(predictions.read_text(encoding="utf-8"))
-    left_out = {reason.partition(":")[0] for reason in evaluation.skipped}
-    images = [image.id for image in split.images if str(image.path) not in left_out]
+    images = [image.id for image in split.images if image.id not in evaluation.skipped_images]
     found = find_failures(split.file, results, images, score)
     for path in write_failures(found, split, results, output, score=score, most=most):
         print(path)
@@ -103,6 +102,8 @@ def curves(
     from sparseinst.report.curves import draw_curves, read_metrics
     from sparseinst.report.style import save
 
+    if output.suffix not in ("", ".png", ".svg"):
+        raise UserError(f"{output}: curves are written as .png and .svg")
     figure = draw_curves({str(run): read_metrics(run) for run in runs})
     save(figure, output)
     print(f"{output.with_suffix('.png')} and {output.with_suffix('.svg')}")

@@ -167,16 +167,19 @@ def report(
     """Tables and figures from the records, in results/; missing runs are visible gaps."""
     from sparseinst.ablation.status import plan_status
     from sparseinst.report.collect import read_results
-    from sparseinst.report.pages import write_report
+    from sparseinst.report.pages import page_file, write_report
     from sparseinst.report.terminal import print_table
 
     made, _ = make_plan(tables, profile, 1, None, results, None)
     states = {found.run.key: found.state for found in plan_status(made)}
     collected = read_results(tables or [], profile, results, states)
-    changed = write_report(collected, results, page=html)
+    # The page holds every table, also where fewer are written anew.
+    named = [name for name in tables or [] if name != "all"]
+    page = read_results(["all", *named], profile, results, states) if html else []
+    changed = write_report(collected, results, page=page)
     if show:
         for result in collected:
             print_table(result)
     if html:
-        print(f"the page: {results / f'{made.profile.name}.html'}")
+        print(f"the page: {page_file(results, made.profile.name)}")
     print(f"{len(changed)} files changed in {results}" if changed else f"{results}: nothing new")

@@ -17,6 +17,7 @@ import torch
 from sparseinst.config import Config
 from sparseinst.engine.roofline import now
 from sparseinst.engine.timed import Timed, network_to_time
+from sparseinst.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def measure_latency(config: Config, *, device: torch.device, warmup: int = 10, r
 
 
 def whole_turns(timed: Timed, repetitions: int) -> int:
-    """At least as many repetitions, so that each batch comes as often as any other."""
-    return -(-repetitions // timed.turns) * timed.turns
+    """At least as many repetitions, so that each batch comes as often as any other, and twice: the drift needs that."""
+    return max(2, -(-repetitions // timed.turns)) * timed.turns
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,13 @@ class Comparison:
 
 @torch.no_grad()
 def compare(first: Timed, second: Timed, *, device: torch.device, warmup: int = 10, repetitions: int = 50) -> Comparison:
-    """Time two things by turns, so that what else the machine does falls on both."""
+    """Time two things by turns, so that what else the machine does falls on both.
+
+    Raises:
+        UserError: they do not take the same number of batches.
+    """
+    if first.turns != second.turns:
+        raise UserError(f"{first.turns} batches against {second.turns}: a ratio needs the same images, and as many at once")
     repetitions = whole_turns(first, repetitions)
     for number in range(max(warmup, first.turns)):
         for timed in (first, second):

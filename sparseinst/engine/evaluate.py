@@ -53,6 +53,8 @@ class Evaluation:
     skipped: list[str] = field(default_factory=list)
     """Why images were left out; their objects do not count as missed."""
     seconds: float = 0.0
+    skipped_images: list[int] = field(default_factory=list)
+    """Their ids."""
 
 
 @torch.no_grad()
@@ -135,7 +137,8 @@ def _compare(
     results = [instance for image in images for instance in image.instances]
     if predictions is not None:
         write_predictions(predictions, results, attempt.check if attempt is not None else None)
-    return Evaluation(coco_figures(split.file, results, image_ids, engine), len(image_ids), skipped)
+    left_out = [image.id for image in images if image.skipped]
+    return Evaluation(coco_figures(split.file, results, image_ids, engine), len(image_ids), skipped, skipped_images=left_out)
 
 
 def write_predictions(file: Path, results: list[dict[str, Any]], check: Callable[[], None] | None = None) -> None:

@@ -73,13 +73,19 @@ def predict_files(predictor: Predictor, files: list[Path], output: Path, *, scor
         How many files could not be read; each is named in a warning.
 
     Raises:
-        UserError: a video, where PyAV is not installed.
+        UserError: a video, where PyAV is not installed; an overlay that would replace its own image.
     """
     make_folder(output)
+    names = _overlay_names(files)
+    for file, name in zip(files, names, strict=True):
+        if file.resolve() == (output / name).resolve():
+            raise UserError(f"{file}: would be written over: name another folder with --output")
+    if maps and any(map(is_video, files)):
+        _log.warning("--maps is for images: videos get none")
     result = _Result(predictor)
     failed = 0
     with progress_bar("files") as bar:
-        for file, name in zip(bar.track(files, description="predict"), _overlay_names(files), strict=True):
+        for file, name in zip(bar.track(files, description="predict"), names, strict=True):
             try:
                 if is_video(file):
                     _predict_video(predictor, file, output / name, result, score)
@@ -105,8 +111,10 @@ def _predict_image(predictor: Predictor, file: Path, drawn: Path, result: _Resul
 
 
 def _predict_video(predictor: Predictor, file: Path, drawn: Path, result: _Result, score: float) -> None:
-    for number, (prediction, size) in enumerate(predict_video(predictor, file, drawn, score=score)):
+    def keep(number: int, prediction: Prediction, size: tuple[int, int]) -> None:
         result.add(prediction, size, file_name=str(file), frame=number)
+
+    predict_video(predictor, file, drawn, keep, score=score)
 
 
 def as_annotations(prediction: Prediction, image_id: int, predictor: Predictor, first_id: int) -> list[dict[str, Any]]:

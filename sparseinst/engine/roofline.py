@@ -20,7 +20,7 @@ from sparseinst.models.sparseinst import build_model
 
 @dataclass(frozen=True)
 class Work:
-    """Of one image through the network, operator by operator; post-processing is left out."""
+    """Of a batch through the network, operator by operator; post-processing is left out."""
 
     operators: tuple[tuple[int, int], ...]
     """FLOPs (two a multiply-add, deformable convolutions with them) and elements that are read or written, of each."""
@@ -48,6 +48,9 @@ class Peak:
     bytes: float
 
 
+_NO_WORK = (torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_like)
+
+
 class _Count(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +58,7 @@ class _Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if not func.is_view:
+        if not (func.is_view or func._overloadpacket in _NO_WORK):
             formula = _FORMULAS.get(func._overloadpacket)
             flops = int(formula(*args, **(kwargs or {}), out_val=output)) if formula is not None else 0
             self.operators.append((flops, sum(map(_elements, (*args, output)))))
@@ -78,13 +81,13 @@ _FORMULAS: dict[Any, Callable[..., int]] = {**flop_registry, torch.ops.torchvisi
 
 
 @torch.no_grad()
-def count_work(config: Config) -> Work:
-    """Of a photo of COCO's usual size."""
+def count_work(config: Config, batch: int = 1) -> Work:
+    """Of photos of COCO's usual size."""
     network = build_model(config.model, load_pretrained=False).eval()
     height, width = padded_size([short_side_size(*PHOTO, *config.inference.sides())])
     counting = _Count()
     with counting:
-        network(torch.zeros(1, 3, height, width))
+        network(torch.zeros(batch, 3, height, width))
     return Work(tuple(counting.operators))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from sparseinst.attempts import Attempt
 from sparseinst.config import Config
 from sparseinst.criterion import prepare_targets
 from sparseinst.data.coco import CocoSplit
@@ -27,15 +28,26 @@ Matches = dict[str, int]
 
 
 @torch.no_grad()
-def matched_maps(model: SparseInst, split: CocoSplit, config: Config, *, device: torch.device, most: int = IMAGES) -> Matches:
+def matched_maps(
+    model: SparseInst,
+    split: CocoSplit,
+    config: Config,
+    *,
+    device: torch.device,
+    attempt: Attempt | None = None,
+    most: int = IMAGES,
+) -> Matches:
     """Which map the training's matching gives each object of the first images; images that cannot be read are left out.
 
     Args:
         model: in evaluation mode, on `device`.
+        attempt: is told how far it is.
     """
     found: Matches = {}
     stride = model.mask_stride()
-    for record in split.with_instances().images[:most]:
+    for number, record in enumerate(split.with_instances().images[:most]):
+        if attempt is not None:
+            attempt.at("match", number)
         try:
             sample = read_sample(record, split)
         except DataError:
@@ -50,8 +62,8 @@ def matched_maps(model: SparseInst, split: CocoSplit, config: Config, *, device:
         with autocast(device, config.inference.precision):
             raw = model(model.normalise(batch.images.to(device), batch.sizes))
         [pairs] = match(raw, targets, config.matcher)
-        for number, index in zip(pairs.instances.tolist(), pairs.predictions.tolist(), strict=True):
-            found[f"{record.id}-{number}"] = index
+        for instance, index in zip(pairs.instances.tolist(), pairs.predictions.tolist(), strict=True):
+            found[f"{record.id}-{instance}"] = index
     return found
 
 

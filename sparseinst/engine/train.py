@@ -100,6 +100,8 @@ class _Training:
         split = train_split(config.data)
         _check_classes(config, split)
         _check_instances(config, split)
+        if config.train.evaluate_every:
+            _check_classes(config, val_split(config.data))
         self.categories = split.categories
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, load_pretrained=config.train.start is None)
@@ -154,13 +156,11 @@ class _Training:
                 facts |= self._update()
                 monitor.step(iteration, losses, rate, **facts)
                 done = iteration + 1
-                # Before the checkpoint, which holds what the next evaluation compares with.
-                if train.evaluate_every and done % train.evaluate_every == 0 and done < train.iterations:
-                    monitor.flush(rate)
-                    self._evaluate(monitor, done)
                 if done % train.checkpoint_every == 0 or done == train.iterations:
                     monitor.flush(rate)
                     self._save(done)
+                if self._evaluates_after(done):
+                    self._evaluate(monitor, done)
         if rank() == 0:
             state = self._trained().state_dict()
             save_weights(self.paths.weights, state, self.config, self.categories, self.attempt.check)
@@ -220,13 +220,20 @@ class _Training:
         assert isinstance(model, SparseInst)
         return model
 
+    def _evaluates_after(self, done: int) -> bool:
+        every = self.config.train.evaluate_every
+        return bool(every) and done % (every or 1) == 0 and 0 < done < self.config.train.iterations
+
+    def _matches(self, model: SparseInst) -> Matches:
+        return matched_maps(model, val_split(self.config.data), self.config, device=self.device, attempt=self.attempt)
+
     def _evaluate(self, monitor: Monitor, iteration: int) -> None:
         model = self._trained().eval()
         split = val_split(self.config.data)
         result = evaluate(model, split, self.config, device=self.device, progress=False, attempt=self.attempt)
         told: dict[str, float | None] = dict(result.figures)
         if rank() == 0:
-            matches = matched_maps(model, split, self.config, device=self.device)
+            matches = self._matches(model)
             told["matching_stability"] = stability(self.matches, matches)
             self.matches = matches
         self.model.train()
@@ -269,6 +276,10 @@ class _Training:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
         _log.info("resuming after step %d", state["iteration"])
         iteration: int = state["iteration"]
+        if rank() == 0 and self._evaluates_after(iteration):
+            # That evaluation came after this checkpoint: what it told of the matching is told again.
+            self.matches = self._matches(self._trained().eval())
+            self.model.train()
         return iteration
 
     def _warn_of_skipped(self, parts: list[Batch]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from PIL import Image
 from sparseinst.engine.draw import overlay
 from sparseinst.engine.monitor import progress_bar
 from sparseinst.engine.predict import Prediction, Predictor
-from sparseinst.errors import DataError, UserError
+from sparseinst.errors import DataError, RunFailed, UserError
 from sparseinst.paths import atomic
 
 if TYPE_CHECKING:
@@ -26,46 +27,59 @@ VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
 _USUAL_RATE = Fraction(25)
 
 
-def predict_video(predictor: Predictor, file: Path, output: Path, *, score: float) -> list[tuple[Prediction, tuple[int, int]]]:
-    """Write a video (MP4, H.264) with the instances drawn over each frame; without its sound.
+def predict_video(
+    predictor: Predictor, file: Path, output: Path, keep: Callable[[int, Prediction, tuple[int, int]], None], *, score: float
+) -> None:
+    """Write a video (MP4, H.264) with the instances drawn over each frame; without its sound, upright.
 
     Each instance activation map has a colour of its own, so that an object keeps its colour for as long as the same map finds it.
+    Where the file breaks off, what was read is written, with a warning.
 
     Args:
+        keep: is given each frame's number, instances, and width and height.
         score: leave out instances below.
-
-    Returns:
-        The instances of each frame, and its width and height. Where the file breaks off, those before, with a warning.
 
     Raises:
         DataError: no readable video.
+        RunFailed: it cannot be written.
         UserError: PyAV is not installed.
     """
     av = _pyav()
-    found: list[tuple[Prediction, tuple[int, int]]] = []
+    with ExitStack() as stack:
+        try:
+            source = stack.enter_context(av.open(str(file)))
+        except av.error.FFmpegError as error:
+            raise DataError(f"{file}: no readable video ({error.strerror})") from None
+        if not source.streams.video:
+            raise DataError(f"{file}: holds no video")
+        stream = source.streams.video[0]
+        temporary = stack.enter_context(atomic(output))
+        with progress_bar("frames") as bar, _writing(output):
+            target = stack.enter_context(av.open(str(temporary), "w", format="mp4"))
+            codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+            drawn = target.add_stream(codec, rate=stream.average_rate or _USUAL_RATE)
+            drawn.pix_fmt = "yuv420p"
+            number = -1
+            frames = bar.track(_frames(source, file), total=stream.frames or None, description=file.name)
+            for number, frame in enumerate(frames):
+                prediction = predictor.predict(frame, score)
+                if number == 0:
+                    # The format wants even numbers.
+                    drawn.width, drawn.height = (max(2, side - side % 2) for side in frame.size)
+                keep(number, prediction, frame.size)
+                _write(target, drawn, overlay(frame, prediction, by_map=True))
+            if number < 0:
+                raise DataError(f"{file}: no frame of it can be read")
+            target.mux(drawn.encode())
+            target.close()
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
     try:
-        with av.open(str(file)) as source:
-            if not source.streams.video:
-                raise DataError(f"{file}: holds no video")
-            stream = source.streams.video[0]
-            with atomic(output) as temporary, av.open(str(temporary), "w", format="mp4") as target:
-                codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-                drawn = target.add_stream(codec, rate=stream.average_rate or _USUAL_RATE)
-                drawn.pix_fmt = "yuv420p"
-                with progress_bar("frames") as bar:
-                    for frame in bar.track(_frames(source, file), total=stream.frames or None, description=file.name):
-                        prediction = predictor.predict(frame, score)
-                        if not found:
-                            # The format wants even numbers.
-                            drawn.width, drawn.height = (max(2, side - side % 2) for side in frame.size)
-                        found.append((prediction, frame.size))
-                        _write(target, drawn, overlay(frame, prediction, by_map=True))
-                if not found:
-                    raise DataError(f"{file}: no frame of it can be read")
-                target.mux(drawn.encode())
-    except av.error.FFmpegError as error:
-        raise DataError(f"{file}: no readable video ({error.strerror})") from None
-    return found
+        yield
+    except _pyav().error.FFmpegError as error:
+        raise RunFailed(f"{output}: cannot be written ({error.strerror})") from None
 
 
 def _pyav() -> Any:
@@ -77,15 +91,16 @@ def _pyav() -> Any:
 
 
 def _frames(source: InputContainer, file: Path) -> Iterator[Image.Image]:
-    av = _pyav()
+    """Upright, as the file says they are shown."""
     number = 0
     try:
         for frame in source.decode(video=0):
-            yield frame.to_image()
+            picture = frame.to_image()
+            yield picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
             number += 1
-    except av.error.FFmpegError as error:
+    except _pyav().error.FFmpegError as error:
         if not number:
-            raise
+            raise DataError(f"{file}: no frame of it can be read ({error.strerror})") from None
         _log.warning("%s: breaks off after frame %d (%s)", file, number, error.strerror)
 
 

@@ -54,13 +54,25 @@ class Cell:
 class RowResult:
     row: Row
     state: str
-    """`done`, or what is missing: the state of its run."""
+    """`done`, or what is missing: the state of its training and evaluation."""
     cells: dict[Column, Cell]
     paper_difference: float | None
     """In AP, from the reference row."""
     verdict: Verdict | None
     keys: tuple[str, ...] = ()
     """Of its records: trainings, evaluations, timings, comparisons with the reference row."""
+    timing: str = "done"
+    """The state of its timing."""
+
+    def state_of(self, figure: Figure) -> str:
+        """`done`, or why there is no such figure."""
+        return self.state if figure in ACCURACY else self.timing
+
+    @property
+    def missing(self) -> str | None:
+        """What is; None where all is measured."""
+        gaps = {"": self.state, "timing ": self.timing}
+        return ", ".join(f"{what}{state}" for what, state in gaps.items() if state != "done") or None
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ class _Found:
     trainings: list[str]
     """Keys of those that are recorded."""
     state: str
+    timing: str = "done"
 
 
 def read_results(
@@ -175,7 +188,7 @@ def collect(
         ap = cells.get(Column("AP"))
         told = verdict(ap.difference, paper) if ap is not None and paper is not None else None
         known = _keys(found[row.name], found.get(str(reference)), keys)
-        rows.append(RowResult(row, found[row.name].state, cells, paper, told, known))
+        rows.append(RowResult(row, found[row.name].state, cells, paper, told, known, found[row.name].timing))
     return TableResult(table, profile.name, columns, rows, peers, _provenance(found.values()))
 
 
@@ -209,8 +222,9 @@ def _find(table: Table, row: Row, profile: Profile, store: Store, states: Mappin
             record = store.load(key)
             if record is not None:
                 entry.latencies[record.provenance.get("device", "unknown device")] = record
-        if "evaluate" not in stages and not entry.latencies:
-            entry.state = "pending"
+        if not entry.latencies:
+            untold = (state for key, state in states.items() if key.startswith(f"{prefix}-") and state != "done")
+            entry.timing = next(untold, "pending")
     return entry
 
 

@@ -8,17 +8,17 @@ from pathlib import Path
 from sparseinst.ablation.store import Store
 from sparseinst.paths import atomic
 from sparseinst.report.collect import TableResult
-from sparseinst.report.plots import plots
+from sparseinst.report.plots import figure_file, plots
 from sparseinst.report.style import save
 from sparseinst.report.tables import FORMATS
 from sparseinst.report.webpage import web_page
 
 
-def write_report(results: Sequence[TableResult], folder: Path, *, page: bool = False) -> list[Path]:
+def write_report(results: Sequence[TableResult], folder: Path, *, page: Sequence[TableResult] = ()) -> list[Path]:
     """Tables and figures of these results below `folder`, and the index of all that is there.
 
     Args:
-        page: also write all on one page, `PROFILE.html`.
+        page: also write these on one page, see `page_file`.
 
     Returns:
         The files that are new or changed: none, where no record is new.
@@ -28,21 +28,26 @@ def write_report(results: Sequence[TableResult], folder: Path, *, page: bool = F
         texts = {folder / "tables" / f"{result.name}.{suffix}": write(result) for suffix, write in FORMATS.items()}
         new = [path for path, text in texts.items() if _write(path, text)]
         changed += new
-        for name, draw in plots(result).items():
-            path = folder / "figures" / f"{result.name}-{name}.svg"
+        for name, plot in plots(result).items():
+            path = folder / "figures" / f"{figure_file(result, name)}.svg"
             if new or not path.exists():  # the table's text holds every number that the figure shows
-                figure = draw(result)
+                figure = plot.draw(result)
                 if figure is not None:
                     save(figure, path)
                     changed += [path, path.with_suffix(".png")]
     if page:
-        path = folder / f"{results[0].profile}.html"
-        if _write(path, web_page(results, Store(folder), folder / "figures")):
+        path = page_file(folder, page[0].profile)
+        if _write(path, web_page(page, Store(folder), folder / "figures")):
             changed.append(path)
     index = folder / "README.md"
     if _write(index, _index(folder)):
         changed.append(index)
     return changed
+
+
+def page_file(folder: Path, profile: str) -> Path:
+    """The page of a profile's results."""
+    return folder / f"{profile}.html"
 
 
 def _write(path: Path, text: str) -> bool:

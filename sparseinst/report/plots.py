@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -19,7 +21,12 @@ from sparseinst.report.collect import Column, TableResult
 MODULES: tuple[LatencyFigure, ...] = ("backbone", "encoder", "decoder", "post")
 _QUOTED_MARKS = "s^v<>*"
 _PEER_MARKS = "PXhd"
+_DEVICE_LOOKS: tuple[dict[str, Any], ...] = ({}, {"fillstyle": "left"}, {"fillstyle": "bottom"}, {"fillstyle": "none"})
+"""One a device, on top of a system's own."""
 _THE_PAPER = "The paper: SparseInst, CVPR 2022"
+
+_STEPS = 300
+"""Of moving names apart: a number, as a time would make a slow machine draw another picture."""
 
 Point = tuple[float, float, str]
 """x, y and a name."""
@@ -37,10 +44,10 @@ def speed_accuracy(result: TableResult) -> Figure | None:
     ]
     if paper:
         texts += _points(axes, paper, "SparseInst, the paper: RTX 2080 Ti, PyTorch FP32", **style.PAPER)
-    for column in result.columns:
-        if column.device is not None and column.figure in ("FPS", "ms"):
-            texts += _measured(axes, result, column)
-    quoted = zip(_QUOTED_MARKS, style.COLOURS[1:], result.table.spec.protocols.items(), strict=False)
+    timed = [column for column in result.columns if column.device is not None and column.figure in ("FPS", "ms")]
+    for look, column in zip(cycle(_DEVICE_LOOKS), timed, strict=False):
+        texts += _measured(axes, result, column, look)
+    quoted = zip(cycle(_QUOTED_MARKS), cycle(style.COLOURS[1:]), result.table.spec.protocols.items(), strict=False)
     for mark, colour, (name, protocol) in quoted:
         points = [
             (ms, row.figures["AP"], " ".join(str(value) for value in row.labels.values()))
@@ -64,7 +71,7 @@ def speed_accuracy(result: TableResult) -> Figure | None:
     return figure
 
 
-def _measured(axes: mpl.axes.Axes, result: TableResult, column: Column) -> list[Any]:
+def _measured(axes: mpl.axes.Axes, result: TableResult, column: Column, look: dict[str, Any]) -> list[Any]:
     """Our own points on one device, and those of peers; their names."""
     points = []
     for row in result.rows:
@@ -73,11 +80,11 @@ def _measured(axes: mpl.axes.Axes, result: TableResult, column: Column) -> list[
             points.append((1000 / speed.mean if column.figure == "FPS" else speed.mean, ap.measured.mean, row.row.name))
     other_data = "" if result.profile == "coco" else " (other data: compare no heights)"
     label = f"SparseInst, measured at {result.profile} scale{other_data}: {column.device}"
-    texts = _points(axes, points, label, **style.MEASURED) if points else []
+    texts = _points(axes, points, label, **{**style.MEASURED, **look}) if points else []
     known = [p for p in result.peers if column.device in p.whole_ms and p.figures.get("AP") is not None]
-    for name, mark in zip(dict.fromkeys(peer.name for peer in known), _PEER_MARKS, strict=False):
+    for name, mark in zip(dict.fromkeys(peer.name for peer in known), cycle(_PEER_MARKS), strict=False):
         at = [(p.whole_ms[str(column.device)], p.figures["AP"] or 0.0, str(p.short_side)) for p in known if p.name == name]
-        texts += _points(axes, at, f"{name}, measured here: {column.device}", marker=mark, color="0.3", ls=":")
+        texts += _points(axes, at, f"{name}, measured here: {column.device}", marker=mark, color="0.3", **{"ls": ":", **look})
     return texts
 
 
@@ -93,7 +100,7 @@ def _keep_apart(axes: mpl.axes.Axes, texts: list[Any]) -> None:
     axes.figure.canvas.draw()
     points = np.concatenate([np.asarray(line.get_xydata()) for line in axes.lines])
     leader = {"arrowstyle": "-", "color": "0.6", "lw": 0.5}
-    adjust_text(texts, points[:, 0], points[:, 1], ax=axes, expand=(1.15, 1.4), arrowprops=leader)
+    adjust_text(texts, points[:, 0], points[:, 1], ax=axes, expand=(1.15, 1.4), iter_lim=_STEPS, arrowprops=leader)
 
 
 @style.styled
@@ -180,14 +187,28 @@ def _milliseconds(figures: Mapping[Any, float]) -> float | None:
     return 1000 / figures["FPS"] if "FPS" in figures else None
 
 
-def plots(result: TableResult) -> dict[str, Callable[[TableResult], Figure | None]]:
-    """The figures that fit a table, by the name of their file."""
+@dataclass(frozen=True)
+class Plot:
+    draw: Callable[[TableResult], Figure | None]
+    """None where there is nothing to show."""
+    shows: str
+    """In words, for those who cannot see it."""
+
+
+def plots(result: TableResult) -> dict[str, Plot]:
+    """The figures that fit a table, by name."""
     figures = set(result.table.spec.figures)
-    chosen: dict[str, Callable[[TableResult], Figure | None]] = {}
+    chosen: dict[str, Plot] = {}
     if {"FPS", "AP"} <= figures:
-        chosen["speed-accuracy"] = speed_accuracy
+        chosen["speed-accuracy"] = Plot(speed_accuracy, "mask AP over milliseconds an image")
     if set(MODULES) <= figures:
-        chosen["modules"] = module_times
+        chosen["modules"] = Plot(module_times, "milliseconds of each module")
     if result.table.spec.reference is not None:
-        chosen["differences"] = differences
+        shows = "differences in AP from the reference row, measured with intervals and the paper's"
+        chosen["differences"] = Plot(differences, shows)
     return chosen
+
+
+def figure_file(result: TableResult, name: str) -> str:
+    """The name of a figure's files, without their endings."""
+    return f"{result.name}-{name}"

@@ -24,7 +24,7 @@ def frame(result: TableResult) -> pd.DataFrame:
     rows = []
     for entry in result.rows:
         cells = {name: str(entry.row.labels.get(name, "")) for name in spec.columns}
-        cells |= {column.title: _cell(entry.cells[column], entry.state, column) for column in result.columns}
+        cells |= {column.title: _cell(entry.cells[column], entry.state_of(column.figure), column) for column in result.columns}
         if compares:
             ap = entry.cells[Column("AP")]
             cells["difference in AP"] = _interval(ap.difference) if entry.row.name != spec.reference else "reference"

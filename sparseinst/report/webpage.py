@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sparseinst.ablation.store import Record, Store
 from sparseinst.config import Config
 from sparseinst.overrides import flatten
 from sparseinst.report.collect import ACCURACY, Cell, Column, RowResult, TableResult
-from sparseinst.report.plots import plots
+from sparseinst.report.plots import figure_file, plots
 from sparseinst.report.tables import frame, notes
 
 _CHIPS = {"replicates": "yes", "does not replicate": "no", "cannot be told": "open"}
@@ -38,15 +39,15 @@ def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str
     loaded = [record for key in sorted(store.keys()) if (record := store.load(key)) is not None]
     rows = {key: f"{result.name}: {row.row.name}" for result in reversed(results) for row in result.rows for key in row.keys}
     gaps = [
-        {"table": _short(result), "row": row.row.name, "state": row.state}
+        {"table": _short(result), "row": row.row.name, "state": row.missing}
         for result in results
         for row in result.rows
-        if row.state != "done"
+        if row.missing is not None
     ]
     verdicts = Counter(str(row.verdict) for result in results for row in result.rows if row.verdict is not None)
     counts = [
         (len(results), "tables"),
-        (sum(row.state == "done" for result in results for row in result.rows), "rows measured"),
+        (sum(row.missing is None for result in results for row in result.rows), "rows measured"),
         (len(gaps), "gaps"),
         (len(loaded), "records"),
         *((verdicts[name], text) for name, text in _COUNTED.items()),
@@ -57,7 +58,7 @@ def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str
     return template.render(
         profile=profile,
         counts=counts,
-        tables=[_table(result, figures) for result in results],
+        tables=[_table(result, figures, {record.key for record in loaded}) for result in results],
         gaps=gaps,
         records=[_line(record, rows.get(record.key, "")) for record in loaded],
         data=_as_script({record.key: _details(record) for record in loaded}),
@@ -68,14 +69,14 @@ def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str
 
 def _as_script(data: Any) -> Markup:
     """JSON that no text within can end early."""
-    return Markup(json.dumps(data, sort_keys=True).replace("<", "\\u003c"))
+    return Markup(json.dumps(data, sort_keys=True, allow_nan=False).replace("<", "\\u003c"))
 
 
 def _short(result: TableResult) -> str:
     return result.table.spec.title.partition(":")[0]
 
 
-def _table(result: TableResult, figures: Path) -> dict[str, Any]:
+def _table(result: TableResult, figures: Path, loaded: Container[str]) -> dict[str, Any]:
     data = frame(result)
     rows = []
     for number, values in enumerate(data.itertuples(index=False)):
@@ -85,7 +86,9 @@ def _table(result: TableResult, figures: Path) -> dict[str, Any]:
         kind = "row" if entry is not None else "peer" if peer else "quoted"
         labels = " ".join(str(text) for text in values[: len(result.table.spec.columns)] if text)
         name = entry.row.name if entry is not None else labels
-        rows.append({"kind": kind, "name": name, "cells": cells, "runs": _distinct(entry.keys) if entry is not None else ()})
+        rows.append(
+            {"kind": kind, "name": name, "cells": cells, "runs": _distinct(entry.keys, loaded) if entry is not None else ()}
+        )
     return {
         "name": result.table.name,
         "short": _short(result),
@@ -93,25 +96,20 @@ def _table(result: TableResult, figures: Path) -> dict[str, Any]:
         "columns": list(data.columns),
         "rows": rows,
         "figures": [
-            {"data": base64.b64encode(path.read_bytes()).decode(), "alt": _alt(name, result)}
-            for name in plots(result)
-            if (path := figures / f"{result.name}-{name}.svg").exists()
+            {
+                "data": base64.b64encode(path.read_bytes()).decode(),
+                "alt": f"{result.table.spec.title}: {plot.shows}. The numbers are in the table above.",
+            }
+            for name, plot in plots(result).items()
+            if (path := figures / f"{figure_file(result, name)}.svg").exists()
         ],
         "notes": notes(result),
     }
 
 
-def _distinct(keys: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(keys))
-
-
-def _alt(name: str, result: TableResult) -> str:
-    what = {
-        "differences": "differences in AP from the reference row, measured with intervals and the paper's",
-        "speed-accuracy": "mask AP over milliseconds an image",
-        "modules": "milliseconds of each module",
-    }
-    return f"{result.table.spec.title}: {what[name]}. The numbers are in the table above."
+def _distinct(keys: Sequence[str], loaded: Container[str]) -> list[str]:
+    """Each once; without those whose record turned out to be damaged."""
+    return [key for key in dict.fromkeys(keys) if key in loaded]
 
 
 def _cell(title: str, text: str, entry: RowResult | None, result: TableResult) -> dict[str, Any]:
@@ -121,7 +119,7 @@ def _cell(title: str, text: str, entry: RowResult | None, result: TableResult) -
     if entry is None:
         return cell | ({"sort": "".join(part for part in text.split() if _is_number(part))} if column is not None else {})
     if column is not None:
-        return cell | _number(entry.cells[column], column, entry.state, text)
+        return cell | _number(entry.cells[column], column, entry.state_of(column.figure), text)
     if title == "difference in AP":
         found = entry.cells[Column("AP")].difference
         return cell | {"sort": found.value if found is not None else 0.0 if text == "reference" else ""}
@@ -168,16 +166,23 @@ def _headline(record: Record) -> str:
         return f"{result['whole_ms']['median']:.1f} ms"
     if record.kind == "compare":
         return f"AP {result['difference']['AP']:+.1f}" if "AP" in result.get("difference", {}) else ""
+    if record.kind == "peer":
+        ap, ms = result.get("figures", {}).get("AP"), result.get("whole_ms", {}).get("median")
+        return f"AP {ap:.1f}" if ap is not None else f"{ms:.1f} ms" if ms is not None else ""
     return f"loss {result['losses']['loss']:.3f}" if "loss" in result.get("losses", {}) else ""
 
 
 def _details(record: Record) -> dict[str, Any]:
     defaults = flatten(Config().model_dump(mode="json"))
     changed = {path: value for path, value in flatten(record.config).items() if defaults.get(path) != value}
-    return {"kind": record.kind, "result": _rounded(record.result), "config": changed, "provenance": record.provenance}
+    content = {"result": record.result, "config": changed, "provenance": record.provenance}
+    return {"kind": record.kind, **_rounded(content)}
 
 
 def _rounded(value: Any) -> Any:
+    """To four digits; what is no number becomes null, since JSON has no word for it."""
     if isinstance(value, float):
-        return round(value, 4)
-    return {name: _rounded(each) for name, each in value.items()} if isinstance(value, Mapping) else value
+        return round(value, 4) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _rounded(each) for name, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list) else value

@@ -65,4 +65,6 @@ filter.addEventListener("input", () => {
   const wanted = filter.value.toLowerCase();
   for (const row of document.querySelectorAll("#all-records tbody tr"))
     row.hidden = !row.textContent.toLowerCase().includes(wanted);
+  document.getElementById("shown").textContent =
+    `${document.querySelectorAll("#all-records tbody tr:not([hidden])").length} shown`;
 });
