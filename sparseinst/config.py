@@ -302,6 +302,12 @@ class Config(Section):
             raise ValueError("loss.objectness is none, so set inference.rescore=false: an untrained objectness cannot rescore")
         return self
 
+    @model_validator(mode="after")
+    def _recomputing_needs_frozen_norms(self) -> Self:
+        if self.train.checkpoint_activations and not self.model.backbone.frozen_norm:
+            raise ValueError("train.checkpoint_activations needs model.backbone.frozen_norm=true: other norms count images twice")
+        return self
+
     def replace(self, overrides: Mapping[str, Any]) -> Config:
         """A copy with dotted paths set, e.g. `{"model.decoder.depth": 2}`.
 

@@ -154,7 +154,7 @@ def test_bench_of_weights_on_photos(trained: Path, tmp_path: Path, capsys: pytes
     assert rows[0]["kept"] == rows[1]["kept"]
     for more in ("--roofline", "--record"):
         assert run_cli([*command, more]) == 2
-        assert "which are of 480 x 640 images" in capsys.readouterr().err
+        assert "which are of 480 x 640 images in inference" in capsys.readouterr().err
     plain = ["bench", "--model", str(trained), "--repetitions", "3"]
     assert run_cli([*plain, "--roofline", "--json"]) == 0
     [row] = json.loads(capsys.readouterr().out)["rows"]

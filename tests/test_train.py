@@ -21,7 +21,7 @@ from sparseinst.config import Config, TrainConfig
 from sparseinst.engine.checkpoint import newest_checkpoint, write_state
 from sparseinst.engine.files import no_space_explained
 from sparseinst.engine.schedule import learning_rate_factor, parameter_groups
-from sparseinst.engine.train import _recomputed
+from sparseinst.engine.step import recomputed
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.models.sparseinst import build_model
 from sparseinst.overrides import load_config
@@ -224,7 +224,7 @@ def frozen(tiny: Config, tmp_path: Path) -> Config:
     return tiny.replace({"model.backbone.weights": str(tmp_path / "backbone.safetensors"), "model.backbone.frozen_norm": True})
 
 
-def test_recomputed_activations_change_no_bit(tiny: Config, tmp_path: Path) -> None:
+def testrecomputed_activations_change_no_bit(tiny: Config, tmp_path: Path) -> None:
     config = frozen(tiny, tmp_path)
     assert_same(
         run(config, tmp_path / "kept"), run(config.replace({"train.checkpoint_activations": True}), tmp_path / "recomputed")
@@ -233,10 +233,10 @@ def test_recomputed_activations_change_no_bit(tiny: Config, tmp_path: Path) -> N
         run(tiny.replace({"train.checkpoint_activations": True}), tmp_path / "other")
 
 
-def test_recomputed_activations_are_not_kept(tiny: Config, tmp_path: Path) -> None:
+def testrecomputed_activations_are_not_kept(tiny: Config, tmp_path: Path) -> None:
     model = build_model(frozen(tiny, tmp_path).model)
     kept: dict[str, int] = {}
-    for name, forward in (("all", model), ("few", partial(_recomputed, model))):
+    for name, forward in (("all", model), ("few", partial(recomputed, model))):
         kept[name] = 0
 
         def pack(tensor: torch.Tensor, name: str = name) -> torch.Tensor:

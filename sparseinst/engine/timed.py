@@ -1,4 +1,4 @@
-"""What is timed: a network or a peer, and the images that take turns in it.
+"""What is timed: a network or a peer, and the images that take turns in it. For training see `timed_training`.
 
 Decoding, resizing, normalisation and padding of an image come before, and are not timed.
 """
@@ -41,7 +41,7 @@ class Timed:
     """Something to be timed."""
 
     run: Callable[[int, Passed], int]
-    """Segments the n-th batch, tells which module is done, and gives how many instances were kept."""
+    """Does the n-th batch, tells which module is done, and gives how many instances were kept, or trained with."""
     modules: tuple[str, ...]
     """What `run` tells; empty for what runs as one."""
     size: tuple[int, int] | None = None

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
 
 from sparseinst.attempts import Attempt
 from sparseinst.config import Config
-from sparseinst.criterion import Criterion, count, prepare_targets
 from sparseinst.data.coco import CocoSplit, train_split, val_split
 from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
 from sparseinst.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, save_weights, start_from
-from sparseinst.engine.device import autocast, tf32
-from sparseinst.engine.distributed import average_gradients, largest, mean_counts, rank, same_for_all, share_norms, world_size
+from sparseinst.engine.device import tf32
+from sparseinst.engine.distributed import rank, same_for_all, world_size
 from sparseinst.engine.evaluate import evaluate
 from sparseinst.engine.files import make_folder
 from sparseinst.engine.monitor import Monitor, diverged, logging_to
-from sparseinst.engine.schedule import learning_rate_factor, parameter_groups
 from sparseinst.engine.stability import Matches, matched_maps, stability
+from sparseinst.engine.step import Step, check_classes
 from sparseinst.errors import RunFailed, UserError
-from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst, build_model
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths, atomic
@@ -98,31 +92,20 @@ class _Training:
         self.config, self.paths, self.device, self.progress = config, paths, device, progress
         self.attempt, self.accumulate = attempt, accumulate
         split = train_split(config.data)
-        _check_classes(config, split)
+        check_classes(config, split)
         _check_instances(config, split)
         if config.train.evaluate_every:
-            _check_classes(config, val_split(config.data))
+            check_classes(config, val_split(config.data))
         self.categories = split.categories
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, load_pretrained=config.train.start is None)
         if config.train.start is not None:
             fresh = start_from(model, Path(config.train.start))
             _log.info("starting from %s; afresh: %s", config.train.start, ", ".join(fresh) or "nothing")
-        self.dataset = TrainSet(split, config.data, config.train.seed, model.mask_stride())
-        self.model = model.to(device).to(memory_format=torch.channels_last).train()
-        if config.loss.reduction == "global":
-            share_norms(self.model)
-        self.network: Callable[[Tensor], Predictions] = self.model
-        if config.train.checkpoint_activations:
-            self.network = partial(_recomputed, self.model)
-        if config.train.compile:
-            self.network = torch.compile(self.network, dynamic=True)
-        self.criterion = Criterion(config.loss, config.matcher)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.train), fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-        decay = config.train.ema_decay
+        stride = model.mask_stride()
+        self.dataset = TrainSet(split, config.data, config.train.seed, stride)
+        self.step = Step(model, config, device, stride=stride)
         self.matches: Matches = {}
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
 
     def run(self) -> None:
         """The loop. What a step does depends on its number and the state alone, so a resumed run repeats it to the bit."""
@@ -149,11 +132,11 @@ class _Training:
                 parts = [next(batches) for _ in range(self.accumulate)]
                 facts = {"data_seconds": round(time.perf_counter() - waited, 4)}
                 self._warn_of_skipped(parts)
-                rate = self._set_learning_rate(iteration)
+                rate = self.step.set_learning_rate(iteration)
                 # A process that waits for the others waits in here.
                 self.attempt.at("wait", iteration)
-                losses = self._forward_and_backward(parts)
-                facts |= self._update()
+                losses = self.step.gradients(parts)
+                facts |= self.step.update()
                 monitor.step(iteration, losses, rate, **facts)
                 done = iteration + 1
                 if done % train.checkpoint_every == 0 or done == train.iterations:
@@ -162,63 +145,8 @@ class _Training:
                 if self._evaluates_after(done):
                     self._evaluate(monitor, done)
         if rank() == 0:
-            state = self._trained().state_dict()
+            state = self.step.trained().state_dict()
             save_weights(self.paths.weights, state, self.config, self.categories, self.attempt.check)
-
-    def _forward_and_backward(self, parts: list[Batch]) -> dict[str, Tensor]:
-        """Gradients of the mean loss of the parts; returns the mean of each weighted loss."""
-        if self.config.loss.reduction == "global":  # padding is part of what the network sees: the same for the whole step
-            size = largest([part.padded for part in parts], self.device)
-            parts = [part.padded_to(size) for part in parts]
-        targets = [
-            prepare_targets(
-                [labels.to(self.device, non_blocking=True) for labels in part.labels],
-                [masks.to(self.device, non_blocking=True) for masks in part.masks],
-                part.padded,
-                self.model.mask_size(part.padded),
-                self.dataset.stride,
-            )
-            for part in parts
-        ]
-        num_maps = self.config.model.decoder.iam.num_maps
-        counts = mean_counts([count(target, num_maps) for target in targets], self.device)
-        total: dict[str, Tensor] = {}
-        for part, target in zip(parts, targets, strict=True):
-            with autocast(self.device, self.config.train.precision):
-                images = part.images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-                images = self.model.normalise(images, part.sizes)
-                predictions = self.network(images)
-            losses = self.criterion(predictions, target, counts)
-            mean = {name: loss / len(parts) for name, loss in losses.items()}
-            self.scaler.scale(torch.stack(list(mean.values())).sum()).backward()
-            for name, loss in mean.items():
-                total[name] = total[name] + loss.detach() if name in total else loss.detach()
-        return total
-
-    def _update(self) -> dict[str, float]:
-        facts = {}
-        average_gradients(self.model.parameters())
-        if self.config.train.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
-            facts["gradient_norm"] = float(norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
-        return facts
-
-    def _set_learning_rate(self, iteration: int) -> float:
-        factor = learning_rate_factor(self.config.train, iteration)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        return self.config.train.learning_rate * factor
-
-    def _trained(self) -> SparseInst:
-        model = self.ema.module if self.ema is not None else self.model
-        assert isinstance(model, SparseInst)
-        return model
 
     def _evaluates_after(self, done: int) -> bool:
         every = self.config.train.evaluate_every
@@ -228,7 +156,7 @@ class _Training:
         return matched_maps(model, val_split(self.config.data), self.config, device=self.device, attempt=self.attempt)
 
     def _evaluate(self, monitor: Monitor, iteration: int) -> None:
-        model = self._trained().eval()
+        model = self.step.trained().eval()
         split = val_split(self.config.data)
         result = evaluate(model, split, self.config, device=self.device, progress=False, attempt=self.attempt)
         told: dict[str, float | None] = dict(result.figures)
@@ -236,12 +164,12 @@ class _Training:
             matches = self._matches(model)
             told["matching_stability"] = stability(self.matches, matches)
             self.matches = matches
-        self.model.train()
+        self.step.model.train()
         monitor.write({"iteration": iteration, **told}, "val")
         _log.info("step %d: AP %s", iteration, result.figures["AP"])
 
     def _save(self, iteration: int) -> None:
-        broken = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        broken = [name for name, p in self.step.model.named_parameters() if not torch.isfinite(p).all()]
         if broken:
             raise RunFailed(diverged(f"{broken[0]} is no longer finite after step {iteration - 1}", self.paths))
         if rank() != 0:
@@ -249,10 +177,7 @@ class _Training:
         self.attempt.at("save", iteration)
         state: dict[str, Any] = {
             "iteration": iteration,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "ema": self.ema.state_dict() if self.ema is not None else None,
+            **self.step.state_dict(),
             "matches": self.matches,
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -265,11 +190,7 @@ class _Training:
         if found is None:
             return 0
         state = load_checkpoint(found, self.device)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+        self.step.load_state_dict(state)
         self.matches = state.get("matches", {})  # checkpoints of earlier versions lack it
         torch.set_rng_state(state["random"].cpu())
         if state["cuda_random"] is not None:
@@ -278,8 +199,8 @@ class _Training:
         iteration: int = state["iteration"]
         if rank() == 0 and self._evaluates_after(iteration):
             # That evaluation came after this checkpoint: what it told of the matching is told again.
-            self.matches = self._matches(self._trained().eval())
-            self.model.train()
+            self.matches = self._matches(self.step.trained().eval())
+            self.step.model.train()
         return iteration
 
     def _warn_of_skipped(self, parts: list[Batch]) -> None:
@@ -287,21 +208,8 @@ class _Training:
             _log.warning("skipped %s", reason)
 
 
-def _recomputed(model: SparseInst, images: Tensor) -> Predictions:
-    """The model's output, of whose making only what goes from module to module is kept for the backward pass."""
-    x: Any = images
-    for module in (model.backbone, model.encoder, model.decoder):
-        x = checkpoint(module, x, use_reentrant=False)
-    assert isinstance(x, Predictions)
-    return x
-
-
 def _check(config: Config) -> None:
     backbone = config.model.backbone
-    if config.train.checkpoint_activations and not backbone.frozen_norm:
-        raise UserError(
-            "train.checkpoint_activations: needs model.backbone.frozen_norm=true, other norms would count images twice"
-        )
     if backbone.frozen_norm and not backbone.pretrained and backbone.weights is None and config.train.start is None:
         raise UserError(
             "model.backbone: norms frozen at their random start cannot be trained with: "
@@ -321,11 +229,3 @@ def _check_instances(config: Config, split: CocoSplit) -> None:
             "%d of %d training images hold more than model.decoder.iam.num_maps=%d instances, up to %d; %d of them take no part",
             len(counts), len(split.images), maps, max(counts), sum(counts) - maps * len(counts),
         )  # fmt: skip
-
-
-def _check_classes(config: Config, split: CocoSplit) -> None:
-    if len(split.categories) != config.model.num_classes:
-        raise UserError(
-            f"{split.file}: has {len(split.categories)} categories, model.num_classes is {config.model.num_classes}: "
-            f"set model.num_classes={len(split.categories)}"
-        )
