@@ -138,7 +138,7 @@ def read_sample(record: ImageRecord, split: CocoSplit) -> Sample:
             segments.append(as_segment(annotation.segmentation, record.height, record.width))
         except (ValueError, TypeError) as error:
             raise DataError(f"{split.file}: annotation {annotation.id}: segmentation: {error}") from None
-    return Sample(np.asarray(image), segments, np.array([a.label for a in annotations], dtype=np.int64))
+    return Sample(np.array(image), segments, np.array([a.label for a in annotations], dtype=np.int64))
 
 
 class BatchOrder(Sampler[list[Draw]]):

@@ -1,4 +1,4 @@
-"""Augmentation and sizes (paper section 4; the reference implementation's mapper). Imports no torch but to resize.
+"""Augmentation and sizes (paper section 4; the reference implementation's mapper). Imports no torch but to move pixels.
 
 K instances, H W height and width in pixels, x right and y down from the image's corner.
 """
@@ -29,6 +29,7 @@ class Sample:
     """
 
     image: Pixels
+    """To be written to: torch takes no other."""
     segments: list[list[Polygon] | Mask]
     labels: NDArray[np.int64]
 
@@ -66,7 +67,7 @@ def resize(sample: Sample, size: tuple[int, int]) -> Sample:
     height, width = sample.image.shape[:2]
     if size == (height, width):
         return Sample(sample.image.copy(), sample.segments, sample.labels)  # of its own, no view
-    pixels = torch.from_numpy(sample.image.transpose(2, 0, 1).copy())[None]  # 1 3 h w
+    pixels = torch.from_numpy(sample.image).permute(2, 0, 1)[None]  # 1 3 h w, pixel after pixel, as its kernel is fastest
     image = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
     scale = np.array([size[1] / width, size[0] / height])
     segments: list[list[Polygon] | Mask] = [
@@ -82,6 +83,8 @@ def _resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
 
 def flip(sample: Sample) -> Sample:
     """Left to right."""
+    import torch
+
     width = sample.image.shape[1]
     segments: list[list[Polygon] | Mask] = [
         [np.stack([width - points[:, 0], points[:, 1]], axis=1) for points in segment]
@@ -89,7 +92,8 @@ def flip(sample: Sample) -> Sample:
         else segment[:, ::-1]
         for segment in sample.segments
     ]
-    return Sample(sample.image[:, ::-1], segments, sample.labels)
+    image = torch.from_numpy(sample.image).flip(1).numpy()  # many times as fast as a copy by numpy, which goes byte after byte
+    return Sample(image, segments, sample.labels)
 
 
 def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
