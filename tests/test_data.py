@@ -11,11 +11,13 @@ from hotcoco import mask as hotcoco_mask
 from PIL import Image
 from pycocotools import mask as reference_mask
 
+from sparseinst.cli import run_cli
 from sparseinst.config import Config, DataConfig, InferenceConfig, TrainConfig
 from sparseinst.criterion import prepare_targets
 from sparseinst.data.check import check_folder
 from sparseinst.data.coco import CocoSplit, ImageRecord, decode, encode, read_image, read_split, train_split
 from sparseinst.data.loader import BatchOrder, Draw, EvalSet, TrainSet, collate, train_loader
+from sparseinst.data.speed import doubled
 from sparseinst.data.transforms import Sample, as_segment, augment, crop, flip, rasterise, resize, resize_image, shrink
 from sparseinst.errors import DataError
 
@@ -302,3 +304,16 @@ def test_check_folder_on_real_photos() -> None:
     reports = check_folder(DataConfig(root=str(REAL_COCO)), read_images=False)
     assert [(r.images, r.instances + r.crowds, r.crowds) for r in reports.values()] == [(208, 1678, 18), (79, 624, 5)]
     assert not any(r.problems for r in reports.values())
+
+
+def test_loading_speed(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [list(doubled(most)) for most in (1, 2, 6, 16)] == [[0, 1], [0, 1, 2], [0, 1, 2, 4, 6], [0, 1, 2, 4, 8, 16]]
+    command = ["data", "speed", tiny.data.root, "--images", "16", "-o", "data.short_sides=[64]"]
+    assert run_cli([*command, "--workers", "0", "--workers", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["workers"] for row in found["rows"]] == [0, 2]
+    assert all(10 < row["images_per_second"] < 1e5 for row in found["rows"])
+    assert run_cli([*command, "--workers", "1"]) == 0
+    assert "1 worker: " in capsys.readouterr().out
+    assert run_cli(["data", "speed", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err

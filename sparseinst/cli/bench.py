@@ -199,7 +199,7 @@ def _show(about: dict[str, Any]) -> None:
         table.add_row(
             *(str(row[name]) for name in setting),
             *(f"{whole[name]:.1f}" for name in ("median", "p5", "p95")),
-            f"{row['images_per_second']:.1f}",
+            f"{row['images_per_second']:.3g}",
             *(f"{parts[name]:.1f}" if name in parts else "" for name in modules),
             f"{sum(parts.values()):.1f}" if parts else "",
             f"{row['flops'] / 1e9:.1f}" if row["flops"] else "",

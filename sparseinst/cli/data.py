@@ -62,3 +62,35 @@ def check(
     problems = sum(len(report.problems) for report in reports.values())
     if problems:
         raise UserError(f"{folder}: {problems} problem{'s' if problems > 1 else ''} found")
+
+
+@app.command()
+def speed(
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    workers: Annotated[
+        list[int] | None, typer.Option(min=0, help="Processes; repeat for more.  [default: 0, 1, 2, 4, ... all cores]")
+    ] = None,
+    images: Annotated[int, typer.Option(min=8, help="How many are timed with each.")] = 400,
+    override: Overrides = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Training images a second that the loader decodes, augments and draws, by the number of workers.
+
+    A training that takes more images than that waits for its data: `data_seconds` of each step in its metrics.jsonl.
+    """
+    import json
+    import os
+
+    from sparseinst.data.coco import train_split
+    from sparseinst.data.speed import doubled, loading_speed
+    from sparseinst.overrides import load_config, parse_override
+
+    settings = load_config(overrides={**dict(map(parse_override, override)), "data.root": str(folder)})
+    split = train_split(settings.data)
+    found = {}
+    for count in workers or doubled(os.cpu_count() or 1):
+        found[count] = round(loading_speed(split, settings, workers=count, images=images), 1)
+        if not as_json:
+            print(f"{count or 'no'} worker{'' if count == 1 else 's'}: {found[count]:.1f} images/s", flush=True)
+    if as_json:
+        print(json.dumps({"images": images, "rows": [{"workers": k, "images_per_second": v} for k, v in found.items()]}))
