@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,11 +19,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sparseinst.config import Precision
 from sparseinst.engine.device import DTYPES
+from sparseinst.engine.norms import alike, norms_after_convolutions, probe
 from sparseinst.engine.winograd import WinogradConv2d
 from sparseinst.models.backbone import Backbone
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.encoder import Encoder, resize
-from sparseinst.models.layers import DeformableConv2d
 from sparseinst.models.sparseinst import SparseInst
 
 _log = logging.getLogger(__name__)
@@ -113,65 +112,25 @@ def _compile_options(device: torch.device, mode: Mode) -> dict[str, Any] | None:
     return {"options": options}
 
 
-_NORMS = ("running_mean", "running_var", "weight", "bias", "eps")
-
-
 def fold_norms(backbone: Backbone) -> int:
     """Work each frozen norm into the convolution before it; how many there were.
 
-    Which norm follows which convolution is seen by watching an image pass. Should the outputs differ afterwards, the norms stay,
-    with a warning.
+    Should the outputs differ afterwards by more than rounding, the norms stay, with a warning.
     """
-    probe = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     before = copy.deepcopy(backbone.body)
-    pairs = _watch(backbone, probe)
-    expected = backbone(probe)
+    pairs = norms_after_convolutions(backbone)
+    expected = backbone(probe())
     for parent, name, conv, norm in pairs:
         weight, bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
         conv.weight, conv.bias = weight, bias
         setattr(parent, name, getattr(norm, "act", None) or nn.Identity())
-    for ours, theirs in zip(backbone(probe), expected, strict=True):
-        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())):
-            _log.warning("the backbone's norms cannot be folded: they stay")
-            backbone.body = before
-            return 0
+    if not alike(backbone(probe()), expected):
+        _log.warning("the backbone's norms cannot be folded: they stay")
+        backbone.body = before
+        return 0
     return len(pairs)
-
-
-def _watch(backbone: Backbone, probe: Tensor) -> list[tuple[nn.Module, str, Any, Any]]:
-    """Norms that take just what a convolution gave: (parent, name, convolution, norm)."""
-    made: list[tuple[Tensor, nn.Module]] = []
-    found: dict[nn.Module, nn.Module] = {}
-
-    def after_conv(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        made.append((output, module))
-
-    def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        for output, conv in made:
-            if output is inputs[0]:
-                found[module] = conv
-
-    with _hooks(backbone, after_conv, before_norm):
-        backbone(probe)
-    places = {child: (parent, name) for parent in backbone.modules() for name, child in parent.named_children()}
-    return [(*places[norm], conv, norm) for norm, conv in found.items()]
-
-
-@contextmanager
-def _hooks(backbone: Backbone, after_conv: Any, before_norm: Any) -> Iterator[None]:
-    handles = []
-    for module in backbone.modules():
-        if isinstance(module, nn.Conv2d | DeformableConv2d):
-            handles.append(module.register_forward_hook(after_conv))
-        elif all(hasattr(module, name) for name in _NORMS):
-            handles.append(module.register_forward_pre_hook(before_norm))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class MergedEncoder(nn.Module):
