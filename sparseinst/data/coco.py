@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,15 @@ from sparseinst.overrides import read_text
 
 Mask = NDArray[np.uint8]
 """(H, W), 0 or 1."""
+
+
+class Bounds(NamedTuple):
+    """In pixels; empty where `bottom` is `top`, or `right` is `left`."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
 
 
 @dataclass(frozen=True)
@@ -158,21 +167,36 @@ def _annotation_reason(entry: Any, error: Exception) -> str:
 
 
 def decode(segmentation: Any, height: int, width: int) -> Mask:
-    """Polygons or run lengths to a mask of (height, width).
+    """Polygons or run lengths to a mask of (height, width), column after column in memory.
 
     Raises:
         ValueError: neither, or of another size.
     """
     from hotcoco import mask
 
+    return mask.decode(_runs(segmentation, height, width))
+
+
+def decode_with_bounds(segmentation: Any, height: int, width: int) -> tuple[Mask, Bounds]:
+    """The same, and where in it the instance lies; the bounds may be too wide, never too narrow. Raises `ValueError`."""
+    from hotcoco import mask
+
+    runs = _runs(segmentation, height, width)
+    left, top, wide, high = map(int, mask.to_bbox(runs))
+    return mask.decode(runs), Bounds(top, left, top + high, left + wide)
+
+
+def _runs(segmentation: Any, height: int, width: int) -> Any:
+    from hotcoco import mask
+
     if isinstance(segmentation, Mapping):
         if list(segmentation.get("size", ())) != [height, width]:
             raise ValueError(f"run lengths of size {segmentation.get('size')} in an image of {[height, width]}")
-        return mask.decode(mask.fr_py_objects(dict(segmentation), height, width))
+        return mask.fr_py_objects(dict(segmentation), height, width)
     polygons = [list(map(float, polygon)) for polygon in segmentation]
     if not polygons or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
         raise ValueError("a polygon needs at least three points of x and y")
-    return mask.decode(mask.merge(mask.fr_py_objects(polygons, height, width)))
+    return mask.merge(mask.fr_py_objects(polygons, height, width))
 
 
 def encode(masks: NDArray[np.bool_] | Mask) -> list[dict[str, Any]]:

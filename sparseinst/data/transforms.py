@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sparseinst.config import DataConfig
-from sparseinst.data.coco import Mask, decode
+from sparseinst.data.coco import Bounds, Mask, decode, decode_with_bounds
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3) RGB."""
@@ -135,33 +135,50 @@ def rasterise(sample: Sample, stride: int = 1) -> tuple[NDArray[np.int64], Mask]
     height, width = sample.image.shape[:2]
     kept, masks = [], []
     for index, segment in enumerate(sample.segments):
-        mask = _drawn(segment, height, width) if isinstance(segment, list) else segment
-        if mask.view(np.bool_).any():
+        mask, bounds = _drawn(segment, height, width) if isinstance(segment, list) else (segment, _bounds(segment))
+        if bounds.bottom > bounds.top:
             kept.append(index)
-            masks.append(mask if stride == 1 else shrink(mask, stride))
+            masks.append(mask if stride == 1 else shrink(mask, stride, bounds))
     shape = (height, width) if stride == 1 else (-(-height // stride), -(-width // stride))
     stacked = np.stack(masks) if masks else np.zeros((0, *shape), np.uint8)
     return sample.labels[kept], np.ascontiguousarray(stacked)
 
 
-def _drawn(polygons: list[Polygon], height: int, width: int) -> Mask:
-    return decode([points.ravel().tolist() for points in polygons], height, width)
+def _drawn(polygons: list[Polygon], height: int, width: int) -> tuple[Mask, Bounds]:
+    return decode_with_bounds([points.ravel().tolist() for points in polygons], height, width)
 
 
-def shrink(mask: Mask, stride: int) -> Mask:
+def _bounds(mask: Mask) -> Bounds:
+    rows, columns = (np.flatnonzero(mask.any(axis)).tolist() or [0, -1] for axis in (1, 0))
+    return Bounds(rows[0], columns[0], rows[-1] + 1, columns[-1] + 1)
+
+
+def shrink(mask: Mask, stride: int, bounds: Bounds | None = None) -> Mask:
     """What bilinear interpolation to 1 / stride makes of a mask, in quarters: (H, W) to (ceil(H / stride), ceil(W / stride)).
 
     For an even stride a new pixel lies in the middle between four, so that it is their mean: 0, 1, 2, 3 or 4 quarters, without
     any rounding. What lies outside the mask is 0, as in a padded image.
+
+    Args:
+        bounds: of what is not 0; no more is looked at.
     """
-    by_column = _pairs(mask.T, stride)  # decoded masks lie column after column
-    return _pairs(by_column.T, stride)
+    height, width = mask.shape
+    whole = np.zeros((-(-height // stride), -(-width // stride)), np.uint8)
+    top, left, bottom, right = bounds or Bounds(0, 0, height, width)
+    top, left, bottom, right = top // stride, left // stride, -(-bottom // stride), -(-right // stride)
+    part = mask[top * stride : bottom * stride, left * stride : right * stride]
+    by_column = _pairs(part.T, stride)  # decoded masks lie column after column
+    whole[top:bottom, left:right] = _pairs(by_column.T, stride)
+    return whole
 
 
 def _pairs(lines: Mask, stride: int) -> Mask:
     """The sums of the two lines in the middle of every `stride`."""
     before, after = lines[stride // 2 - 1 :: stride], lines[stride // 2 :: stride]
-    sums = np.zeros((-(-len(lines) // stride), lines.shape[1]), np.uint8)
+    count = -(-len(lines) // stride)
+    if len(after) == count:
+        return before + after
+    sums = np.zeros((count, lines.shape[1]), np.uint8)
     sums[: len(before)] = before
     sums[: len(after)] += after
     return sums
