@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -49,7 +50,13 @@ class RunPaths:
 
     @property
     def evaluation(self) -> Path:
+        """The figures, and of which settings and data they are."""
         return self.root / "evaluation.json"
+
+    @property
+    def code(self) -> Path:
+        """Which code trained: one JSON object a line, for each process that began or went on with it."""
+        return self.root / "code.jsonl"
 
     @property
     def predictions(self) -> Path:
@@ -96,3 +103,9 @@ def atomic(path: Path, check: Callable[[], None] | None = None) -> Iterator[Path
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_digest(path: Path) -> str:
+    """16 hexadecimal digits of a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

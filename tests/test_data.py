@@ -289,7 +289,6 @@ def test_check_folder_counts_and_finds(folder: Path) -> None:
     text = "\n".join(reports["val"].problems)
     for expected in (
         "id 5 is used 2 times",
-        "1 annotations have no area",
         "annotation id 0",
         "2.png: truncated or unreadable",
         "annotation 4 (image 3.png): segmentation: a polygon needs",

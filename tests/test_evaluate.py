@@ -1,6 +1,7 @@
 """Evaluating, predicting, drawing."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from .conftest import CPU, REAL_COCO, annotation, box, needs_coco, run, write_co
 
 def test_evaluation_figures_and_results(tiny: Config, tmp_path: Path) -> None:
     run(tiny, tmp_path / "run")
-    result = evaluate_run(tmp_path / "run", device=CPU)
+    result = evaluate_run(tmp_path / "run", tiny, device=CPU)
     assert tuple(result.figures) == FIGURES
     assert result.images == 6
     again = evaluate_weights(tmp_path / "run", {}, device=CPU, predictions=tmp_path / "out.json", engine="pycocotools")
@@ -139,3 +140,41 @@ def test_drawing(tiny: Config, tmp_path: Path) -> None:
     mask[2:7, 2:7] = True
     assert outline(mask, 1).sum() == 16
     assert len(set(palette(30))) == 30
+
+
+def test_kept_figures_are_those_of_the_same_settings_and_data(tiny: Config, tmp_path: Path) -> None:
+    shutil.copytree(tiny.data.root, tmp_path / "data")
+    config = tiny.replace({"data.root": str(tmp_path / "data"), "data.source": "coco"})
+    run(config, tmp_path / "run")
+    first = evaluate_run(tmp_path / "run", config, device=CPU)
+    assert evaluate_run(tmp_path / "run", config, device=CPU) == first, "kept, with its seconds"
+    stricter = evaluate_run(tmp_path / "run", config.replace({"inference.score_threshold": 1.0}), device=CPU)
+    assert (stricter.figures["AP"], first.images) == (0.0, 6)
+    file = val_split(config.data).file
+    content = json.loads(file.read_text())
+    content["images"] = content["images"][:4]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in kept]
+    file.write_text(json.dumps(content))
+    assert evaluate_run(tmp_path / "run", config, device=CPU).images == 4, "the annotation file is another"
+
+
+def test_pycocotools_without_areas_and_crowds(tiny: Config, tmp_path: Path) -> None:
+    split = val_split(tiny.data)
+    content = json.loads(split.file.read_text())
+    for entry in content["annotations"]:
+        entry.pop("area", None)
+        entry.pop("iscrowd", None)
+    file = tmp_path / "bare.json"
+    file.write_text(json.dumps(content))
+    results = [
+        {"image_id": entry["image_id"], "category_id": entry["category_id"], "score": 0.5, "segmentation": runs}
+        for image in split.images
+        for entry in content["annotations"]
+        if entry["image_id"] == image.id
+        for runs in encode(decode(entry["segmentation"], image.height, image.width)[None])
+    ]
+    ids = [image.id for image in split.images]
+    figures = coco_figures(file, results, ids, "pycocotools")
+    assert figures["AP"] == pytest.approx(100)
+    assert figures == pytest.approx(coco_figures(file, results, ids))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from sparseinst.ablation import provenance, work
 from sparseinst.ablation.compare import compare_key
 from sparseinst.ablation.plan import Plan, make_plan
-from sparseinst.ablation.run import run_plan
+from sparseinst.ablation.run import _outcome, run_plan
 from sparseinst.ablation.status import plan_status
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables
@@ -240,3 +241,36 @@ def test_mistakes_in_one_line(arguments: list[str], message: str, capsys: pytest
     assert error.startswith("error: ")
     assert message in error
     assert "\n" not in error
+
+
+def test_a_record_names_the_code_that_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that which finds it done: another results folder, say, after a commit."""
+    commit = {"commit": "a" * 40, "changes": None}
+    monkeypatch.setattr(provenance, "code_version", lambda: commit)
+    store = Store(Path("first"))
+    run_plan(smoke(store, "table5", row="dice alone"), store, device="cpu", progress=False)
+    commit = {"commit": "b" * 40, "changes": None}
+    other = Store(Path("second"))
+    run_plan(smoke(other, "table5", row="dice alone"), other, device="cpu", progress=False)
+    told = {}
+    for key in sorted(other.keys()):
+        record = other.load(key)
+        assert record is not None
+        told[record.kind] = record.provenance["commit"][0]
+    assert told == {"train": "a", "evaluate": "b"}
+    # One that was stopped and went on with other code names both.
+    [train] = [key for key in sorted(other.keys()) if (Path("runs") / key / "model.safetensors").exists()]
+    paths = work.run_folder(train)
+    provenance.note_code(paths)
+    assert provenance.trained_by(paths)["commit"][0] == "b"
+    assert [code["commit"][0] for code in provenance.trained_by(paths)["earlier"]] == ["a"]
+    paths.code.unlink()
+    assert provenance.trained_by(paths)["commit"] is None, "unknown, of a run from before"
+
+
+def test_no_objects_to_validate_on(capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store()
+    plan = smoke(store, "table5", row="dice alone")
+    [evaluation] = [found for found in plan.runs.values() if found.stage == "evaluate"]
+    store.write(Record("evaluate", evaluation.key, {"figures": {"AP": None}, "images": 1}))
+    assert "no AP" in _outcome(evaluation, store)

@@ -9,7 +9,8 @@ import pytest
 from sparseinst.ablation.plan import as_json, costs, make_plan
 from sparseinst.ablation.status import plan_status
 from sparseinst.ablation.store import Record, Store
-from sparseinst.ablation.study import Profile, list_tables, read_profile, read_spec, read_tables, row_config
+from sparseinst.ablation.study import Profile, list_tables, overruled, read_profile, read_spec, read_tables, row_config
+from sparseinst.cli import run_cli
 from sparseinst.config import Config
 from sparseinst.errors import UserError
 from sparseinst.report.collect import collect, seed_spreads
@@ -192,3 +193,41 @@ def test_fast_with_many_records(tmp_path: Path) -> None:
     collected = time.process_time()
     assert len(states) == len(plan.runs)
     assert max(planned - began, looked - planned, collected - looked) < 2
+
+
+def test_tables_and_profiles_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Their results would be one file."""
+    for folder in ("own", "other"):
+        (tmp_path / folder / "profiles").mkdir(parents=True)
+    shipped = EXPERIMENTS / "table5.yaml"
+    same = tmp_path / "own/table5.yaml"
+    same.write_text(shipped.read_text())
+    with pytest.raises(UserError, match="is called 'table5' too"):
+        read_tables([str(same)])
+    profile = tmp_path / "own/mini.yaml"
+    profile.write_text("train: {iterations: 3}\n")
+    with pytest.raises(UserError, match="is called 'mini' too"):
+        read_profile(str(profile))
+    first, second = tmp_path / "own/mine.yaml", tmp_path / "other/mine.yaml"
+    first.write_text(shipped.read_text())
+    second.write_text(shipped.read_text().replace("focal", "other"))
+    with pytest.raises(UserError, match="another of these tables is called 'mine' too"):
+        read_tables([str(first), str(second)])
+    assert [table.name for table in read_tables([str(first), str(shipped), "table5"])] == ["mine", "table5"]
+
+
+def test_what_a_profile_overrules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = tmp_path / "rates.yaml"
+    spec.write_text(
+        "title: rates\ncolumns: [rate]\nfigures: [AP]\nrows:\n"
+        "- {name: low, labels: {rate: 1.0e-5}, set: {train.learning_rate: 1.0e-5}}\n"
+        "- {name: deep, labels: {rate: 5.0e-5}, set: {model.decoder.depth: 2}}\n"
+    )
+    [table] = read_tables([str(spec)])
+    assert overruled(table.spec, read_profile("mini")) == {"train.learning_rate": ["low"]}
+    assert overruled(table.spec, read_profile("coco")) == {}
+    assert run_cli(["plan", str(spec), "--profile", "mini", "--results", str(tmp_path)]) == 0
+    assert "profile mini sets train.learning_rate itself" in capsys.readouterr().err
+    spec.write_text(spec.read_text().replace("train.learning_rate: 1.0e-5", "train.seed: 3"))
+    with pytest.raises(UserError, match="row 'low': train.seed: seeds are not a row's"):
+        read_tables([str(spec)])

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from sparseinst.attempts import Attempt
 from sparseinst.config import Config, TrainConfig
+from sparseinst.data.coco import val_split
 from sparseinst.engine.checkpoint import newest_checkpoint, write_state
 from sparseinst.engine.files import no_space_explained
 from sparseinst.engine.schedule import learning_rate_factor, parameter_groups
@@ -343,3 +345,18 @@ def test_atomic_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(OSError):  # noqa: PT011
         fail()
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")]
+
+
+def test_validation_data_are_looked_at_before_training(tiny: Config, tmp_path: Path) -> None:
+    shutil.copytree(tiny.data.root, tmp_path / "data")
+    config = tiny.replace({"data.root": str(tmp_path / "data"), "data.source": "coco"})
+    file = val_split(config.data).file
+    content = json.loads(file.read_text())
+    content["categories"][0]["name"] = "another"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="first difference: 'another'"):
+        run(config, tmp_path / "run")
+    file.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        run(config, tmp_path / "run")
+    assert not RunPaths(tmp_path / "run").config.exists(), "a mistake claims no folder"

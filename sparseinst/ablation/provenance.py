@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sparseinst.paths import RunPaths
+
 PACKAGE = Path(__file__).parents[1]
 SNAPSHOT = "snapshot.json"
 """Beside a copy of the package: its `code_version`."""
@@ -55,6 +57,30 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def note_code(paths: RunPaths) -> None:
+    """Note in a run's folder that this code works on its training."""
+    paths.root.mkdir(parents=True, exist_ok=True)
+    with paths.code.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**code_version(), "versions": versions()}) + "\n")
+
+
+def trained_by(paths: RunPaths) -> dict[str, Any]:
+    """Commit, changes and versions of the code that made a run's weights, which need not be the code that records it: the last
+    that worked on them, and under `earlier` the others. Unknown, None, where nothing is noted.
+    """
+    try:
+        lines = paths.code.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {"commit": None, "changes": None, "versions": {}}
+    *before, last = [json.loads(line) for line in lines]
+    earlier = [code for index, code in enumerate(before) if code != last and code not in before[:index]]
+    return {**last, **({"earlier": earlier} if earlier else {})}
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+
+
 def describe(
     *, profile: str, device: str, world_size: int, attempts: int, seed: int, seconds: float, data: str | None
 ) -> dict[str, Any]:
@@ -69,7 +95,7 @@ def describe(
     """
     return {
         **code_version(),
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
         "platform": f"{platform.system()} {platform.machine()}",
         "profile": profile,
         "device": device,
@@ -77,16 +103,10 @@ def describe(
         "attempts": attempts,
         "seed": seed,
         "data": data,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
         "peak_memory_mb": _peak_memory_mb(),
         "ended": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-
-
-def file_digest(path: Path) -> str:
-    """16 hexadecimal digits of a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _peak_memory_mb() -> int:

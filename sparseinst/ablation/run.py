@@ -106,7 +106,8 @@ def _outcome(run: StageRun, store: Store) -> str:
     if record is None:
         return ""
     if run.stage == "evaluate":
-        return f": AP {record.result['figures']['AP']:.1f}"
+        ap = record.result["figures"]["AP"]
+        return f": AP {ap:.1f}" if ap is not None else ": no AP, the validation images hold no objects"
     return f": {record.result['whole_ms']['median']:.1f} ms" if run.stage == "latency" else ""
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from sparseinst.config import PRESETS, Config, NonNegative
 from sparseinst.errors import UserError
-from sparseinst.overrides import choose, merge, nearest, nest, one_line, parse_config, read_layer
+from sparseinst.overrides import choose, flatten, merge, nearest, nest, one_line, parse_config, read_layer
 from sparseinst.section import Section, Stage
 
 EXPERIMENTS = Path("experiments")
@@ -24,7 +24,7 @@ LatencyFigure = Literal["ms", "FPS", "backbone", "encoder", "decoder", "post"]
 Figure = AccuracyFigure | LatencyFigure
 """Columns that hold numbers: mask AP in percent; milliseconds of the whole and of its modules, images a second."""
 
-Labels = dict[str, str | int]
+Labels = dict[str, str | int | float]
 
 
 class Row(Section):
@@ -143,7 +143,12 @@ def read_tables(names: Sequence[str], folder: Path = EXPERIMENTS) -> list[Table]
         wanted += list_tables(folder) if name == "all" else [name]
     if not wanted:
         raise UserError(f"{folder}: no spec of a table (*.yaml) is there; run this from the project's folder")
-    return [Table(name=Path(name).stem, spec=read_spec(name, folder)) for name in dict.fromkeys(wanted)]
+    tables = {name: Table(name=Path(name).stem, spec=read_spec(name, folder)) for name in dict.fromkeys(wanted)}
+    found: dict[str, Table] = {}
+    for path, table in tables.items():
+        if found.setdefault(table.name, table).spec != table.spec:
+            raise UserError(f"{path}: another of these tables is called {table.name!r} too: rename the file")
+    return list(found.values())
 
 
 def read_spec(table: str, folder: Path = EXPERIMENTS) -> Spec:
@@ -159,6 +164,8 @@ def read_spec(table: str, folder: Path = EXPERIMENTS) -> Spec:
     except ValidationError as error:
         raise UserError(_in_row(one_line(error, str(path), Spec), data)) from None
     for row in spec.rows:
+        if "train.seed" in {**spec.set, **row.set}:
+            raise UserError(f"{path}: row {row.name!r}: train.seed: seeds are not a row's, --seeds gives each row several")
         try:
             row_config(spec, row, Profile(name=""))
         except UserError as error:
@@ -194,6 +201,9 @@ def _find(what: str, name: str, folder: Path) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.exists():
         raise UserError(f"no such {what}: {name!r} ({path}){nearest(name, list_tables(folder))}")
+    other = folder / f"{path.stem}.yaml"
+    if other.exists() and not other.samefile(path):
+        raise UserError(f"{path}: {other} is called {path.stem!r} too, and both would be one in the results: rename the file")
     return path
 
 
@@ -205,6 +215,17 @@ def row_config(spec: Spec, row: Row, profile: Profile, seed: int | None = None) 
     if seed is not None:
         data["train"]["seed"] = seed
     return parse_config(data)
+
+
+def overruled(spec: Spec, profile: Profile) -> dict[str, list[str]]:
+    """What rows set and a profile sets otherwise, so that the rows' values have no effect: names of rows by path."""
+    found: dict[str, list[str]] = {}
+    scale = flatten(profile.settings)
+    for row in spec.rows:
+        for path, value in flatten(nest({**spec.set, **row.set})).items():
+            if path in row.set and path in scale and scale[path] != value:
+                found.setdefault(path, []).append(row.name)
+    return found
 
 
 def select_rows(spec: Spec, text: str | None) -> list[Row]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from sparseinst.ablation.plan import StageRun
-from sparseinst.ablation.provenance import describe, file_digest
+from sparseinst.ablation.provenance import describe, note_code, trained_by
 from sparseinst.ablation.store import Record, Store
 from sparseinst.attempts import Attempt
 from sparseinst.config import Config
-from sparseinst.paths import RunPaths
+from sparseinst.paths import RunPaths, file_digest
 from sparseinst.section import Stage
 
 _log = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ def do_stage(run: StageRun, store: Store, place: Place) -> None:
             seconds=result.get("seconds", time.perf_counter() - began),
             data=file_digest(data) if data is not None else None,
         )
+        if run.stage == "train":
+            about |= trained_by(run_folder(run.key))
         store.write(Record(run.stage, run.key, result, run.config.model_dump(mode="json"), about), attempt.check)
 
 
@@ -87,6 +89,8 @@ def _train(run: StageRun, place: Place, attempt: Attempt) -> Outcome | None:
 
     paths = run_folder(run.key)
     device = pick_device(place.device)
+    if rank() == 0 and not paths.weights.exists():
+        note_code(paths)
     weights = train(run.config, paths.root, device=device, progress=place.progress, attempt=attempt, accumulate=place.accumulate)
     if rank() != 0:
         return None
@@ -96,7 +100,7 @@ def _train(run: StageRun, place: Place, attempt: Attempt) -> Outcome | None:
     before = [0, *(record["iteration"] for record in steps)]
     result = {
         "steps": last["iteration"],
-        "seconds": round(sum(r["seconds"] * (r["iteration"] - start) for r, start in zip(steps, before, strict=False)), 1),
+        "seconds": round(sum(r["seconds"] * (r["iteration"] - start) for r, start in zip(steps, before, strict=False)), 3),
         "losses": {name.removeprefix("loss_"): value for name, value in last.items() if name.startswith("loss")},
         "parameters": _parameters(weights),
     }

@@ -8,7 +8,18 @@ import typer
 
 from sparseinst.ablation.cluster import read_cluster
 from sparseinst.ablation.store import RESULTS
-from sparseinst.cli.options import Budget, OfCluster, ProfileName, Results, RowText, Seeds, TableNames, make_plan, within_budget
+from sparseinst.cli.options import (
+    Budget,
+    OfCluster,
+    ProfileName,
+    Results,
+    RowText,
+    Seeds,
+    TableNames,
+    make_plan,
+    tell_overruled,
+    within_budget,
+)
 
 app = typer.Typer()
 
@@ -65,6 +76,7 @@ def _send(
 
     cluster = read_cluster(name)
     plan, store = make_plan(tables, profile, seeds, row, results, None, cluster=name)
+    tell_overruled(plan)
     within_budget(plan, store, budget)
     # What the files say of a job that an administrator removed would keep it from being sent.
     queue = ask_queue(launcher.JOBS) if cluster.kind == "slurm" and not dry_run else None

@@ -70,7 +70,7 @@ def speed(
     workers: Annotated[
         list[int] | None, typer.Option(min=0, help="Processes; repeat for more.  [default: 0, 1, 2, 4, ... all cores]")
     ] = None,
-    images: Annotated[int, typer.Option(min=8, help="How many are timed with each.")] = 400,
+    images: Annotated[int, typer.Option(min=8, help="How many are timed with each, at least.")] = 400,
     override: Overrides = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
@@ -93,4 +93,4 @@ def speed(
         if not as_json:
             print(f"{count or 'no'} worker{'' if count == 1 else 's'}: {found[count]:.1f} images/s", flush=True)
     if as_json:
-        print(json.dumps({"images": images, "rows": [{"workers": k, "images_per_second": v} for k, v in found.items()]}))
+        print(json.dumps({"rows": [{"workers": k, "images_per_second": v} for k, v in found.items()]}))

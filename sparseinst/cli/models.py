@@ -37,7 +37,7 @@ def train(
 
     overrides: dict[str, Any] = dict(map(parse_override, override))
     if data is not None:
-        overrides = {"data.root": str(data), **overrides}
+        overrides = {"data.root": str(data), "data.source": "coco", **overrides}
     if weights is not None:
         overrides = {**_model_of(weights), "train.start": str(weights), **overrides}
     settings = load_config(config, preset=preset, model=model, overrides=overrides)
@@ -49,7 +49,7 @@ def train(
 
     chosen = pick_device(device)
     trained = run(settings, output, device=chosen)
-    _print_figures(evaluate_run(output, device=chosen))
+    _print_figures(evaluate_run(output, settings, device=chosen))
     print(f"weights: {trained}")
 
 
@@ -130,12 +130,12 @@ def _evaluate_peer(
 ) -> Any:
     from sparseinst.ablation.peers import keep_peer
     from sparseinst.ablation.plan import device_name
-    from sparseinst.ablation.provenance import file_digest
     from sparseinst.ablation.store import Store
     from sparseinst.data.coco import val_split
     from sparseinst.engine.device import pick_device
     from sparseinst.integrations.peers import SIDES, build_peer, evaluate_peer
     from sparseinst.overrides import load_config
+    from sparseinst.paths import file_digest
 
     sides = {"inference.short_side": SIDES[0], "inference.long_side": SIDES[1]}
     config = load_config(overrides={**sides, **overrides})

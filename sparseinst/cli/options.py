@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -79,3 +80,14 @@ def within_budget(plan: Plan, store: Store, budget: float | None) -> None:
     hours = cost.of(plan.to_do())
     if hours > budget:
         raise UserError(f"the plan costs about {hours:.1f} {cost.unit}, over the budget of {budget:g}: nothing was started")
+
+
+def tell_overruled(plan: Plan) -> None:
+    """Say it where a profile sets what rows set: their values have no effect then."""
+    from sparseinst.ablation.study import overruled
+
+    for table in {planned.table.name: planned.table for planned in plan.rows}.values():
+        for path, rows in overruled(table.spec, plan.profile).items():
+            names = ", ".join(map(repr, rows))
+            text = f"{table.name}: profile {plan.profile.name} sets {path} itself, so what these rows set has no effect: {names}"
+            print(text, file=sys.stderr)

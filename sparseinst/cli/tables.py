@@ -22,6 +22,7 @@ from sparseinst.cli.options import (
     TableNames,
     Tables,
     make_plan,
+    tell_overruled,
     within_budget,
 )
 from sparseinst.errors import RunFailed
@@ -51,6 +52,7 @@ def plan(
         print(json.dumps(plan_json(made, cost)))
     else:
         show(made, cost)
+        tell_overruled(made)
     within_budget(made, store, budget)
 
 
@@ -71,6 +73,7 @@ def run(
     from sparseinst.ablation.work import draw
 
     made, store = make_plan(tables, profile, seeds, row, results, device)
+    tell_overruled(made)
     within_budget(made, store, budget)
     if jobs > 1:
         from sparseinst.ablation.plan import gpu_names

@@ -53,13 +53,10 @@ def check_split(split: CocoSplit, images: Iterable[ImageRecord], *, read_images:
 
 
 def _entry_problems(file: Path) -> list[str]:
-    """What COCO evaluation needs of an annotation, and training does not: an area, and an id of its own."""
+    """What COCO evaluation needs of an annotation, and training does not: an id of its own."""
     annotations = json.loads(file.read_text(encoding="utf-8")).get("annotations", [])
-    without_area = sum("area" not in entry for entry in annotations)
     ids = Counter(entry["id"] for entry in annotations)
     problems = [f"{file}: annotation id {key} is used {n} times" for key, n in ids.items() if n > 1]
-    if without_area:
-        problems.append(f"{file}: {without_area} annotations have no area, which evaluation needs")
     if 0 in ids:
         problems.append(f"{file}: annotation id 0 is never counted as found by COCO evaluation: count from 1")
     return problems

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sparseinst.config import DataConfig
-from sparseinst.errors import DataError
+from sparseinst.errors import DataError, UserError
 from sparseinst.overrides import read_text
 
 Mask = NDArray[np.uint8]
@@ -75,6 +75,17 @@ class CocoSplit:
     def instances_per_image(self) -> list[int]:
         """How many each image holds, crowds left out."""
         return [sum(not annotation.crowd for annotation in image.annotations) for image in self.images]
+
+
+def check_categories(split: CocoSplit, categories: Sequence[Category], of: str) -> None:
+    """Raises `UserError` where a split has other categories, by name, than `of` has."""
+    ours, theirs = category_names(categories), category_names(split.categories)
+    if ours != theirs:
+        differing = next((pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]), ("none", "none"))
+        raise UserError(
+            f"{split.file}: its {len(theirs)} categories are not the {len(ours)} of {of} "
+            f"(first difference: {differing[1]!r} for {differing[0]!r})"
+        )
 
 
 def train_split(config: DataConfig) -> CocoSplit:

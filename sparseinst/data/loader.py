@@ -20,6 +20,9 @@ from sparseinst.data.coco import CocoSplit, ImageRecord, read_image
 from sparseinst.data.transforms import Sample, as_segment, augment, rasterise, resize_image, short_side_size
 from sparseinst.errors import DataError
 
+PREFETCH = 4
+"""Batches under way for each worker."""
+
 
 class Draw(NamedTuple):
     """One use of an image in training."""
@@ -227,7 +230,7 @@ def _loader(dataset: Dataset[Example], workers: int, pin_memory: bool, **kwargs:
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_settle,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         **kwargs,
     )
 

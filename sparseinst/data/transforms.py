@@ -51,7 +51,7 @@ def short_side_size(height: int, width: int, short: int, long: int) -> tuple[int
     if max(new) > long:
         shrink = long / max(new)
         new = (new[0] * shrink, new[1] * shrink)
-    return int(new[0] + 0.5), int(new[1] + 0.5)
+    return max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))
 
 
 def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:

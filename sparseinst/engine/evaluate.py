@@ -23,17 +23,18 @@ import torch
 
 from sparseinst.attempts import Attempt
 from sparseinst.config import Config
-from sparseinst.data.coco import CocoSplit, category_names, encode, val_split
+from sparseinst.data.coco import CocoSplit, check_categories, encode, val_split
 from sparseinst.data.loader import Batch, EvalSet, eval_loader
 from sparseinst.engine import optimize as optimizing
 from sparseinst.engine.checkpoint import load_weights
 from sparseinst.engine.device import autocast
 from sparseinst.engine.distributed import gather, rank, same_for_all, world_size
 from sparseinst.engine.monitor import progress_bar
+from sparseinst.engine.truth import pycocotools_truth
 from sparseinst.errors import DataError, UserError
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.paste import paste_by_column
-from sparseinst.paths import RunPaths, atomic
+from sparseinst.paths import RunPaths, atomic, file_digest
 from sparseinst.postprocess import ImageSize, Instances, postprocess
 
 _log = logging.getLogger(__name__)
@@ -147,14 +148,24 @@ def write_predictions(file: Path, results: list[dict[str, Any]], check: Callable
         temporary.write_text(json.dumps(results), encoding="utf-8")
 
 
-def evaluate_run(folder: Path, *, device: torch.device) -> Evaluation:
-    """The figures of a finished run on its own validation data, computed once and kept beside it."""
+def evaluate_run(folder: Path, config: Config, *, device: torch.device) -> Evaluation:
+    """The figures of a finished run, kept beside it: computed once for the same settings and the same annotation file.
+
+    Args:
+        config: its `data` and `inference` are taken; the rest belongs to the weights.
+    """
     paths = RunPaths(folder)
+    of = {"key": config.evaluate_key(), "annotations": file_digest(val_split(config.data).file)}
     if paths.evaluation.exists():
-        return Evaluation(**json.loads(paths.evaluation.read_text(encoding="utf-8")))
-    result = evaluate_weights(paths.weights, {}, device=device)
+        kept = json.loads(paths.evaluation.read_text(encoding="utf-8"))
+        if kept.pop("of", None) == of:
+            return Evaluation(**kept)
+    overrides = {
+        f"{part}.{name}": value for part in ("data", "inference") for name, value in config.model_dump(mode="json")[part].items()
+    }
+    result = evaluate_weights(paths.weights, overrides, device=device)
     with atomic(paths.evaluation) as temporary:
-        temporary.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps({"of": of, **asdict(result)}, indent=1) + "\n", encoding="utf-8")
     return result
 
 
@@ -182,13 +193,7 @@ def evaluate_weights(
         raise UserError(f"{foreign[0]}: belongs to the weights; only data.* and inference.* can be set in evaluation")
     config = config.replace(overrides)
     split = val_split(config.data)
-    ours, theirs = category_names(categories), category_names(split.categories)
-    if ours != theirs:
-        differing = next((pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]), ("none", "none"))
-        raise UserError(
-            f"{split.file}: its {len(theirs)} categories are not the {len(ours)} of {weights}"
-            f" (first difference: {differing[1]!r} for {differing[0]!r})"
-        )
+    check_categories(split, categories, f"{weights}")
     model = model.to(device)
     if optimize is not None:
         model = optimizing.optimize(model, device=device, mode=optimize, precision=config.inference.precision)
@@ -232,7 +237,7 @@ def coco_figures(
     coco = importlib.import_module(engine if engine == "hotcoco" else "pycocotools.coco")
     evaluation = importlib.import_module(engine if engine == "hotcoco" else "pycocotools.cocoeval")
     with contextlib.redirect_stdout(io.StringIO()):  # both print their summary
-        truth = coco.COCO(str(annotations))
+        truth = coco.COCO(str(annotations)) if engine == "hotcoco" else pycocotools_truth(annotations)
         found = truth.loadRes(results) if results or engine == "hotcoco" else coco.COCO()  # pycocotools fails on []
         comparison = evaluation.COCOeval(truth, found, "segm")
         comparison.params.imgIds = sorted(image_ids)

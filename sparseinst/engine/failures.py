@@ -20,11 +20,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sparseinst.data.coco import CocoSplit, ImageRecord, decode, read_image
-from sparseinst.data.transforms import as_segment
 from sparseinst.engine.draw import fitted, outlined, overlay, sheet
 from sparseinst.engine.files import make_folder
 from sparseinst.engine.predict import Prediction
-from sparseinst.errors import DataError
+from sparseinst.engine.truth import pycocotools_truth
 from sparseinst.paths import atomic
 
 SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
@@ -79,7 +78,7 @@ def find_failures(annotations: Path, results: list[dict[str, Any]], image_ids: S
         DataError: a polygon that is none.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its progress
-        truth = _truth(annotations)
+        truth = pycocotools_truth(annotations)
         everything = _loaded(truth, results)
         confident = _loaded(truth, [entry for entry in results if entry["score"] >= score])
         image_ap = {image: ap for image in image_ids if (ap := _image_ap(truth, everything, image)) is not None}
@@ -105,25 +104,6 @@ def find_failures(annotations: Path, results: list[dict[str, Any]], image_ids: S
     missed.sort(key=lambda case: -case.area)
     invented.sort(key=lambda case: -(case.score or 0.0))
     return Failures(image_ap, missed, invented, found, objects)
-
-
-def _truth(annotations: Path) -> COCO:
-    """As hotcoco reads them: any ids (pycocotools takes 0 for no match), crowds and areas only where they are given."""
-    data = json.loads(annotations.read_text(encoding="utf-8"))
-    sizes = {image["id"]: (image["height"], image["width"]) for image in data["images"]}
-    for number, annotation in enumerate(data["annotations"], start=1):
-        try:
-            as_segment(annotation["segmentation"], *sizes[annotation["image_id"]])
-            if "area" not in annotation:
-                annotation["area"] = int(decode(annotation["segmentation"], *sizes[annotation["image_id"]]).sum())
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{annotations}: annotation {annotation['id']}: segmentation: {error}") from None
-        annotation["id"] = number
-        annotation.setdefault("iscrowd", 0)
-    truth = COCO()
-    truth.dataset = data
-    truth.createIndex()
-    return truth
 
 
 def _loaded(truth: COCO, results: list[dict[str, Any]]) -> COCO:

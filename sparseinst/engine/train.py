@@ -13,7 +13,7 @@ import torch
 
 from sparseinst.attempts import Attempt
 from sparseinst.config import Config
-from sparseinst.data.coco import CocoSplit, train_split, val_split
+from sparseinst.data.coco import CocoSplit, check_categories, train_split, val_split
 from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
 from sparseinst.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, save_weights, start_from
 from sparseinst.engine.device import tf32
@@ -94,8 +94,8 @@ class _Training:
         split = train_split(config.data)
         check_classes(config, split)
         _check_instances(config, split)
-        if config.train.evaluate_every:
-            check_classes(config, val_split(config.data))
+        # What would stop the evaluation after days of training stops here.
+        check_categories(val_split(config.data), split.categories, f"{split.file}")
         self.categories = split.categories
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, load_pretrained=config.train.start is None)

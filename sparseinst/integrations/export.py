@@ -139,6 +139,8 @@ def export_model(
     inference = Inference(model.half() if half else model, config, normalise=normalise, probabilities=probabilities).eval()
     example = torch.zeros(1, 3, *_TRACED)
     dynamic = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; name a file in it")
     output.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters warn of their own insides

@@ -37,8 +37,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(lines, start=1):
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
+                raise ValueError("no step")
+            entries.append(entry)
+        except ValueError:
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is broken") from None
     if not any("loss" in entry for entry in entries):

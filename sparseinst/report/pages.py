@@ -66,10 +66,9 @@ def _index(folder: Path) -> str:
     ]
     for table in sorted((folder / "tables").glob("*.md")):
         text = table.read_text(encoding="utf-8").replace("# ", "## ", 1).rstrip()
-        profile = table.stem.rpartition("-")[2]
         title, _, body = text.partition("\n")
         others = ", ".join(f"[{suffix}](tables/{table.stem}.{suffix})" for suffix in FORMATS if suffix != "md")
-        parts.append(f"{title} ({profile})\n{body}\n\n{others}\n")
+        parts.append(f"{title}\n{body}\n\n{others}\n")
         parts += [
             f"![{picture.stem}](figures/{picture.name})\n" for picture in sorted((folder / "figures").glob(f"{table.stem}-*.png"))
         ]

@@ -126,7 +126,7 @@ def markdown(result: TableResult) -> str:
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
-    text = f"# {result.table.spec.title}\n\n" + line(list(data.columns)) + line(["---"] * len(data.columns))
+    text = f"# {result.table.spec.title} ({result.profile})\n\n" + line(list(data.columns)) + line(["---"] * len(data.columns))
     text += "".join(line([str(value) for value in row]) for row in data.itertuples(index=False))
     return text + "\n" + "".join(f"- {note}\n" for note in notes(result))
 
