@@ -1,6 +1,7 @@
 """COCO-format folders, images of all kinds, augmentation, loading order."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -316,3 +317,17 @@ def test_loading_speed(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None
     assert "1 worker: " in capsys.readouterr().out
     assert run_cli(["data", "speed", "nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_dark_sixteen_bits_are_read_alike_and_told(tmp_path: Path) -> None:
+    """255 and 256 of 65535 are neighbours, not white and black."""
+    for number, value in enumerate((255, 256, 3200), start=1):
+        (tmp_path / "train2017").mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "train2017" / f"{number}.png")
+    found = [np.asarray(read_image(tmp_path / "train2017" / f"{number}.png")).max() for number in (1, 2, 3)]
+    assert found == [1, 1, 12]
+    shutil.copytree(tmp_path / "train2017", tmp_path / "val2017")
+    images = [{"id": n, "file_name": f"{n}.png", "height": 8, "width": 8} for n in (1, 2, 3)]
+    write_coco(tmp_path, images, [annotation(1, 1, 7, box(1, 1, 5, 5))])
+    reports = check_folder(DataConfig(root=str(tmp_path)))
+    assert "brighter than 12 of 255: 12 bits in files of 16, say" in "".join(reports["train"].problems)

@@ -210,7 +210,7 @@ def test_tables_and_profiles_of_one_name_are_refused(tmp_path: Path) -> None:
         read_profile(str(profile))
     first, second = tmp_path / "own/mine.yaml", tmp_path / "other/mine.yaml"
     first.write_text(shipped.read_text())
-    second.write_text(shipped.read_text().replace("focal", "other"))
+    second.write_text(shipped.read_text().replace("hybrid", "other"))
     with pytest.raises(UserError, match="another of these tables is called 'mine' too"):
         read_tables([str(first), str(second)])
     assert [table.name for table in read_tables([str(first), str(shipped), "table5"])] == ["mine", "table5"]

@@ -8,12 +8,16 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from sparseinst.config import DataConfig
 from sparseinst.data.coco import CocoSplit, ImageRecord, decode, read_image, train_split, val_split
 from sparseinst.errors import DataError
 
 SMALL, MEDIUM = 32**2, 96**2
 """COCO's bounds between small, medium and large objects, in pixels."""
+DARK = 32
+"""Grey level of 255 below which whole data sets are not meant to be."""
 
 
 @dataclass
@@ -32,6 +36,8 @@ class Report:
     """Instances that are small, medium, large."""
     categories: dict[str, int] = field(default_factory=dict)
     """Instances by category name; zero for a category without any."""
+    brightest: int | None = None
+    """Grey level of 0 to 255, of all pixels of the images that were read."""
     problems: list[str] = field(default_factory=list)
     """One line each."""
 
@@ -49,6 +55,11 @@ def check_split(split: CocoSplit, images: Iterable[ImageRecord], *, read_images:
     for image in images:
         _check_image(image, read_images, report)
         _check_instances(image, split, report)
+    if report.brightest is not None and report.brightest < DARK:
+        report.problems.append(
+            f"{split.file}: no pixel of its images is brighter than {report.brightest} of 255: 12 bits in files of 16, say; "
+            "scale them to the files' whole range"
+        )
     return report
 
 
@@ -67,7 +78,8 @@ def _check_image(image: ImageRecord, read: bool, report: Report) -> None:
         report.problems.append(f"{image.path}: no such image")
     if read:
         try:
-            read_image(image.path, (image.height, image.width))
+            photo = read_image(image.path, (image.height, image.width))
+            report.brightest = max(report.brightest or 0, int(np.asarray(photo).max()))
         except DataError as error:
             report.problems.append(str(error))
 

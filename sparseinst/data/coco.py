@@ -253,7 +253,8 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits a pixel, which Pillow would clip at 255
         values = np.asarray(image, dtype=np.float64)
-        scale = 255 / 65535 if values.max(initial=0) > 255 else 1.0
+        # 16 bits are 16 bits, whatever an image happens to hold: its neighbour must be read alike.
+        scale = 255 / 65535 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1.0
         image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
