@@ -339,3 +339,11 @@ def process_name(pid: int) -> str | None:
             return None
         return str(pid)
     return None if fields[0] in "ZX" else f"{pid} {fields[19]}"  # its start, in ticks since the machine's
+
+
+def usable_cores() -> int:
+    """Those that this process may use, which on a cluster are fewer than there are."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from sparseinst.config import Config, DataConfig, InferenceConfig, TrainConfig
 from sparseinst.criterion import prepare_targets
 from sparseinst.data.check import check_folder
 from sparseinst.data.coco import CocoSplit, ImageRecord, decode, encode, read_image, read_split, train_split
-from sparseinst.data.loader import BatchOrder, Draw, EvalSet, TrainSet, collate, train_loader
+from sparseinst.data.loader import BatchOrder, Draw, EvalSet, Loader, TrainSet, collate, train_loader
 from sparseinst.data.speed import doubled
 from sparseinst.data.transforms import Sample, as_segment, augment, crop, flip, rasterise, resize, resize_image, shrink
 from sparseinst.errors import DataError
@@ -331,3 +333,37 @@ def test_dark_sixteen_bits_are_read_alike_and_told(tmp_path: Path) -> None:
     write_coco(tmp_path, images, [annotation(1, 1, 7, box(1, 1, 5, 5))])
     reports = check_folder(DataConfig(root=str(tmp_path)))
     assert "brighter than 12 of 255: 12 bits in files of 16, say" in "".join(reports["train"].problems)
+
+
+@pytest.mark.parametrize("command", ["train", "data speed"])
+def test_an_unreadable_image_ends_the_process_with_one_line(command: str, tmp_path: Path) -> None:
+    """Also where a worker meets it: it must neither hang nor print torch's traceback."""
+    write_coco(
+        tmp_path,
+        [{"id": n, "file_name": f"{n}.png", "height": 32, "width": 32} for n in range(1, 5)],
+        [annotation(n, n, 7, box(1, 1, 20, 20)) for n in range(1, 5)],
+    )
+    (tmp_path / "train2017" / "3.png").write_bytes(b"broken")
+    size = ["-o", "data.short_sides=[32]"]
+    arguments = {
+        "train": ["train", "--data", str(tmp_path), "--output", str(tmp_path / "run"), "-o", "data.workers=1", *size,
+                  "-o", "model.backbone.name=resnet10t", "-o", "model.backbone.pretrained=false", "-o", "train.batch_size=2",
+                  "-o", "model.backbone.frozen_norm=false", "-o", "train.iterations=4", "-o", "train.warmup_iterations=0"],
+        "data speed": ["data", "speed", str(tmp_path), "--workers", "1", "--images", "8", *size],
+    }[command]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "sparseinst", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/train2017/3.png: truncated or unreadable image")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_mistake_of_ours_in_a_worker_is_not_hidden(tiny: Config) -> None:
+    config = tiny.replace({"data.workers": 1})
+    dataset = TrainSet(train_split(config.data), config.data, 0, 4)
+    dataset.config = None  # type: ignore[assignment] # what it cannot work with
+    order = BatchOrder(dataset.split, config.train)
+    loader = Loader(dataset, 1, False, batch_sampler=order)
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*AttributeError"):
+        next(iter(loader))

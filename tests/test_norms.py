@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseinst.config import BackboneConfig, Config
-from sparseinst.engine.norms import absorb_norms
+from sparseinst.engine.norms import absorb_norms, keep_types
 from sparseinst.engine.step import Step
 from sparseinst.models.backbone import Backbone
 from sparseinst.models.sparseinst import build_model
@@ -123,3 +123,52 @@ def test_a_step_absorbs_frozen_norms_alone(tiny: Config) -> None:
     assert "_AbsorbingConv2d" in classes(frozen)
     assert "_AbsorbingConv2d" not in classes(frozen, plain=True)
     assert "_AbsorbingConv2d" not in classes(tiny)
+
+
+def test_a_convolution_with_a_bias() -> None:
+    made = backbone("resnet18")
+    stem = nn.Conv2d(3, 64, 7, stride=2, padding=3)
+    made.body.conv1 = stem
+    before = [feature.clone() for feature in made.train()(torch.ones(1, 3, 64, 64))]
+    assert absorb_norms(made) == 20
+    for a, b in zip(made(torch.ones(1, 3, 64, 64)), before, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.detach().abs().max()))
+
+
+def test_a_backbone_that_takes_no_small_images(caplog: pytest.LogCaptureFixture) -> None:
+    made = backbone("resnet18").train()
+    inner = made.body
+
+    class Large(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            if x.shape[-1] < 100:
+                raise RuntimeError("too small")
+            found: list[Tensor] = self.inner(x)
+            return found
+
+    made.body = Large()
+    with caplog.at_level(logging.WARNING):
+        assert absorb_norms(made) == 0
+    assert "too small" in caplog.text
+    assert made.training
+    transformer = Backbone(BackboneConfig(name="pvt_v2_b0", pretrained=False))
+    caplog.clear()
+    assert absorb_norms(transformer) == 0
+    assert not caplog.text, "without norms there is nothing to say"
+
+
+def test_plain_norms_keep_their_input_s_type() -> None:
+    """As detectron2's do; in float32 they are timm's."""
+    made = backbone("resnet18").train()
+    plain = copy.deepcopy(made)
+    keep_types(plain)
+    image = torch.randn(1, 3, 64, 64)
+    for a, b in zip(plain(image), made(image), strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert {feature.dtype for feature in plain(image)} == {torch.bfloat16}
+        assert {feature.dtype for feature in made(image)} == {torch.float32}

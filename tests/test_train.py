@@ -226,7 +226,7 @@ def frozen(tiny: Config, tmp_path: Path) -> Config:
     return tiny.replace({"model.backbone.weights": str(tmp_path / "backbone.safetensors"), "model.backbone.frozen_norm": True})
 
 
-def testrecomputed_activations_change_no_bit(tiny: Config, tmp_path: Path) -> None:
+def test_recomputed_activations_change_no_bit(tiny: Config, tmp_path: Path) -> None:
     config = frozen(tiny, tmp_path)
     assert_same(
         run(config, tmp_path / "kept"), run(config.replace({"train.checkpoint_activations": True}), tmp_path / "recomputed")
@@ -235,7 +235,7 @@ def testrecomputed_activations_change_no_bit(tiny: Config, tmp_path: Path) -> No
         run(tiny.replace({"train.checkpoint_activations": True}), tmp_path / "other")
 
 
-def testrecomputed_activations_are_not_kept(tiny: Config, tmp_path: Path) -> None:
+def test_recomputed_activations_are_not_kept(tiny: Config, tmp_path: Path) -> None:
     model = build_model(frozen(tiny, tmp_path).model)
     kept: dict[str, int] = {}
     for name, forward in (("all", model), ("few", partial(recomputed, model))):

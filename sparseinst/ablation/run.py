@@ -19,7 +19,7 @@ from sparseinst.ablation.plan import Plan, StageRun
 from sparseinst.ablation.status import Status, watch
 from sparseinst.ablation.store import Store
 from sparseinst.ablation.work import RUNS, Place, do_stage
-from sparseinst.attempts import Attempt, Held, reason
+from sparseinst.attempts import Attempt, Held, reason, usable_cores
 from sparseinst.paths import RunPaths
 
 _log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def run_in_processes(
         devices: taken by turns; None leaves the choice to the process.
         look: how things stand.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    threads = str(max(1, usable_cores() // jobs))
     RUNS.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         processes = []

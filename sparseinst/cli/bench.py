@@ -134,7 +134,7 @@ def _row(setting: Setting, task: Task, device: Any, warmup: int, repetitions: in
     return {
         **asdict(setting),
         **found,
-        "images_per_second": round(1000 * setting.batch / found["whole_ms"]["median"], 2),
+        "images_per_second": round(1000 * setting.batch / found["whole_ms"]["mean"], 2),
         "input": found["size"],
         "size": setting.size,
         "train": task.train,
@@ -188,8 +188,11 @@ def _show(about: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from sparseinst.engine.step import PHASES
+    from sparseinst.engine.timed import MODULES
+
     train = about["rows"][0]["train"]
-    modules = ("forward", "loss", "backward", "update") if train else ("backbone", "encoder", "decoder", "post")
+    modules = PHASES if train else MODULES
     setting = ("model", "size", "batch", "precision", "mode")
     table = Table(title=f"milliseconds {'a step of training ' if train else ''}on {about['device']}", title_justify="left")
     for column in (*setting, "median", "p5", "p95", "images/s", *modules, "sum", "GFLOPs", "M parameters", "MB"):
@@ -218,6 +221,7 @@ def _show(about: dict[str, Any]) -> None:
     print("Each module is synchronised by itself: what their sum exceeds the median by is the cost of that.")
     if train:
         print("GFLOPs are those of one image's way forward. The weights stay as they are, so that each step is the same work.")
+        print("plain makes masks small within the step; for the others the mapper does that. Sizes are not jittered.")
     elif any(row["model"] in MODELS for row in about["rows"]):
         print("Random weights keep every map, the slowest case.")
     for row in about["rows"]:

@@ -68,7 +68,8 @@ def check(
 def speed(
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
     workers: Annotated[
-        list[int] | None, typer.Option(min=0, help="Processes; repeat for more.  [default: 0, 1, 2, 4, ... all cores]")
+        list[int] | None,
+        typer.Option(min=0, help="Processes; repeat for more.  [default: 0, 1, 2, 4, ... its cores]"),
     ] = None,
     images: Annotated[int, typer.Option(min=8, help="How many are timed with each, at least.")] = 400,
     override: Overrides = [],  # noqa: B006
@@ -79,8 +80,8 @@ def speed(
     A training that takes more images than that waits for its data: `data_seconds` of each step in its metrics.jsonl.
     """
     import json
-    import os
 
+    from sparseinst.attempts import usable_cores
     from sparseinst.data.coco import train_split
     from sparseinst.data.speed import doubled, loading_speed
     from sparseinst.overrides import load_config, parse_override
@@ -88,7 +89,7 @@ def speed(
     settings = load_config(overrides={**dict(map(parse_override, override)), "data.root": str(folder)})
     split = train_split(settings.data)
     found = {}
-    for count in workers or doubled(os.cpu_count() or 1):
+    for count in workers or doubled(usable_cores()):
         found[count] = round(loading_speed(split, settings, workers=count, images=images), 1)
         if not as_json:
             print(f"{count or 'no'} worker{'' if count == 1 else 's'}: {found[count]:.1f} images/s", flush=True)

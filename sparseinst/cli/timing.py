@@ -128,6 +128,11 @@ def network(setting: Setting, data: Path | None = None) -> tuple[Config, SparseI
         "train.precision": setting.precision,
         "train.batch_size": setting.batch,
         "train.accumulate": 1,
+        # The same images for all that are compared.
+        "train.seed": 0,
+        "data.flip": 0.5,
+        "data.crop": 0.0,
+        "data.train_limit": None,
     }
     if data is not None:
         changes |= {"data.root": str(data), "data.source": "coco"}

@@ -6,6 +6,7 @@ B images of a batch, K instances of one image, H W height and width in pixels.
 from __future__ import annotations
 
 import signal
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -197,6 +198,57 @@ class BatchOrder(Sampler[list[Draw]]):
             epoch += 1
 
 
+class Loader:
+    """A `DataLoader` whose workers hand over what went wrong instead of raising it: `DataError` arrives as it is.
+
+    What torch raises anew keeps its iterator alive, and with it the workers, which are deaf (see `_settle`): the process would
+    never end.
+    """
+
+    def __init__(self, dataset: Dataset[Example], workers: int, pin_memory: bool, **kwargs: Any) -> None:
+        self._loader: DataLoader[Any] = DataLoader(
+            _Handing(dataset),
+            collate_fn=_collate_or_hand,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_settle,
+            prefetch_factor=PREFETCH if workers else None,
+            **kwargs,
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
+class _Handing(Dataset[Example | Exception]):
+    def __init__(self, dataset: Dataset[Example]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type] # ours have lengths
+
+    def __getitem__(self, index: Any) -> Example | Exception:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return error.with_traceback(None)
+        except Exception as error:  # noqa: BLE001 (raised where the batch is taken)
+            return RuntimeError("".join(traceback.format_exception(error)))
+
+
+def _collate_or_hand(examples: Sequence[Example | Exception]) -> Batch | Exception:
+    for example in examples:
+        if isinstance(example, Exception):
+            return example
+    return collate([example for example in examples if isinstance(example, Example)])
+
+
 def collate(examples: Sequence[Example]) -> Batch:
     sizes = [(example.image.shape[1], example.image.shape[2]) for example in examples]
     height, width = (-(-max(side) // SIZE_DIVISOR) * SIZE_DIVISOR for side in zip(*sizes, strict=True))
@@ -213,26 +265,14 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
-def train_loader(dataset: TrainSet, order: BatchOrder, *, pin_memory: bool) -> DataLoader[Example]:
+def train_loader(dataset: TrainSet, order: BatchOrder, *, pin_memory: bool) -> Loader:
     """Batches in the order given; each item is one part of one optimiser step."""
-    return _loader(dataset, dataset.config.workers, pin_memory, batch_sampler=order)
+    return Loader(dataset, dataset.config.workers, pin_memory, batch_sampler=order)
 
 
-def eval_loader(dataset: EvalSet, workers: int, *, pin_memory: bool) -> DataLoader[Example]:
+def eval_loader(dataset: EvalSet, workers: int, *, pin_memory: bool) -> Loader:
     """One image at a time, as the reference evaluates: padding would change what the network sees."""
-    return _loader(dataset, workers, pin_memory, batch_size=1)
-
-
-def _loader(dataset: Dataset[Example], workers: int, pin_memory: bool, **kwargs: Any) -> DataLoader[Example]:
-    return DataLoader(
-        dataset,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_settle,
-        prefetch_factor=PREFETCH if workers else None,
-        **kwargs,
-    )
+    return Loader(dataset, workers, pin_memory, batch_size=1)
 
 
 def _settle(_: int) -> None:

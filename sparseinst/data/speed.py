@@ -36,8 +36,8 @@ def loading_speed(split: CocoSplit, config: Config, *, workers: int, images: int
     for _ in range(first):
         next(batches)
     began = time.perf_counter()
-    for _ in batches:
-        pass
+    for _ in range(steps - first):  # and not to the end, where the workers are waited for
+        next(batches)
     return (steps - first) * batch / (time.perf_counter() - began)
 
 

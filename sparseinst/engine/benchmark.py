@@ -23,13 +23,14 @@ from sparseinst.errors import UserError
 @dataclass(frozen=True)
 class Latency:
     whole_ms: dict[str, float]
-    """`median`, `p5` and `p95` over the repetitions, one synchronisation each."""
+    """`median`, `mean`, `p5` and `p95` over the repetitions, one synchronisation each."""
     modules_ms: dict[str, float]
     """Medians, synchronised after each module, so that they sum to more than the whole; empty for what runs as one."""
     size: tuple[int, int] | None
     """Height and width of the padded input; None where they change."""
     kept: int
-    """Instances that post-processing resized in the last batch: random weights keep every map, the slowest case."""
+    """Instances that post-processing resized in the last batch: random weights keep every map, the slowest case. Of training
+    those that were learned."""
     repetitions: int
     drift: float = 1.0
     """Median of the last third of the repetitions over that of the first: well above 1 where the device was throttled."""
@@ -90,7 +91,7 @@ def whole_turns(timed: Timed, repetitions: int) -> int:
 class Comparison:
     first_ms: dict[str, float]
     second_ms: dict[str, float]
-    """`median`, `p5` and `p95` each."""
+    """`median`, `mean`, `p5` and `p95` each."""
     ratio: dict[str, float]
     """First over second of each turn: `median`, `p5` and `p95`. Over 1: the second is faster."""
 
@@ -124,9 +125,9 @@ def _seconds(timed: Timed, number: int, device: torch.device) -> float:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """`median`, `p5` and `p95` in milliseconds."""
-    median, p5, p95 = (round(1000 * float(value), 3) for value in np.percentile(seconds, (50, 5, 95)))
-    return {"median": median, "p5": p5, "p95": p95}
+    """`median`, `mean`, `p5` and `p95` in milliseconds."""
+    found = dict(zip(("median", "p5", "p95"), np.percentile(seconds, (50, 5, 95)), strict=True)) | {"mean": np.mean(seconds)}
+    return {name: round(1000 * float(value), 3) for name, value in found.items()}
 
 
 def gpu_clocks(device: torch.device) -> str | None:

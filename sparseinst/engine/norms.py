@@ -1,8 +1,9 @@
 """Frozen norms and the convolutions before them, which can do their work: a frozen norm is a scale and a shift.
 
 `optimize` folds them for good; in training, `absorb_norms` multiplies the convolution's weights by the scale at each step, which
-saves two passes over each feature map forward and one backward. (And in half precision the maps stay in it, where scale and
-shift in float32 would make float32 of them.)
+saves two passes over each feature map forward (on CUDA, where a bias is a pass of its own, one) and one backward. And in half
+precision the maps stay in it, as in the reference, where timm's scale and shift in float32 make float32 of them: evaluation in
+half precision still does so, and so do the norms after deformable convolutions.
 """
 
 from __future__ import annotations
@@ -76,14 +77,19 @@ def absorb_norms(backbone: Backbone) -> int:
     Nothing else changes: parameters and buffers keep their names and values, and in evaluation mode each module works as before.
     Outputs differ by rounding. Should they differ by more, all stays as it was, with a warning.
     """
+    if not _frozen_norms(backbone):
+        return 0
     before = copy.deepcopy(backbone.body)
     was_training = backbone.training
-    pairs = [
-        (conv, norm)
-        for _, _, conv, norm in norms_after_convolutions(backbone.eval())
-        if type(conv) is nn.Conv2d and not any(parameter.numel() for parameter in norm.parameters())
-    ]
-    expected = backbone(probe())
+    try:
+        found = norms_after_convolutions(backbone.eval())
+        expected = backbone(probe())
+    except RuntimeError as error:  # a backbone for images of other sizes alone
+        _log.warning("the backbone's norms stay as they are (%s): training is slower", str(error).splitlines()[0])
+        backbone.train(was_training)
+        return 0
+    frozen = _frozen_norms(backbone)
+    pairs = [(conv, norm) for _, _, conv, norm in found if type(conv) is nn.Conv2d and norm in frozen]
     for conv, norm in pairs:
         conv.__class__, conv.__dict__["absorbed"] = _AbsorbingConv2d, (norm,)
         norm.__class__ = type(f"Absorbed{type(norm).__name__}", (_Absorbed, type(norm)), {})
@@ -95,6 +101,17 @@ def absorb_norms(backbone: Backbone) -> int:
     return len(pairs)
 
 
+def keep_types(backbone: Backbone) -> None:
+    """Let frozen norms work in their input's type while they train, as the reference's do: what is timed as `plain`."""
+    for norm in _frozen_norms(backbone):
+        norm.__class__ = type(f"Plain{type(norm).__name__}", (_InItsType, type(norm)), {})
+
+
+def _frozen_norms(backbone: Backbone) -> list[Any]:
+    norms = (module for module in backbone.modules() if all(hasattr(module, name) for name in _NORMS))
+    return [norm for norm in norms if not any(True for _ in norm.parameters())]
+
+
 class _AbsorbingConv2d(nn.Conv2d):
     absorbed: tuple[Any]
     """The norm; in a tuple, or it would be a part of this module too."""
@@ -102,9 +119,7 @@ class _AbsorbingConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        [norm] = self.absorbed
-        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        shift = norm.bias - norm.running_mean * scale
+        scale, shift = _affine(self.absorbed[0])
         if self.bias is not None:
             shift = shift + self.bias * scale
         return self._conv_forward(input, self.weight * scale[:, None, None, None], shift)
@@ -117,5 +132,25 @@ class _Absorbed(nn.Module):
         if not self.training:
             whole: Tensor = super().forward(x)
             return whole
-        rest: Any = self
-        return rest.act(rest.drop(x)) if hasattr(self, "act") else x
+        return _activated(self, x)
+
+
+class _InItsType(nn.Module):
+    """A frozen norm that does not make float32 of half precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            whole: Tensor = super().forward(x)
+            return whole
+        scale, shift = (factor.to(x.dtype)[:, None, None] for factor in _affine(self))
+        return _activated(self, x * scale + shift)
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def _activated(norm: Any, x: Tensor) -> Tensor:
+    activated: Tensor = norm.act(norm.drop(x)) if hasattr(norm, "act") else x
+    return activated

@@ -17,7 +17,7 @@ from sparseinst.data.coco import CocoSplit
 from sparseinst.data.loader import Batch
 from sparseinst.engine.device import autocast
 from sparseinst.engine.distributed import average_gradients, largest, mean_counts, share_norms
-from sparseinst.engine.norms import absorb_norms
+from sparseinst.engine.norms import absorb_norms, keep_types
 from sparseinst.engine.schedule import learning_rate_factor, parameter_groups
 from sparseinst.errors import UserError
 from sparseinst.models.decoder import Predictions
@@ -34,7 +34,7 @@ class Step:
     """A model in training, and all that a step changes with it: optimiser, gradient scaler, moving average.
 
     Args:
-        model: goes to the device.
+        model: goes to the device; its frozen norms change how they work in training, see `absorb_norms`.
         stride: of the masks in the batches, see `TrainSet`.
         plain: as the reference trains, with contiguous tensors and torch's default AdamW: what the rest is timed against.
     """
@@ -42,8 +42,8 @@ class Step:
     def __init__(self, model: SparseInst, config: Config, device: torch.device, *, stride: int, plain: bool = False) -> None:
         self.config, self.device, self.stride = config, device, stride
         self.layout = torch.contiguous_format if plain else torch.channels_last
-        if config.model.backbone.frozen_norm and not plain:
-            absorb_norms(model.backbone)
+        if config.model.backbone.frozen_norm:
+            (keep_types if plain else absorb_norms)(model.backbone)
         self.model = model.to(device).to(memory_format=self.layout).train()
         if config.loss.reduction == "global":
             share_norms(self.model)

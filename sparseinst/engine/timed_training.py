@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +52,14 @@ def photo_batches(split: CocoSplit, config: Config, stride: int) -> list[Batch]:
     return [collate([dataset[draw] for draw in draws]) for _, draws in zip(range(TURNS), order, strict=False)]
 
 
+def _lively(model: SparseInst) -> SparseInst:
+    """With every branch at work: norms frozen at timm's start would multiply the last layer of each by zero."""
+    for name, buffer in model.backbone.named_buffers():
+        if name.endswith("weight") and not buffer.any():
+            buffer.fill_(0.2)
+    return model
+
+
 def training_to_time(
     config: Config,
     *,
@@ -79,7 +88,7 @@ def training_to_time(
     config = config.replace(changes)
     if split is not None:
         check_classes(config, split)
-    network = model or build_model(config.model, load_pretrained=False)
+    network = copy.deepcopy(model) if model is not None else _lively(build_model(config.model, load_pretrained=False))
     stride = 1 if mode == "plain" else network.mask_stride()
     step = Step(network, config, device, stride=stride, plain=mode == "plain")
     for group in step.optimizer.param_groups:
