@@ -19,6 +19,7 @@ from sparseinst.ablation.study import read_profile, read_tables
 from sparseinst.attempts import Attempt
 from sparseinst.cli import run_cli
 from sparseinst.paths import RunPaths
+from sparseinst.report.collect import read_results
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -257,7 +258,11 @@ def test_a_record_names_the_code_that_trained(monkeypatch: pytest.MonkeyPatch) -
         record = other.load(key)
         assert record is not None
         told[record.kind] = record.provenance["commit"][0]
+        if record.kind == "evaluate":
+            assert record.provenance["trained"]["commit"][0] == "a"
     assert told == {"train": "a", "evaluate": "b"}
+    [table] = read_results(["table5"], "smoke", Path("second"), {})
+    assert any("aaaaaaaaaa, bbbbbbbbbb" in fact for fact in table.provenance)
     # One that was stopped and went on with other code names both.
     [train] = [key for key in sorted(other.keys()) if (Path("runs") / key / "model.safetensors").exists()]
     paths = work.run_folder(train)

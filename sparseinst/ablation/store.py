@@ -35,7 +35,8 @@ class Record:
     config: dict[str, Any] = field(default_factory=dict)
     """Every setting, resolved; none for a comparison."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """commit, versions, device, seed, wall time and so on; see `provenance`."""
+    """commit, versions, device, seed, wall time and so on; of an evaluation also, under `trained`, which code made the weights;
+    see `provenance`."""
 
 
 class _Trained(BaseModel):

@@ -74,6 +74,8 @@ def do_stage(run: StageRun, store: Store, place: Place) -> None:
         )
         if run.stage == "train":
             about |= trained_by(run_folder(run.key))
+        if run.needs is not None:
+            about["trained"] = trained_by(run_folder(run.needs))
         store.write(Record(run.stage, run.key, result, run.config.model_dump(mode="json"), about), attempt.check)
 
 

@@ -288,7 +288,8 @@ def _provenance(found: Any) -> list[str]:
                 values.add(str(value))
         return ", ".join(sorted(values)) or "unknown"
 
-    commits = sorted({str(r.provenance.get("commit"))[:10] + ("+" if r.provenance.get("changes") else "") for r in records})
+    code = [about for r in records for about in (r.provenance, r.provenance.get("trained", {}), *_earlier(r)) if about]
+    commits = sorted({str(about.get("commit") or "unknown")[:10] + ("+" if about.get("changes") else "") for about in code})
     return [
         f"{len(records)} records",
         f"device {all_of('device')}",
@@ -298,3 +299,9 @@ def _provenance(found: Any) -> list[str]:
         f"evaluator hotcoco {all_of('versions', 'hotcoco')}",
         f"validation data {all_of('data')}",
     ]
+
+
+def _earlier(record: Record) -> list[dict[str, Any]]:
+    """Code that worked on the weights before that which ended their training."""
+    found: list[dict[str, Any]] = record.provenance.get("trained", {}).get("earlier", [])
+    return found
