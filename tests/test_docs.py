@@ -54,7 +54,9 @@ def test_commands_are_understood(line: str) -> None:
     while hasattr(command, "commands"):
         context = command.make_context(name, rest.copy(), parent=context)
         name, command, rest = command.resolve_command(context, rest)
-    command.make_context(name, rest, parent=context)
+    understood = command.make_context(name, rest, parent=context)
+    assert understood.command is command
+    assert not understood.args, "nothing is left over"
 
 
 def test_the_method_s_shapes() -> None:

@@ -157,6 +157,9 @@ def test_kept_figures_are_those_of_the_same_settings_and_data(tiny: Config, tmp_
     content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in kept]
     file.write_text(json.dumps(content))
     assert evaluate_run(tmp_path / "run", config, device=CPU).images == 4, "the annotation file is another"
+    for damage in ('{"of": {"key', "[]", '{"of": 1, "figurs": {}}'):
+        (tmp_path / "run" / "evaluation.json").write_text(damage)
+        assert evaluate_run(tmp_path / "run", config, device=CPU).images == 4
 
 
 def test_pycocotools_without_areas_and_crowds(tiny: Config, tmp_path: Path) -> None:

@@ -269,6 +269,11 @@ def test_a_record_names_the_code_that_trained(monkeypatch: pytest.MonkeyPatch) -
     provenance.note_code(paths)
     assert provenance.trained_by(paths)["commit"][0] == "b"
     assert [code["commit"][0] for code in provenance.trained_by(paths)["earlier"]] == ["a"]
+    with paths.code.open("a") as file:
+        file.write('{"commit": "c')  # killed while it wrote
+    assert provenance.trained_by(paths)["commit"] is None
+    provenance.note_code(paths)
+    assert provenance.trained_by(paths)["commit"][0] == "b"
     paths.code.unlink()
     assert provenance.trained_by(paths)["commit"] is None, "unknown, of a run from before"
 

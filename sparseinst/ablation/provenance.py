@@ -60,21 +60,31 @@ def code_digest() -> str:
 def note_code(paths: RunPaths) -> None:
     """Note in a run's folder that this code works on its training."""
     paths.root.mkdir(parents=True, exist_ok=True)
+    # On a line of its own, also after one that a kill cut off.
+    cut_off = paths.code.exists() and not paths.code.read_bytes().endswith(b"\n")
     with paths.code.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**code_version(), "versions": versions()}) + "\n")
+        file.write("\n" * cut_off + json.dumps({**code_version(), "versions": versions()}) + "\n")
 
 
 def trained_by(paths: RunPaths) -> dict[str, Any]:
     """Commit, changes and versions of the code that made a run's weights, which need not be the code that records it: the last
-    that worked on them, and under `earlier` the others. Unknown, None, where nothing is noted.
+    that worked on them, and under `earlier` the others. Unknown, None, where nothing is noted, or a kill cut it off.
     """
-    try:
-        lines = paths.code.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return {"commit": None, "changes": None, "versions": {}}
-    *before, last = [json.loads(line) for line in lines]
+    unknown: dict[str, Any] = {"commit": None, "changes": None, "versions": {}}
+    noted = [unknown]
+    if paths.code.exists():
+        noted = [_noted(line) or unknown for line in paths.code.read_text(encoding="utf-8").splitlines()] or noted
+    *before, last = noted
     earlier = [code for index, code in enumerate(before) if code != last and code not in before[:index]]
     return {**last, **({"earlier": earlier} if earlier else {})}
+
+
+def _noted(line: str) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return found
 
 
 def versions() -> dict[str, str]:

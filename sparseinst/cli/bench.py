@@ -72,7 +72,6 @@ def bench(
     """
     from sparseinst.ablation.plan import device_name
     from sparseinst.engine.device import pick_device
-    from sparseinst.engine.predict_files import find_images
     from sparseinst.integrations.peers import is_peer
 
     chosen = pick_device(device)
@@ -81,16 +80,9 @@ def bench(
         for name in model or ["r50-iam"]
         for values in itertools.product(size or [own_side(name)], batch or [1], precision or ["fp32"], mode or ["eager"])
     ]
-    files = find_images(photos) if photos else []
-    if len(files) > MOST_PHOTOS:
-        print(f"the first {MOST_PHOTOS} of {len(files)} photos are taken: all are held on the device")
-    if (photos or train) and (record or roofline):
-        raise UserError("--photos, --train: not with --record or --roofline, which are of 480 x 640 images in inference")
-    if (photos and train) or (data is not None and not train):
-        raise UserError("--photos are for inference, and --data is for --train, which needs instances to learn")
+    task = _task(train, photos or [], data, only_usual=record or roofline)
     if record and not all(map(is_peer, model or [""])):
         raise UserError("--record is for peers; our own timings are recorded by `run`")
-    task = Task(train, tuple(files[:MOST_PHOTOS]), data)
     pair = [changed(settings[0], text, size is None) for text in compare or ()]
     for setting in pair or settings:
         task.refuse(setting)
@@ -107,12 +99,34 @@ def bench(
                 about["rows"][-1] |= _bound(about["rows"][-1], setting, chosen)
             if record:
                 _keep(about["rows"][-1], setting, about["device"], profile, results)
+    _tell(about, output, as_json)
+
+
+def _task(train: bool, photos: list[Path], data: Path | None, *, only_usual: bool) -> Task:
+    """What is to be done, on which images. Raises `UserError` for options that exclude each other.
+
+    Args:
+        only_usual: what is asked for besides is of inference on images of COCO's usual size.
+    """
+    from sparseinst.engine.predict_files import find_images
+
+    if (photos or train) and only_usual:
+        raise UserError("--photos, --train: not with --record or --roofline, which are of 480 x 640 images in inference")
+    if (photos and train) or (data is not None and not train):
+        raise UserError("--photos are for inference, and --data is for --train, which needs instances to learn")
+    files = find_images(photos) if photos else []
+    if len(files) > MOST_PHOTOS:
+        print(f"the first {MOST_PHOTOS} of {len(files)} photos are taken: all are held on the device")
+    return Task(train, tuple(files[:MOST_PHOTOS]), data)
+
+
+def _tell(about: dict[str, Any], output: Path | None, as_json: bool) -> None:
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     if as_json:
         print(json.dumps(about))
-    elif compare is not None:
+    elif "compare" in about:
         _show_comparison(about)
     else:
         _show(about)
@@ -226,7 +240,8 @@ def _show(about: dict[str, Any]) -> None:
         print("Random weights keep every map, the slowest case.")
     for row in about["rows"]:
         if not 0.95 < row["drift"] < 1.05:
-            print(f"{_name(row)}: the last third took {row['drift']:.2f} x the first: throttled, or other work beside it")
+            why = "throttled, other work beside it, or too short a warm-up"
+            print(f"{_name(row)}: the last third took {row['drift']:.2f} x the first: not steady ({why})")
         if row["clocks"]:
             print(f"clocks before | after: {row['clocks']}")
 

@@ -156,10 +156,9 @@ def evaluate_run(folder: Path, config: Config, *, device: torch.device) -> Evalu
     """
     paths = RunPaths(folder)
     of = {"key": config.evaluate_key(), "annotations": file_digest(val_split(config.data).file)}
-    if paths.evaluation.exists():
-        kept = json.loads(paths.evaluation.read_text(encoding="utf-8"))
-        if kept.pop("of", None) == of:
-            return Evaluation(**kept)
+    kept = _kept(paths.evaluation, of)
+    if kept is not None:
+        return kept
     overrides = {
         f"{part}.{name}": value for part in ("data", "inference") for name, value in config.model_dump(mode="json")[part].items()
     }
@@ -167,6 +166,18 @@ def evaluate_run(folder: Path, config: Config, *, device: torch.device) -> Evalu
     with atomic(paths.evaluation) as temporary:
         temporary.write_text(json.dumps({"of": of, **asdict(result)}, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _kept(file: Path, of: dict[str, str]) -> Evaluation | None:
+    """What is kept there, where it is of the same."""
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return Evaluation(**found) if found.pop("of", None) == of else None
+    except (ValueError, TypeError, AttributeError) as error:
+        _log.warning("%s is damaged (%s): evaluating again", file, error)
+        return None
 
 
 def evaluate_weights(
