@@ -10,7 +10,7 @@ from PIL import Image
 
 from sparseinst.cli import run_cli
 from sparseinst.config import MODELS, Config
-from sparseinst.engine.benchmark import compare, measure, measure_latency
+from sparseinst.engine.benchmark import Here, compare, measure, measure_latency
 from sparseinst.engine.roofline import Peak, Work, count_parameters, count_work, measure_peak
 from sparseinst.engine.timed import MODULES, network_to_time, photo_inputs
 
@@ -66,8 +66,8 @@ def test_modes_see_the_same_instances(tiny: Config, mode: Any) -> None:
 
 
 def test_comparison_by_turns(tiny: Config) -> None:
-    shallow, deep = (network_to_time(tiny.replace({"model.decoder.depth": depth}), device=CPU) for depth in (1, 60))
-    found = compare(deep, shallow, device=CPU, warmup=2, repetitions=9)
+    shallow, deep = (Here(network_to_time(tiny.replace({"model.decoder.depth": depth}), device=CPU), CPU) for depth in (1, 60))
+    found = compare(deep, shallow, warmup=2, repetitions=9)
     assert found.ratio["median"] > 1.3
     assert found.ratio["p5"] <= found.ratio["median"] <= found.ratio["p95"]
     assert found.first_ms["median"] > found.second_ms["median"]

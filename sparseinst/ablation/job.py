@@ -57,6 +57,10 @@ class StageJob:
         """Raises `RunFailed` where a stage failed, after the others were done."""
         os.chdir(self.project)
         logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+        if not self.gpus:
+            from sparseinst.engine.memory import keep_freed_memory
+
+            keep_freed_memory()
         store = Store(Path(self.results))
         failed: dict[str, str] = {}
         for plain in self.stages:

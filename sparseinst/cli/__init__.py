@@ -10,6 +10,7 @@ import typer
 
 from sparseinst import __version__
 from sparseinst.cli import bench, cluster, data, look, models, tables, weights
+from sparseinst.engine.memory import keep_freed_memory
 from sparseinst.errors import RunFailed, UserError
 
 app = typer.Typer(
@@ -47,6 +48,7 @@ def options(
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 a run failed or was interrupted, 2 bad input."""
+    keep_freed_memory()  # the process is ours
     sys.exit(run_cli(sys.argv[1:]))
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sparseinst.ablation.store import RESULTS
+from sparseinst.cli.apart import compare_apart, measure_apart
 from sparseinst.cli.options import Device, Json, ProfileName, Record, Results
-from sparseinst.cli.timing import MODES, PRECISIONS, TRAINING_MODES, Setting, Task, changed, network, own_side, timed
+from sparseinst.cli.timing import MODES, PRECISIONS, TRAINING_MODES, Setting, Task, changed, network, own_side
 from sparseinst.config import MODELS
 from sparseinst.errors import UserError
 
@@ -139,12 +140,7 @@ def _threads(device: Any) -> dict[str, Any]:
 
 
 def _row(setting: Setting, task: Task, device: Any, warmup: int, repetitions: int) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from sparseinst.engine.benchmark import measure
-
-    what, known = timed(setting, task, device)
-    found = asdict(measure(what, device=device, warmup=warmup, repetitions=repetitions))
+    found = measure_apart(setting, task, device, warmup, repetitions)
     return {
         **asdict(setting),
         **found,
@@ -153,14 +149,11 @@ def _row(setting: Setting, task: Task, device: Any, warmup: int, repetitions: in
         "size": setting.size,
         "train": task.train,
         "photos": str(task.data) if task.data is not None else len(task.photos) or None,
-        **known,
     }
 
 
 def _bound(row: dict[str, Any], setting: Setting, device: Any) -> dict[str, Any]:
     """How soon the network alone could be done, by what the device did just now."""
-    from dataclasses import asdict
-
     from sparseinst.engine.roofline import count_work, measure_peak
     from sparseinst.integrations.peers import is_peer
 
@@ -189,12 +182,7 @@ def _keep(row: dict[str, Any], setting: Setting, device: str, profile: str, resu
 
 
 def _compare(pair: list[Setting], task: Task, device: Any, warmup: int, repetitions: int) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from sparseinst.engine.benchmark import compare
-
-    first, second = (timed(setting, task, device)[0] for setting in pair)
-    found = compare(first, second, device=device, warmup=warmup, repetitions=repetitions)
+    found = compare_apart(pair, task, device, warmup, repetitions)
     return {"first": asdict(pair[0]), "second": asdict(pair[1]), "repetitions": repetitions, **asdict(found)}
 
 

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ def measure_latency(config: Config, *, device: torch.device, warmup: int = 10, r
     return measure(network_to_time(config, device=device), device=device, warmup=warmup, repetitions=repetitions)
 
 
-def whole_turns(timed: Timed, repetitions: int) -> int:
+def whole_turns(timed: Timed | Side, repetitions: int) -> int:
     """At least as many repetitions, so that each batch comes as often as any other, and twice: the drift needs that."""
     return max(2, -(-repetitions // timed.turns)) * timed.turns
 
@@ -96,8 +97,29 @@ class Comparison:
     """First over second of each turn: `median`, `p5` and `p95`. Over 1: the second is faster."""
 
 
-@torch.no_grad()
-def compare(first: Timed, second: Timed, *, device: torch.device, warmup: int = 10, repetitions: int = 50) -> Comparison:
+class Side(Protocol):
+    """Something that can be timed by turns, in this process or another."""
+
+    turns: int
+    """Batches until the first comes again."""
+
+    def seconds(self, number: int) -> float:
+        """How long the n-th batch took."""
+
+
+class Here:
+    """A side in this process."""
+
+    def __init__(self, timed: Timed, device: torch.device) -> None:
+        self.turns = timed.turns
+        self._timed, self._device = timed, device
+
+    @torch.no_grad()
+    def seconds(self, number: int) -> float:
+        return _seconds(self._timed, number, self._device)
+
+
+def compare(first: Side, second: Side, *, warmup: int = 10, repetitions: int = 50) -> Comparison:
     """Time two things by turns, so that what else the machine does falls on both.
 
     Raises:
@@ -107,9 +129,9 @@ def compare(first: Timed, second: Timed, *, device: torch.device, warmup: int = 
         raise UserError(f"{first.turns} batches against {second.turns}: a ratio needs the same images, and as many at once")
     repetitions = whole_turns(first, repetitions)
     for number in range(max(warmup, first.turns)):
-        for timed in (first, second):
-            timed.run(number, lambda _: None)
-    pairs = [tuple(_seconds(timed, number, device) for timed in (first, second)) for number in range(repetitions)]
+        for side in (first, second):
+            side.seconds(number)
+    pairs = [tuple(side.seconds(number) for side in (first, second)) for number in range(repetitions)]
     ratios = np.percentile([a / b for a, b in pairs], (50, 5, 95))
     return Comparison(
         percentiles([a for a, _ in pairs]),

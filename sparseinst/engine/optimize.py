@@ -11,6 +11,7 @@ import copy
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sparseinst.config import Precision
 from sparseinst.engine.device import DTYPES
+from sparseinst.engine.memory import keep_freed_memory
 from sparseinst.engine.norms import alike, norms_after_convolutions, probe
 from sparseinst.engine.winograd import WinogradConv2d
 from sparseinst.models.backbone import Backbone
@@ -71,13 +73,15 @@ def optimize(
     Compiling takes from seconds to a minute at the first image (with `best`, minutes), and again at the second size; from then on
     one version serves all sizes. What the device or the machine lacks is left out, with a warning.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     fast = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
     fold_norms(fast.backbone)
     if fast.encoder.fusion is not None:
         fast.encoder = MergedEncoder(fast.encoder)  # type: ignore[assignment] # called alike
     options = _compile_options(device, mode)
-    if options is not None and mode == "best" and device.type == "cpu" and precision in ("fp32", "tf32"):
-        _use_winograd(fast.encoder, fast.decoder)
+    if options is not None and mode == "best" and device.type == "cpu":
+        _use_winograd(fast)
     fast = fast.requires_grad_(False).to(device=device, dtype=DTYPES.get(precision, torch.float32))
     fast.pixel_mean, fast.pixel_std = model.pixel_mean.to(device), model.pixel_std.to(device)
     optimized = OptimizedSparseInst(fast, precision, options)
@@ -85,13 +89,15 @@ def optimize(
     return optimized.to(memory_format=torch.channels_last).eval()
 
 
-def _use_winograd(*modules: nn.Module) -> None:
-    """In place of each convolution that it pays for."""
-    for module in modules:
-        for parent in list(module.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, nn.Conv2d) and WinogradConv2d.pays_for(child):
-                    setattr(parent, name, WinogradConv2d(child))
+def _use_winograd(model: nn.Module) -> None:
+    """In place of each convolution that it pays for, and of the ReLU after it in a sequence."""
+    for parent in list(model.modules()):
+        for (name, child), (after, follower) in pairwise([*parent.named_children(), ("", None)]):
+            if isinstance(child, nn.Conv2d) and WinogradConv2d.pays_for(child):
+                relu = isinstance(parent, nn.Sequential) and isinstance(follower, nn.ReLU)
+                setattr(parent, name, WinogradConv2d(child, relu=relu))
+                if relu:
+                    setattr(parent, after, nn.Identity())
 
 
 def _compile_options(device: torch.device, mode: Mode) -> dict[str, Any] | None:
