@@ -75,9 +75,24 @@ def test_winograd(size: tuple[int, int]) -> None:
     conv = nn.Conv2d(19, 23, 3, padding=1)
     x = torch.randn(2, 19, *size).relu()
     with torch.no_grad():
-        torch.testing.assert_close(WinogradConv2d(conv)(x), conv(x), rtol=1e-4, atol=3e-5)
+        torch.testing.assert_close(WinogradConv2d(conv)(x), conv(x), rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(WinogradConv2d(conv, relu=True)(x), conv(x).relu(), rtol=1e-5, atol=2e-6)
+        half = WinogradConv2d(conv.bfloat16())(x.bfloat16())
+        assert half.dtype == torch.bfloat16
+        exact = conv.double()(x.double())
+        assert (half - exact).std() < 0.02 * exact.std(), "the points that are usual lose 2.5 %"
+
+
+def test_where_winograd_pays() -> None:
     assert WinogradConv2d.pays_for(nn.Conv2d(256, 256, 3, padding=1))
-    for other in (nn.Conv2d(256, 8, 3, 2, padding=1), nn.Conv2d(256, 8, 3), nn.Conv2d(256, 8, 1), nn.Conv2d(64, 8, 3, padding=1)):
+    for other in (
+        nn.Conv2d(256, 256, 3, 2, padding=1),
+        nn.Conv2d(256, 256, 3),
+        nn.Conv2d(256, 256, 1),
+        nn.Conv2d(256, 256, 3, padding=1, groups=4),
+        nn.Conv2d(64, 256, 3, padding=1),
+        nn.Conv2d(256, 64, 3, padding=1),
+    ):
         assert not WinogradConv2d.pays_for(other)
 
 
@@ -125,6 +140,36 @@ def test_compiled(tiny: Config) -> None:
         for ours, theirs in zip(fast(image), model(image), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert fast._compiled is not None, "it was compiled, not given up"
+
+
+def test_winograd_in_a_model(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        WinogradConv2d, "pays_for", lambda conv: (conv.kernel_size, conv.stride, conv.groups) == ((3, 3), (1, 1), 1)
+    )
+    model = lively(build_model(tiny.replace({"model.backbone.name": "test_resnet"}).model))
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(image)
+        optimizing._use_winograd(model)
+        replaced = [module for module in model.modules() if isinstance(module, WinogradConv2d)]
+        assert any(module.floor == 0 for module in replaced), "with the ReLUs of the decoder's branches"
+        assert any(module.floor < 0 for module in replaced)
+        for ours, theirs in zip(model(image), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+def test_winograd_compiled() -> None:
+    """One operator in a compiled graph, at a size that the tiles do not fit."""
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(18, 32, 3, padding=1), nn.Conv2d(32, 20, 3, padding=1)]
+    plain = nn.Sequential(convs[0], nn.ReLU(), convs[1]).eval()
+    fast = torch.compile(nn.Sequential(WinogradConv2d(convs[0], relu=True), WinogradConv2d(convs[1])), options={"freezing": True})
+    x = torch.randn(1, 18, 21, 30).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=2e-6)
 
 
 def test_load_model_and_commands(tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,10 +13,10 @@ B images, C D channels in and out, H W height and width, h w tiles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def _matrices() -> tuple[_Matrix, _Matrix, _Matrix]:
     others = [[point for point in _POINTS if point != own] for own in _POINTS]
     inputs = [[*_coefficients(roots), Fraction(0)] for roots in others] + [_coefficients(_POINTS)]
     kernels = [
-        [point**power / prod(point - other for other in rest) for power in range(_KERNEL)]
+        [point**power / math.prod(point - other for other in rest) for power in range(_KERNEL)]
         for point, rest in zip(_POINTS, others, strict=True)
     ]
     kernels.append([Fraction(power == _KERNEL - 1) for power in range(_KERNEL)])
@@ -63,13 +63,16 @@ class WinogradConv2d(nn.Module):
     all sizes and numbers of channels. Outside it runs as written, which is exact and slow.
     """
 
+    floor: Tensor
+    """What no output falls below: 0 with a ReLU, else minus infinity. So that one compiled version does for both."""
+
     def __init__(self, conv: nn.Conv2d, *, relu: bool = False) -> None:
         super().__init__()
         kernels = torch.tensor(_KERNELS, dtype=torch.float64)
         weight = torch.einsum("ui,dcij,vj->uvcd", kernels, conv.weight.detach().double(), kernels)
         self.weight = nn.Parameter(weight.flatten(0, 1).to(conv.weight.dtype))  # 36 C D
         self.bias = nn.Parameter(torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().clone())
-        self.relu = relu
+        self.register_buffer("floor", torch.tensor([0.0 if relu else -math.inf], dtype=conv.weight.dtype))
 
     @staticmethod
     def pays_for(conv: nn.Conv2d) -> bool:
@@ -79,16 +82,16 @@ class WinogradConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         convolve = _operator if torch.compiler.is_compiling() else partial(_convolve, _spread, _gather)
-        return convolve(x.permute(0, 2, 3, 1), self.weight, self.bias, relu=self.relu).permute(0, 3, 1, 2)
+        return convolve(x.permute(0, 2, 3, 1), self.weight, self.bias, self.floor).permute(0, 3, 1, 2)
 
 
-def _convolve(spread: _Part, gather: _Part, x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool) -> Tensor:
+def _convolve(spread: _Part, gather: _Part, x: Tensor, weight: Tensor, bias: Tensor, floor: Tensor) -> Tensor:
     """B H W C, 36 C D and D to B H W D."""
     images, height, width, channels = x.shape
     down, across = -(-height // _STEP), -(-width // _STEP)  # h, w
     x = F.pad(x, (0, 0, 1, across * _STEP - width + 1, 1, down * _STEP - height + 1))  # B 4h+2 4w+2 C
     products = spread(x).view(_TILE**2, -1, channels) @ weight  # 36 Bhw D
-    whole = gather(products.view(_TILE**2, images, down, across, -1), bias, relu=relu)  # B h 4 w 4 D
+    whole = gather(products.view(_TILE**2, images, down, across, -1), bias, floor)  # B h 4 w 4 D
     return whole.view(images, down * _STEP, across * _STEP, -1)[:, :height, :width]
 
 
@@ -100,12 +103,11 @@ def _spread(x: Tensor) -> Tensor:
     return torch.stack([one.to(x.dtype) for row in _both_ways(_INPUTS, tile) for one in row])
 
 
-def _gather(products: Tensor, bias: Tensor, *, relu: bool) -> Tensor:
+def _gather(products: Tensor, bias: Tensor, floor: Tensor) -> Tensor:
     """The products' sums: 36 B h w D to B h 4 w 4 D."""
     tile = [[products[_TILE * i + j].float() for j in range(_TILE)] for i in range(_TILE)]
-    whole = [[one + bias.float() for one in row] for row in _both_ways(_OUTPUTS, tile)]
-    finished = [[(one.relu() if relu else one).to(products.dtype) for one in row] for row in whole]
-    return torch.stack([torch.stack(row, dim=3) for row in finished], dim=2)
+    whole = [[torch.maximum(one + bias.float(), floor.float()) for one in row] for row in _both_ways(_OUTPUTS, tile)]
+    return torch.stack([torch.stack([one.to(products.dtype) for one in row], dim=3) for row in whole], dim=2)
 
 
 def _both_ways(matrix: _Matrix, tile: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
@@ -120,14 +122,27 @@ def _mix(factors: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
     return sum(terms[1:], start=terms[0])
 
 
-_compiled_spread, _compiled_gather = (torch.compile(part, dynamic=True) for part in (_spread, _gather))
+def _for_all_sizes(part: _Part, sides: tuple[int, ...]) -> _Part:
+    """Compiled once, whatever those sides are. (With `dynamic=True` the matrices would be variable too, and slow.)"""
+    compiled = torch.compile(part)
+
+    def call(x: Tensor, *others: Tensor) -> Tensor:
+        torch._dynamo.maybe_mark_dynamic(x, sides)
+        for other in others:
+            torch._dynamo.maybe_mark_dynamic(other, 0)
+        return compiled(x, *others)
+
+    return call
+
+
+_compiled_spread, _compiled_gather = _for_all_sizes(_spread, (1, 2, 3)), _for_all_sizes(_gather, (2, 3, 4))
 
 
 @torch.library.custom_op("sparseinst::winograd", mutates_args=())
-def _operator(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool) -> Tensor:
-    return _convolve(_compiled_spread, _compiled_gather, x, weight, bias, relu=relu).contiguous()
+def _operator(x: Tensor, weight: Tensor, bias: Tensor, floor: Tensor) -> Tensor:
+    return _convolve(_compiled_spread, _compiled_gather, x, weight, bias, floor).contiguous()
 
 
 @_operator.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool) -> Tensor:  # noqa: ARG001 # as the operator has it
+def _(x: Tensor, weight: Tensor, bias: Tensor, floor: Tensor) -> Tensor:  # noqa: ARG001 # as the operator has them
     return x.new_empty((*x.shape[:3], weight.shape[2]))
