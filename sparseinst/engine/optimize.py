@@ -32,8 +32,8 @@ _log = logging.getLogger(__name__)
 
 Mode = Literal["folded", "compiled", "graph", "best"]
 """`folded`: channels-last, in its precision; `compiled`: by torch.compile as well, with the weights frozen; `graph`: as a CUDA
-graph instead, one a size; `best`: what is fastest for images of one size, and takes minutes to compile: on a GPU with tuned
-kernels and CUDA graphs, on a processor in float32 with Winograd's convolutions."""
+graph instead, one a size; `best`: what is fastest, and takes minutes to compile: on a GPU with tuned kernels and CUDA graphs,
+for images of one size; on a processor with Winograd's convolutions."""
 
 
 class OptimizedSparseInst(SparseInst):
@@ -71,7 +71,8 @@ def optimize(
     normalised, and scores and masks computed, in float32.
 
     Compiling takes from seconds to a minute at the first image (with `best`, minutes), and again at the second size; from then on
-    one version serves all sizes. What the device or the machine lacks is left out, with a warning.
+    one version serves all sizes. What the device or the machine lacks is left out, with a warning. On a processor the process
+    keeps freed memory from then on (`engine.memory`).
     """
     if device.type == "cpu":
         keep_freed_memory()
