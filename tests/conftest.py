@@ -2,6 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from sparseinst.cli import apart
 from sparseinst.config import Config
 from sparseinst.data.shapes import write_shapes
 from sparseinst.engine.train import train
+from sparseinst.errors import UserError
 from sparseinst.overrides import load_config
 
 REAL_COCO = Path(os.environ.get("SPARSEINST_COCO", Path(__file__).parents[2] / "shared" / "data" / "coco-subset"))
@@ -102,3 +107,19 @@ def box(x: float, y: float, w: float, h: float) -> list[list[float]]:
 def annotation(number: int, image: int, category: int, segmentation: Any, **more: Any) -> dict[str, Any]:
     entry = {"id": number, "image_id": image, "category_id": category, "segmentation": segmentation}
     return {**entry, "area": 16.0, "bbox": [0, 0, 4, 4], "iscrowd": 0, **more}
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `bench` times has no process of its own, which takes seconds to start."""
+
+    class Inline:
+        def submit(self, do: Callable[..., Any], *arguments: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            try:
+                future.set_result(do(*arguments))
+            except UserError as error:
+                future.set_exception(error)
+            return future
+
+    monkeypatch.setattr(apart, "_process", lambda _: nullcontext(Inline()))

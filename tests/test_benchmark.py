@@ -1,6 +1,7 @@
 """Latency: what is timed, at which size, and that the parts belong to the whole."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sparseinst.cli import run_cli
+from sparseinst.cli import apart, run_cli
+from sparseinst.cli.timing import Setting
 from sparseinst.config import MODELS, Config
 from sparseinst.engine.benchmark import Here, compare, measure, measure_latency
 from sparseinst.engine.roofline import Peak, Work, count_parameters, count_work, measure_peak
 from sparseinst.engine.timed import MODULES, network_to_time, photo_inputs
+from sparseinst.errors import RunFailed
 
 from .conftest import CPU
 
@@ -98,6 +101,7 @@ def test_the_comparison_command(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         "bench",
@@ -127,6 +131,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean" in capsys.readouterr().err
 
 
+def test_a_killed_process_is_one_line() -> None:
+    setting = Setting(size=64)
+    with apart._process(setting) as process, pytest.raises(RunFailed, match=r"r50-iam 64 x1 fp32 eager: its process was killed"):
+        apart._result(process.submit(os._exit, 9), setting)
+
+
 def photos(folder: Path) -> Path:
     folder.mkdir()
     for number, size in enumerate([(64, 48), (48, 90), (100, 50)]):
@@ -145,6 +155,7 @@ def test_photos_at_their_own_sizes(tiny: Config, tmp_path: Path) -> None:
     assert (found.size, found.repetitions) == (None, 6), "two turns, for the drift"
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_bench_of_weights_on_photos(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A trained model at its own size, on photos, eager and optimised; and how soon it could be done."""
     command = ["bench", "--model", str(trained), "--photos", str(photos(tmp_path / "photos")), "--repetitions", "3"]

@@ -100,6 +100,7 @@ def test_evaluated_as_ours_are(tmp_path: Path) -> None:
 
 
 @needs_coco
+@pytest.mark.usefixtures("in_this_process")
 def test_the_commands_and_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """bench and evaluate keep a peer's records; Figure 1 shows them beside our own, marked."""
     results = ["--record", "--profile", "mini", "--results", str(tmp_path)]

@@ -79,6 +79,7 @@ def test_data_of_other_classes(tiny: Config) -> None:
         training_to_time(other, device=CPU, split=split, model=build_model(other.model, load_pretrained=False))
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_the_command(trained: Path, tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "--train", "--model", str(trained), "--batch", "2", "--repetitions", "3", "--warmup", "1"]
     assert run_cli([*command, "--data", tiny.data.root, "--mode", "plain", "--mode", "eager", "--json"]) == 0
