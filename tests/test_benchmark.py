@@ -72,6 +72,7 @@ def test_comparison_by_turns(tiny: Config) -> None:
     shallow, deep = (Here(network_to_time(tiny.replace({"model.decoder.depth": depth}), device=CPU), CPU) for depth in (1, 60))
     found = compare(deep, shallow, warmup=2, repetitions=9)
     assert found.ratio["median"] > 1.3
+    assert found.repetitions == 12, "whole turns of four images"
     assert found.ratio["p5"] <= found.ratio["median"] <= found.ratio["p95"]
     assert found.first_ms["median"] > found.second_ms["median"]
 

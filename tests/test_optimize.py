@@ -83,6 +83,14 @@ def test_winograd(size: tuple[int, int]) -> None:
         assert (half - exact).std() < 0.02 * exact.std(), "the points that are usual lose 2.5 %"
 
 
+@needs_compiler
+@pytest.mark.parametrize(("precision", "used"), [("fp32", True), ("bf16", True), ("fp16", False)])
+def test_winograd_where_its_sums_fit(tiny: Config, precision: Any, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WinogradConv2d, "pays_for", lambda conv: conv.kernel_size == (3, 3) and conv.stride == (1, 1))
+    fast = optimize(lively(build_model(tiny.model)), device=CPU, mode="best", precision=precision)
+    assert any(isinstance(module, WinogradConv2d) for module in fast.modules()) is used
+
+
 def test_where_winograd_pays() -> None:
     assert WinogradConv2d.pays_for(nn.Conv2d(256, 256, 3, padding=1))
     for other in (

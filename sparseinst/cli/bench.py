@@ -183,7 +183,7 @@ def _keep(row: dict[str, Any], setting: Setting, device: str, profile: str, resu
 
 def _compare(pair: list[Setting], task: Task, device: Any, warmup: int, repetitions: int) -> dict[str, Any]:
     found = compare_apart(pair, task, device, warmup, repetitions)
-    return {"first": asdict(pair[0]), "second": asdict(pair[1]), "repetitions": repetitions, **asdict(found)}
+    return {"first": asdict(pair[0]), "second": asdict(pair[1]), **asdict(found)}
 
 
 def _show(about: dict[str, Any]) -> None:

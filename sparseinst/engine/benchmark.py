@@ -95,6 +95,7 @@ class Comparison:
     """`median`, `mean`, `p5` and `p95` each."""
     ratio: dict[str, float]
     """First over second of each turn: `median`, `p5` and `p95`. Over 1: the second is faster."""
+    repetitions: int
 
 
 class Side(Protocol):
@@ -137,6 +138,7 @@ def compare(first: Side, second: Side, *, warmup: int = 10, repetitions: int = 5
         percentiles([a for a, _ in pairs]),
         percentiles([b for _, b in pairs]),
         {name: round(float(value), 3) for name, value in zip(("median", "p5", "p95"), ratios, strict=True)},
+        repetitions,
     )
 
 
