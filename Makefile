@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: install mini lab test test-slurm lint clean
 mini: $(INSTALLED)
-	$(BIN)/sparseinst run table5 --profile mini --results runs/mini --pictures runs/pictures
+	$(BIN)/sparseinst run table5 --profile mini --jobs 2 --results runs/mini --pictures runs/pictures
 	$(BIN)/sparseinst report table5 --profile mini --results runs/mini --show
 
 # The notebooks, in a browser.

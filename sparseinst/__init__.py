@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparseinst.config import Config
     from sparseinst.criterion import Criterion
-    from sparseinst.engine.predict import load_model
     from sparseinst.errors import DataError, RunFailed, UserError
+    from sparseinst.inference.predict import load_model
     from sparseinst.models.sparseinst import build_model
     from sparseinst.overrides import load_config
     from sparseinst.postprocess import postprocess
@@ -35,7 +35,7 @@ _HOME = {
     "load_config": "overrides",
     "Criterion": "criterion",
     "build_model": "models.sparseinst",
-    "load_model": "engine.predict",
+    "load_model": "inference.predict",
     "postprocess": "postprocess",
     "DataError": "errors",
     "RunFailed": "errors",

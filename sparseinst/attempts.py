@@ -1,12 +1,12 @@
-"""Who works in a run's folder: numbered attempts with heartbeats, of which only the newest may write. Imports no torch.
+"""Numbered attempts decide which process may write to a run's folder. Imports no torch.
 
-    attempts/0003.json     who began it, when and where
-    attempts/0003.0.beat   rank 0's heartbeat: what it is at, and since when
-    attempts/0003.0.end    how it ended for rank 0
+    attempts/0003.json     the process that began the attempt, when and where
+    attempts/0003.0.beat   rank 0's heartbeat: its current phase, and when that phase began
+    attempts/0003.0.end    how the attempt ended for rank 0
 
-A lock is not enough on a cluster: a lost node holds it for ever, and a job that was requeued may run beside a copy of itself
-that its node never killed. Here an attempt is begun by creating the next number, exclusively; whoever has an older number
-finds that out before each write, and stops.
+A lock is not enough on a cluster: a lost node never releases it, and a requeued job may run beside an old copy of itself that its
+node did not kill. A process therefore begins an attempt by creating the file with the next number, which only one process can do.
+Before each write it checks for a higher number, and stops if there is one.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ import time
 import traceback
 import uuid
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from sparseinst.errors import RunFailed, UserError
-from sparseinst.paths import RunPaths, atomic
+from sparseinst.files import atomic
+from sparseinst.machine import machine_name, process_name
+from sparseinst.paths import RunPaths
 
 BEAT_SECONDS = 5.0
 LOST_SECONDS = 30.0
-"""Without a heartbeat for so long, a process on another machine counts as gone. Clocks may differ by less than that."""
+"""A process on another machine counts as gone if its last heartbeat is older. The machines' clocks must differ by less."""
 JOIN_SECONDS = 300.0
-"""How long the other ranks of a job wait for rank 0 to begin."""
+"""The other ranks of a job wait this long for rank 0 to begin the attempt."""
 
 Outcome = Literal["done", "failed", "interrupted", "superseded"]
 
 
 class Held(UserError):
-    """Another attempt is at work."""
+    """Another process is working in the folder."""
 
 
 class Superseded(RunFailed):
-    """A newer attempt has taken over."""
+    """A newer attempt has taken over the folder."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,19 @@ class Job:
     """One start of a job on a cluster."""
 
     id: str
-    """As the scheduler names it, array index included."""
+    """The scheduler's name of the job, with the array index."""
     restarts: int = 0
-    """How often the scheduler has put it back into the queue."""
+    """How often the scheduler has requeued the job."""
 
 
 @dataclass(frozen=True)
-class Past:
-    """What an attempt's files tell."""
+class AttemptRecord:
+    """The content of one attempt's files."""
 
     number: int
     about: dict[str, Any]
     beats: dict[int, tuple[float, dict[str, Any]]]
-    """By rank: seconds since the last heartbeat, and what it said."""
+    """By rank: the age of the last heartbeat in seconds, and its content."""
     ends: dict[int, dict[str, Any]]
     """By rank: `outcome`, `reason`, `at`."""
 
@@ -79,47 +80,52 @@ class Past:
         return 0 in self.ends
 
     def silent_seconds(self) -> float:
-        """Since rank 0 was last heard of."""
+        """Return the seconds since rank 0's last heartbeat, or since the attempt began."""
         return self.beats[0][0] if 0 in self.beats else max(0.0, time.time() - self.began)
 
     def process_lives(self) -> bool | None:
-        """Whether rank 0's process lives; None where it is on another machine."""
-        if self.about.get("machine") != _machine():
+        """Return whether rank 0's process is alive; None if it is on another machine."""
+        if self.about.get("machine") != machine_name():
             return None
         return self.about.get("process") == process_name(int(self.about.get("pid", 0)))
 
     def at_work(self) -> bool:
-        """Whether somebody works on it, as far as can be told from here."""
+        """Return whether the attempt is still running, as far as this machine can see."""
         if self.ended:
             return False
         lives = self.process_lives()
         return lives if lives is not None else self.silent_seconds() < LOST_SECONDS
 
+    @property
+    def done(self) -> bool:
+        """Whether the attempt finished its stage."""
+        return bool(self.ends.get(0, {}).get("outcome") == "done")
+
     def failure(self) -> str | None:
-        """Why it failed: of several ranks the first one's word, the others failed with it."""
+        """Return the reason of the first rank that failed, since the others fail as a consequence; None if none failed."""
         failed = [(end.get("at", 0.0), rank, end) for rank, end in self.ends.items() if end.get("outcome") == "failed"]
         if not failed:
             return None
         _, rank, end = min(failed, key=lambda entry: entry[:2])
-        who = f"rank {rank}: " if self.about.get("world_size", 1) > 1 else ""
-        return f"{who}{end.get('reason')}"
+        prefix = f"rank {rank}: " if self.about.get("world_size", 1) > 1 else ""
+        return f"{prefix}{end.get('reason')}"
 
 
-def latest(paths: RunPaths) -> Past | None:
-    """The newest attempt in a run's folder; None where nobody ever tried."""
-    number = _newest(paths)
+def latest_attempt(paths: RunPaths) -> AttemptRecord | None:
+    """Return the newest attempt in a run's folder; None if there is none."""
+    number = _newest_number(paths)
     return _read(paths, number) if number else None
 
 
-def _newest(paths: RunPaths) -> int:
+def _newest_number(paths: RunPaths) -> int:
     try:
-        names = os.listdir(paths.attempts)  # noqa: PTH208 (status asks thousands of folders)
+        names = os.listdir(paths.attempts)  # noqa: PTH208 (faster; status lists thousands of folders)
     except FileNotFoundError:
         return 0
     return max((int(name[:4]) for name in names if name.endswith(".json") and name[:4].isdigit()), default=0)
 
 
-def _read(paths: RunPaths, number: int) -> Past:
+def _read(paths: RunPaths, number: int) -> AttemptRecord:
     beats, ends = {}, {}
     for file in paths.attempts.glob(f"{number:04d}.*.*"):
         rank = file.name.split(".")[1]
@@ -129,12 +135,12 @@ def _read(paths: RunPaths, number: int) -> Past:
             beats[int(rank)] = _read_beat(file)
         elif file.suffix == ".end":
             ends[int(rank)] = _read_json(file)
-    return Past(number, _read_json(paths.attempt(number)), beats, ends)
+    return AttemptRecord(number, _read_json(paths.attempt(number)), beats, ends)
 
 
 def _read_beat(path: Path) -> tuple[float, dict[str, Any]]:
     try:
-        with path.open(encoding="utf-8") as file:  # opening it makes a network file system ask its server for the time
+        with path.open(encoding="utf-8") as file:  # opening the file makes a network file system fetch its current time stamp
             written = os.fstat(file.fileno()).st_mtime
             content = json.loads(file.read())
     except (FileNotFoundError, ValueError):
@@ -143,7 +149,7 @@ def _read_beat(path: Path) -> tuple[float, dict[str, Any]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Empty for a file that is missing or damaged: then nothing is known."""
+    """Return the JSON object in a file; an empty one if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -152,9 +158,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 class Attempt:
-    """One rank's part in an attempt; a context, in which the heartbeat beats.
+    """One rank's part in an attempt, as a context manager that writes heartbeats.
 
-    Leaving the context notes how it ended: done, failed (any exception), interrupted (the process was told to stop), or
+    On exit it records how the rank ended: done, failed (any exception), interrupted (the process was asked to stop), or
     superseded.
     """
 
@@ -162,7 +168,7 @@ class Attempt:
         self.paths, self.number, self.about, self.rank = paths, number, about, rank
         self._at: dict[str, Any] = {"phase": "start", "step": None, "since": time.time()}
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat_on, daemon=True, name="heartbeat")
+        self._thread = threading.Thread(target=self._beat_until_stopped, daemon=True, name="heartbeat")
 
     @property
     def world_size(self) -> int:
@@ -170,7 +176,7 @@ class Attempt:
 
     @property
     def address(self) -> str | None:
-        """host:port at which rank 0 meets the others."""
+        """The host:port at which the other ranks connect to rank 0."""
         return self.about.get("address")
 
     @classmethod
@@ -178,21 +184,22 @@ class Attempt:
         cls, paths: RunPaths, *, job: Job | None = None, world_size: int = 1, address: str | None = None,
         hang_seconds: float | None = None,
     ) -> Self:  # fmt: skip
-        """Claim the folder; for rank 0.
+        """Claim the folder. Rank 0 calls this.
 
         Args:
-            hang_seconds: end the process, with the reason noted, when a rank has not moved for so long.
+            address: host:port at which the other ranks connect to rank 0.
+            hang_seconds: if a rank makes no progress for this long, record that as the reason and end the process.
 
         Raises:
-            Held: somebody else works there, as far as can be told.
+            Held: another process is working in the folder, as far as this machine can see.
         """
-        last = latest(paths)
-        # A job that was put back into the queue takes over from itself, whatever became of its old copy.
+        last = latest_attempt(paths)
+        # A requeued job takes over from its own earlier start, even if that old copy still runs.
         requeued = last is not None and job is not None and last.job == job.id and last.about.get("restarts", 0) < job.restarts
         if last is not None and not requeued and last.at_work():
-            raise Held(_holder(paths, last))
+            raise Held(_held_message(paths, last))
         about = {
-            "began": time.time(), "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(),
+            "began": time.time(), "host": socket.gethostname(), "machine": machine_name(), "pid": os.getpid(),
             "process": process_name(os.getpid()), "job": job.id if job else None, "restarts": job.restarts if job else 0,
             "world_size": world_size, "address": address, "hang_seconds": hang_seconds,
         }  # fmt: skip
@@ -201,23 +208,23 @@ class Attempt:
         temporary = paths.attempts / f".{uuid.uuid4().hex[:8]}.tmp"
         temporary.write_text(json.dumps(about) + "\n", encoding="utf-8")
         try:
-            os.link(temporary, paths.attempt(number))  # unlike a rename it fails where the number is taken
+            os.link(temporary, paths.attempt(number))  # unlike a rename, a link fails if the number is taken
         except FileExistsError:
-            raise Held(_holder(paths, _read(paths, number))) from None
+            raise Held(_held_message(paths, _read(paths, number))) from None
         finally:
             temporary.unlink()
         return cls(paths, number, about)
 
     @classmethod
     def join(cls, paths: RunPaths, job: Job, rank: int) -> Self:
-        """The attempt that rank 0 of the same start of the job begins; for the other ranks.
+        """Join the attempt that rank 0 of the same job start begins. The other ranks call this.
 
         Raises:
-            RunFailed: rank 0 did not begin in time.
+            RunFailed: rank 0 did not begin within `JOIN_SECONDS`.
         """
-        until = time.monotonic() + JOIN_SECONDS
-        while time.monotonic() < until:
-            last = latest(paths)
+        deadline = time.monotonic() + JOIN_SECONDS
+        while time.monotonic() < deadline:
+            last = latest_attempt(paths)
             if last is not None and (last.job, last.about.get("restarts")) == (job.id, job.restarts) and last.at_work():
                 return cls(paths, last.number, last.about, rank)
             time.sleep(0.2)
@@ -231,42 +238,38 @@ class Attempt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
-        if self.paths.end(self.number, self.rank).exists():  # noted before
+        if self.paths.end(self.number, self.rank).exists():  # the end is recorded already
             return
         if error is None:
             self._end("done")
         else:
-            self.note(error)
+            self.record_error(error)
 
-    def note(self, error: BaseException) -> None:
-        """Note why it ends, before it does."""
+    def record_error(self, error: BaseException) -> None:
+        """Record why the attempt ends for this rank; the first record stays."""
         if self.paths.end(self.number, self.rank).exists():
             return
         if isinstance(error, Superseded):
             self._end("superseded")
         elif isinstance(error, Exception) and not isinstance(error, Held):
             self._end("failed", reason(error), "".join(traceback.format_exception(error)))
-        else:  # KeyboardInterrupt, or SystemExit of a signal's handler, or a folder within is held
+        else:  # KeyboardInterrupt, SystemExit from a signal handler, or another process holds the folder
             self._end("interrupted")
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """Note what this rank is at now. `wait` is what ranks do that need the others."""
+        """Set the phase that this rank has just begun. `wait` is the phase in which a rank waits for the others."""
         self._at = {"phase": phase, "step": step, "since": time.time()}
 
-    def rest(self) -> None:
-        """Let this attempt stand still without being taken for hung."""
-        self.about["hang_seconds"] = None
-
     def check(self) -> None:
-        """Before each write. Raises `Superseded`."""
+        """Raise `Superseded` if a newer attempt exists. Call this before each write."""
         if self.paths.attempt(self.number + 1).exists():
             raise Superseded(f"{self.paths.root}: a newer attempt has taken over; attempt {self.number} stops")
 
-    def _beat_on(self) -> None:
+    def _beat_until_stopped(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a full disk must not kill the run; the training's own writes tell of it
+            with contextlib.suppress(OSError):  # a full disk must not end the run here; the run's own writes report it
                 self._beat()
-                self._watch()
+                self._end_if_hung()
 
     def _beat(self) -> None:
         path = self.paths.beat(self.number, self.rank)
@@ -274,14 +277,14 @@ class Attempt:
         temporary.write_text(json.dumps({**self._at, "pid": os.getpid()}) + "\n", encoding="utf-8")
         temporary.replace(path)
 
-    def _watch(self) -> None:
-        """Rank 0: end the process where a rank hangs; it cannot end the others, but the launcher then does."""
+    def _end_if_hung(self) -> None:
+        """On rank 0, end the process if any rank hangs. The launcher then ends the other ranks."""
         limit = self.about.get("hang_seconds")
         if self.rank or not limit:
             return
-        hung = hanging(_read(self.paths, self.number), limit)
-        if hung:
-            self._end("failed", hung)
+        hang = describe_hang(_read(self.paths, self.number), limit)
+        if hang:
+            self._end("failed", hang)
             os._exit(1)
 
     def _end(self, outcome: Outcome, why: str | None = None, trace: str | None = None) -> None:
@@ -290,60 +293,33 @@ class Attempt:
             temporary.write_text(json.dumps(end) + "\n", encoding="utf-8")
 
 
-def hanging(past: Past, limit: float) -> str | None:
-    """Which rank has not moved for `limit` seconds: one that is silent, else one that does not just wait for the others."""
+def describe_hang(attempt: AttemptRecord, limit: float) -> str | None:
+    """Describe the hung rank; if several hang, the one that most likely caused it.
+
+    Args:
+        limit: seconds without a heartbeat, or in the same phase, after which a rank counts as hung.
+
+    Returns:
+        A rank without heartbeats is named first, then one that is not merely waiting for the others. None if no rank hangs.
+    """
     stuck = []
-    for rank in range(past.about.get("world_size", 1)):
-        silent, at = past.beats.get(rank, (time.time() - past.began, {"phase": "start", "since": past.began}))
-        stands = time.time() - at.get("since", past.began)
-        if max(silent, stands) > limit:
+    for rank in range(attempt.about.get("world_size", 1)):
+        silent, at = attempt.beats.get(rank, (time.time() - attempt.began, {"phase": "start", "since": attempt.began}))
+        in_phase = time.time() - at.get("since", attempt.began)
+        if max(silent, in_phase) > limit:
             where = f"{at.get('phase')}" + (f" of step {at['step']}" if at.get("step") is not None else "")
-            stuck.append((silent <= limit, at.get("phase") == "wait", rank, f"rank {rank} hung in {where} for {stands:.0f} s"))
+            stuck.append((silent <= limit, at.get("phase") == "wait", rank, f"rank {rank} hung in {where} for {in_phase:.0f} s"))
     return min(stuck)[-1] if stuck else None
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line."""
+    """Return an exception as one line."""
     known = isinstance(error, RunFailed | UserError)
     return (str(error).splitlines() or [""])[0] if known else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _holder(paths: RunPaths, last: Past) -> str:
+def _held_message(paths: RunPaths, last: AttemptRecord) -> str:
+    """Return the message that names the process which holds the folder."""
     job = f", job {last.job}" if last.job else ""
-    who = f"host {last.about.get('host')}, pid {last.about.get('pid')}{job}"
-    return f"{paths.root}: another process is at work in this folder ({who})"
-
-
-@cache
-def _machine() -> str:
-    """Names this machine, this boot of it, and this container."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # not on every system
-        parts += [
-            Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
-            str(Path("/proc/self/ns/pid").readlink()),
-        ]
-    return " ".join(parts)
-
-
-def process_name(pid: int) -> str | None:
-    """A living process of this machine, by its number and its start; None for a dead one."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        if Path("/proc/self").exists() or not pid:
-            return None
-        try:  # no /proc on this system
-            os.kill(pid, 0)
-        except OSError:
-            return None
-        return str(pid)
-    return None if fields[0] in "ZX" else f"{pid} {fields[19]}"  # its start, in ticks since the machine's
-
-
-def usable_cores() -> int:
-    """Those that this process may use, which on a cluster are fewer than there are."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1
+    process = f"host {last.about.get('host')}, pid {last.about.get('pid')}{job}"
+    return f"{paths.root}: another process is at work in this folder ({process})"

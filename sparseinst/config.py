@@ -1,7 +1,7 @@
-"""Every setting, its default and its valid values; the presets `paper` and `release`; the named models.
+"""Define every setting with its default and its valid values, the presets `paper` and `release`, and the named models.
 
-This is the only place where a default stands. The path of an override is the attribute path: `model.decoder.iam.kernel_size`
-in a spec, on the command line and in the code. Sources of the values: the paper (CVPR 2022) and its reference implementation.
+No other module defines a default. The path of an override is the attribute path: `model.decoder.iam.kernel_size` in a spec, on
+the command line and in the code. The values come from the paper (CVPR 2022) and its reference implementation.
 """
 
 from __future__ import annotations
@@ -11,54 +11,63 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sparseinst.nested import merge, nest, parse
 from sparseinst.section import Neutral, Only, Operational, Section, Stage, content_hash
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-"""tf32 is float32 with products rounded to 10 bits on GPUs that can; elsewhere it is fp32."""
+"""`tf32` is float32 whose factors a GPU may round to 10 bits before it multiplies. On other devices it equals `fp32`."""
+OptimizeMode = Literal["folded", "compiled", "graph", "best"]
+"""How `inference.optimize` speeds up a trained network. Each mode folds layers and uses channels-last tensors.
+
+`folded` does nothing else. `compiled` also uses torch.compile with frozen weights. `graph` records a CUDA graph for each image
+size instead. `best` is the fastest mode and takes minutes to compile. On a GPU it tunes kernels and uses CUDA graphs, for images
+of one size. On a CPU it uses Winograd convolutions, except in fp16.
+"""
 Activation = Literal["sigmoid", "softmax"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
-SHAPES_VERSION = "2"
-"""Of the embedded data set; goes up with every change of its content, so that a stale folder is refused and results are kept
-apart."""
+SHAPES_VERSION = "3"
+"""The version of the embedded data set. It goes up with every change of the content, so that an outdated folder is refused and
+results on different versions are not mixed."""
 
 STRIDES = (8, 16, 32)
-"""Of the backbone's features C3, C4 and C5."""
+"""The strides of the backbone's features C3, C4 and C5."""
 SIZE_DIVISOR = STRIDES[-1]
 """Images are padded at the right and bottom to a multiple of the deepest feature's stride."""
 REFERENCE_BATCH = 64
-"""Images an optimiser step in the paper: 8 processes of 8."""
+"""The images per optimiser step in the paper: 8 processes with 8 images each."""
 
 
 class BackboneConfig(Section):
     name: str = "resnet50.tv_in1k"
-    """Any timm model with features at strides 8, 16 and 32."""
+    """The name of any timm model with features at strides 8, 16 and 32."""
     pretrained: Annotated[bool, Only("train")] = True
-    """Start from the weights timm names for `name`, from its cache or, when online, its hub."""
+    """Start from timm's pretrained weights for `name`, which timm reads from its cache or downloads."""
     weights: Annotated[str | None, Only("train")] = None
-    """A local file (.safetensors, .pth) with ImageNet weights in timm's names; used in place of timm's cache."""
+    """A local file (.safetensors, .pth) whose tensors have timm's names, or the key of pretrained weights that come with the
+    package. It replaces timm's pretrained weights."""
     frozen_norm: Annotated[bool, Only("train")] = True
-    """Freeze statistics and affine of every BatchNorm; needs pretrained weights to make sense in training."""
+    """Freeze the statistics and the affine parameters of every BatchNorm. Training then needs pretrained weights."""
     freeze_at: Annotated[int, Field(ge=0, le=5), Only("train")] = 0
-    """Freeze the stem (1) and the stages up to this one (2-5, ResNet counting); 0 trains everything."""
+    """Freeze the stem (1) and the ResNet stages up to this one (2 to 5, for res2 to res5); 0 trains everything."""
     deformable_stages: tuple[Literal[2, 3, 4, 5], ...] = ()
-    """ResNet stages whose 3x3 convolutions become deformable; the paper's DCN models use (4, 5)."""
+    """The ResNet stages whose 3x3 convolutions become deformable; the paper's DCN models use (4, 5)."""
     deformable_version: Literal[1, 2] = 1
 
 
 class EncoderConfig(Section):
     channels: PositiveInt = 256
     ppm: bool = True
-    """Pyramid pooling after C5 (Table 2)."""
+    """Use pyramid pooling after C5 (Table 2)."""
     fusion: bool = True
-    """Fuse P3, P4 and P5 (Table 2); without it the output is P3 alone."""
+    """Fuse P3, P4 and P5 (Table 2); otherwise the output is P3 alone."""
 
 
 class IAMConfig(Section):
-    """F_iam, the function from features to instance activation maps (Tables 4 and 7)."""
+    """The settings of F_iam, which computes the instance activation maps from the features (Tables 4 and 7)."""
 
     kind: Literal["conv", "cross_attention"] = "conv"
     num_maps: PositiveInt = 100
@@ -67,7 +76,7 @@ class IAMConfig(Section):
     groups: PositiveInt = 1
     activation: Activation = "sigmoid"
     heads: PositiveInt = 4
-    """Attention heads; used by `cross_attention` alone."""
+    """The number of attention heads; only `cross_attention` uses it."""
 
     @model_validator(mode="after")
     def _cross_attention_has_no_convs(self) -> Self:
@@ -78,17 +87,17 @@ class IAMConfig(Section):
 
 class DecoderConfig(Section):
     depth: PositiveInt = 4
-    """3x3 convolutions in each of the two branches."""
+    """The number of 3x3 convolutions in each of the two branches."""
     width: PositiveInt = 256
-    """Channels of the convolutions in both branches."""
+    """The channels of the convolutions in both branches."""
     coordinates: bool = True
     deformable: bool = False
-    """Make the last 3x3 of each branch deformable (Table 3)."""
+    """Make the last 3x3 convolution of each branch deformable (Table 3)."""
     deformable_version: Literal[1, 2] = 1
     kernel_dim: PositiveInt = 128
-    """Channels of the mask features and of the mask kernels."""
+    """The channels of the mask features and of the mask kernels."""
     mask_scale: Positive = 2.0
-    """Bilinear upsampling of the predicted masks from 1/8 of the padded input."""
+    """The factor by which the predicted masks are upsampled bilinearly from 1/8 of the padded input."""
     iam: IAMConfig = IAMConfig()
 
     @model_validator(mode="after")
@@ -107,10 +116,14 @@ class ModelConfig(Section):
     encoder: EncoderConfig = EncoderConfig()
     decoder: DecoderConfig = DecoderConfig()
     width_factor: Annotated[Positive, Neutral(1.0)] = 1.0
-    """Scales the channels of encoder and decoder, so that "width 128 of 256" keeps its meaning in a small model."""
+    """Multiply the channels of encoder and decoder by this factor. In a small model, a width of 128 then means half of 256."""
 
     def scaled(self) -> ModelConfig:
-        """The same with `width_factor` worked into the channels. Raises `ValueError` where heads or groups then do not divide."""
+        """Return the config with channels multiplied by `width_factor`, and a factor of 1.
+
+        Raises:
+            ValueError: the number of groups or heads does not divide the resulting width.
+        """
 
         def scale(channels: int) -> int:
             return max(1, round(channels * self.width_factor))
@@ -124,7 +137,7 @@ class ModelConfig(Section):
         )
 
     def content(self, stage: Stage | None = None) -> dict[str, Any]:
-        """Of the channels as they are built: half of 256 is the model with 128."""
+        """Return the content with the channels that are built: 256 with a factor of 0.5 equals 128."""
         return super(ModelConfig, self.scaled()).content(stage)
 
     @model_validator(mode="after")
@@ -135,7 +148,7 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    """Paper Eqs. 3 and 4; Tables 5 and 6."""
+    """The settings of the training loss (paper Eqs. 3 and 4; Tables 5 and 6)."""
 
     dice: bool = True
     pixel: Literal["bce", "focal", "none"] = "bce"
@@ -145,60 +158,74 @@ class LossConfig(Section):
     pixel_weight: NonNegative = 2.0
     objectness_weight: NonNegative = 1.0
     reduction: Literal["per_process", "global"] = "per_process"
-    """Pixel and objectness means over one process's matched pairs (the reference) or over all processes' pairs."""
+    """Average the pixel and objectness losses over the matched pairs of one process, as the reference does, or of all."""
     focal_alpha: Fraction = 0.25
     focal_gamma: NonNegative = 2.0
     overfull: Literal["own", "reference"] = "own"
-    """Which masks the pairs take when an image of the batch holds more instances than there are maps: their own, or, as the
-    reference's index arithmetic has it, those of an image before. Never matters on COCO with 100 maps."""
+    """The target masks of later images if an image of the batch has more instances than maps: their own masks (`own`), or masks
+    of an earlier image, as in the reference (`reference`). With 100 maps, both are the same on COCO."""
 
     @model_validator(mode="after")
     def _some_mask_loss(self) -> Self:
         if not self.dice and self.pixel == "none":
-            raise ValueError("dice is off and pixel is none: without a mask loss no mask is learned")
+            raise ValueError("dice is off and pixel is none: without a mask loss the model learns no masks")
         return self
 
 
 class MatcherConfig(Section):
-    """Paper Eq. 1: score = dice^alpha x p(class)^beta."""
+    """The exponents of the matching score (paper Eq. 1): score = dice^alpha x p(class)^beta."""
 
     alpha: NonNegative = 0.8
     beta: NonNegative = 0.2
 
 
+class ShapesConfig(Section):
+    """The size of the embedded data set."""
+
+    train: PositiveInt = 16_000
+    """The number of training images. A larger number adds images and keeps the first ones."""
+    val: PositiveInt = 2000
+    side: Annotated[int, Field(ge=32)] = 256
+    """The side of each image in pixels; the images are square."""
+
+
 class DataConfig(Section):
     source: Literal["coco", "shapes"] = "coco"
-    """`coco`: a folder in COCO format at `root`; `shapes`: the embedded set, written to `root` when it is not there yet."""
+    """`coco` is a folder in COCO format at `root`. `shapes` is the embedded data set, written to `root` if it is missing."""
     root: str = "datasets/coco"
-    train_images: Annotated[str, Only("train")] = "train2017"
-    train_annotations: Annotated[str, Only("train")] = "annotations/instances_train2017.json"
+    shapes: ShapesConfig = ShapesConfig()
+    """Used only if the source is `shapes`."""
+    train_images: Annotated[str, Only("pretrain", "train")] = "train2017"
+    train_annotations: Annotated[str, Only("pretrain", "train")] = "annotations/instances_train2017.json"
     val_images: Annotated[str, Only("evaluate")] = "val2017"
     val_annotations: Annotated[str, Only("evaluate")] = "annotations/instances_val2017.json"
-    train_limit: Annotated[PositiveInt | None, Only("train")] = None
-    """Use the first images of the training split only."""
+    train_limit: Annotated[PositiveInt | None, Only("pretrain", "train")] = None
+    """Use only this many images, the first of the training split."""
     val_limit: Annotated[PositiveInt | None, Only("evaluate")] = None
-    short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Only("train")] = tuple(range(416, 641, 32))
-    """Training draws the shorter side, in pixels, from these."""
-    long_side: Annotated[PositiveInt, Only("train")] = 853
-    """Most pixels of the longer side in training; the paper's text says 864."""
-    flip: Annotated[Fraction, Only("train")] = 0.5
-    crop: Annotated[Fraction, Only("train")] = 0.0
-    """Chance of the crop augmentation of Table 1."""
-    crop_short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Only("train")] = (400, 500, 600)
-    crop_sizes: Annotated[tuple[PositiveInt, PositiveInt], Only("train")] = (384, 600)
+    short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Only("pretrain", "train")] = tuple(range(416, 641, 32))
+    """The lengths in pixels from which training draws the shorter side of an image."""
+    long_side: Annotated[PositiveInt, Only("pretrain", "train")] = 853
+    """The maximum of the longer side in pixels in training; the paper's text says 864."""
+    flip: Annotated[Fraction, Only("pretrain", "train")] = 0.5
+    crop: Annotated[Fraction, Only("pretrain", "train")] = 0.0
+    """The probability of the crop augmentation of Table 1."""
+    crop_short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Only("pretrain", "train")] = (400, 500, 600)
+    crop_sizes: Annotated[tuple[PositiveInt, PositiveInt], Only("pretrain", "train")] = (384, 600)
     on_bad_image: Literal["error", "skip"] = "error"
-    """A missing, truncated or unreadable image: stop with its name, or leave it out and count it."""
+    """The reaction to a missing or unreadable image: `error` stops with its name; `skip` leaves it out and counts it."""
     workers: Annotated[int, Field(ge=0), Operational()] = 2
 
     def content(self, stage: Stage | None = None) -> dict[str, Any]:
-        """Of the embedded set its version counts, not where it lies."""
+        """Return the content; for the embedded data set it has the version instead of the folder."""
         data = super().content(stage)
-        return {**data, "root": f"shapes {SHAPES_VERSION}"} if self.source == "shapes" else data
+        if self.source == "shapes":
+            return {**data, "root": f"shapes {SHAPES_VERSION}"}
+        return {name: value for name, value in data.items() if name != "shapes"}
 
     @model_validator(mode="after")
     def _crop_range(self) -> Self:
         if self.crop_sizes[0] > self.crop_sizes[1]:
-            raise ValueError(f"crop_sizes={list(self.crop_sizes)}: the smaller comes first")
+            raise ValueError(f"crop_sizes={list(self.crop_sizes)}: the smaller value must come first")
         return self
 
 
@@ -206,88 +233,121 @@ class InferenceConfig(Section):
     short_side: PositiveInt = 640
     long_side: PositiveInt = 853
     size_factor: Annotated[Positive, Neutral(1.0)] = 1.0
-    """Scales both sides, so that "512 against 640" keeps its meaning in a small experiment."""
+    """Multiply both sides by this factor. In a small experiment, a side of 512 then means 4/5 of 640."""
     score_threshold: Fraction = 0.005
     mask_threshold: Fraction = 0.45
     rescore: bool = True
     """Multiply the class probability by the objectness (Table 6)."""
     maskness: bool = True
-    """Multiply the score by the mean probability of the mask's pixels; in the reference, not in the paper."""
+    """Multiply the score by the mean probability of the mask's pixels, as the reference does; the paper does not mention it."""
     precision: Precision = "fp32"
 
     def sides(self) -> tuple[int, int]:
-        """Shorter side, and most pixels of the longer one, of the resized image."""
+        """Return the shorter side of the resized image and the maximum of its longer side, in pixels."""
         return max(1, round(self.short_side * self.size_factor)), max(1, round(self.long_side * self.size_factor))
 
     def content(self, stage: Stage | None = None) -> dict[str, Any]:
-        """Of the sides as they are used."""
+        """Return the content with the final image sides."""
         short, long = self.sides()
         resolved = self.model_copy(update={"short_side": short, "long_side": long, "size_factor": 1.0})
         return super(InferenceConfig, resolved).content(stage)
 
 
-class TrainConfig(Section):
+class OptimizerConfig(Section):
+    """The settings that the stages `pretrain` and `train` have in common."""
+
     iterations: PositiveInt = 270_000
-    """Optimiser steps."""
+    """The number of optimiser steps."""
     batch_size: PositiveInt = REFERENCE_BATCH
-    """Images an optimiser step, over all processes and accumulated parts."""
-    accumulate: PositiveInt = 1
-    """Forward and backward passes an optimiser step; each counts as one process in the loss means."""
+    """The images per optimiser step, summed over all processes and accumulated parts."""
     learning_rate: Positive = 5e-5
-    backbone_multiplier: NonNegative = 1.0
     weight_decay: NonNegative = 1e-4
     weight_decay_on: Literal["reference", "weights"] = "reference"
-    """`reference`: all parameters but those of norms and patch embeddings; `weights`: matrices and kernels alone."""
+    """The parameters that decay. `reference`: all except those of norms, patch embeddings and class tokens. `weights`: only
+    matrices and convolution kernels, and again none of norms and patch embeddings."""
     schedule: Literal["step", "cosine"] = "step"
-    """After the warm-up: times `decay` at each milestone, or half a cosine down to zero."""
+    """After the warm-up, `step` multiplies the learning rate by `decay` at each milestone; `cosine` lowers it to zero."""
     milestones: tuple[Fraction, ...] = (7 / 9, 25 / 27)
-    """Fractions of `iterations`: 210,000 and 250,000 of 270,000."""
+    """Fractions of `iterations`; the defaults are steps 210,000 and 250,000 of 270,000."""
     decay: Positive = 0.1
     warmup_iterations: Annotated[int, Field(ge=0)] = 1000
     warmup_factor: Fraction = 1e-3
     clip_norm: Positive | None = None
-    """Clip the gradient norm of the whole model."""
-    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Keep an exponential moving average of the weights and export that."""
+    """The maximum gradient norm of the whole model; None does not clip."""
     precision: Precision = "fp32"
-    start: Annotated[str | None, Neutral(None)] = None
-    """A weights file of ours to start from, in place of ImageNet's; layers of another shape (the class head of other
-    data) start afresh."""
-    compile: Annotated[bool, Neutral(False)] = False
-    """Train through torch.compile: other roundings, minutes to begin with."""
-    checkpoint_activations: Annotated[bool, Operational()] = False
-    """Keep the activations at the modules' borders alone, and compute the rest again in the backward pass: bigger batches, the
-    same numbers, about a third more time. Frozen norms only: others would count each image twice."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     log_every: Annotated[PositiveInt, Operational()] = 20
     checkpoint_every: Annotated[PositiveInt, Operational()] = 5000
     keep_checkpoints: Annotated[PositiveInt, Operational()] = 2
-    evaluate_every: Annotated[PositiveInt | None, Operational()] = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
+    def _schedule_is_consistent(self) -> Self:
         if self.warmup_iterations >= self.iterations:
             raise ValueError(f"warmup_iterations={self.warmup_iterations} must be below iterations={self.iterations}")
         if list(self.milestones) != sorted(self.milestones):
-            raise ValueError(f"milestones={list(self.milestones)} must ascend")
+            raise ValueError(f"milestones={list(self.milestones)} must be in ascending order")
+        return self
+
+
+class PretrainConfig(OptimizerConfig):
+    """The settings of the stage `pretrain`, which trains a backbone that has no ImageNet weights.
+
+    The backbone learns to predict, for each cell of its features, the category and the offset to the centre of the cell's object.
+    The result depends only on the backbone, the training data and these settings, so all rows of all tables share it.
+    """
+
+    enabled: Annotated[bool, Operational()] = False
+    """Start the backbone from this stage's weights. Its norms may then be frozen, as with ImageNet weights."""
+    iterations: PositiveInt = 8000
+    batch_size: PositiveInt = 8
+    learning_rate: Positive = 2e-3
+    schedule: Literal["step", "cosine"] = "cosine"
+    warmup_iterations: Annotated[int, Field(ge=0)] = 200
+    clip_norm: Positive | None = 5.0
+    object_weight: Positive = 6.0
+    """The weight of an object's cell in the class loss; a background cell has weight 1."""
+
+
+class TrainConfig(OptimizerConfig):
+    accumulate: PositiveInt = 1
+    """The forward and backward passes per optimiser step. The loss means treat each pass as one process."""
+    backbone_multiplier: NonNegative = 1.0
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """The decay of an exponential moving average of the weights, which is then evaluated and saved; None keeps no average."""
+    start: Annotated[str | None, Neutral(None)] = None
+    """A weights file of a trained SparseInst model to start from, instead of ImageNet weights. Layers whose shapes differ (the
+    class head for other data) keep their random initial weights."""
+    compile: Annotated[bool, Neutral(False)] = False
+    """Train with torch.compile. It rounds differently and takes minutes to compile at the start."""
+    checkpoint_activations: Annotated[bool, Operational()] = False
+    """Keep only the outputs of the backbone and the encoder, and recompute the other activations in the backward pass. Training
+    then needs less memory and about a third more time, and gives the same weights. It needs frozen norms: the statistics of
+    other norms would count each image twice."""
+    evaluate_every: Annotated[PositiveInt | None, Operational()] = None
+    """Evaluate each time this many steps are done: AP, metrics of the activation maps, and how often objects keep their maps."""
+    evaluate_images: Annotated[PositiveInt | None, Operational()] = None
+    """Use only this many images, the first of the validation split, in the evaluations during training."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
         return self
 
     def batch_advice(self) -> str | None:
-        """What to change where the batch differs from the paper's 64 and the learning rate does not; None where all is well."""
+        """Return advice if the batch size differs from the paper's 64 but the learning rate does not; None otherwise."""
         reference = TrainConfig.model_fields["learning_rate"].default
         if self.batch_size == REFERENCE_BATCH or self.learning_rate != reference:
             return None
         scaled = reference * self.batch_size / REFERENCE_BATCH
         return (
-            f"train.batch_size={self.batch_size} with the learning rate of batch {REFERENCE_BATCH} loses AP: "
+            f"train.batch_size={self.batch_size} with the learning rate for a batch of {REFERENCE_BATCH} lowers AP: "
             f"set train.learning_rate={scaled:g}, or train.batch_size={REFERENCE_BATCH} with train.accumulate"
         )
 
 
 class Config(Section):
-    """The whole of an experiment. The defaults are the preset `paper`."""
+    """All settings of an experiment. The defaults are the preset `paper`."""
 
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
@@ -295,6 +355,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     inference: InferenceConfig = InferenceConfig()
     train: TrainConfig = TrainConfig()
+    pretrain: PretrainConfig = PretrainConfig()
 
     @model_validator(mode="after")
     def _rescoring_needs_objectness(self) -> Self:
@@ -309,14 +370,12 @@ class Config(Section):
         return self
 
     def replace(self, overrides: Mapping[str, Any]) -> Config:
-        """A copy with dotted paths set, e.g. `{"model.decoder.depth": 2}`.
+        """Return a copy in which dotted paths have new values, e.g. `{"model.decoder.depth": 2}`.
 
         Raises:
-            UserError: a path that does not exist (with the nearest one that does), or a value it does not take.
+            UserError: a path does not exist (the message gives the nearest valid path), or its value is not valid.
         """
-        from sparseinst.overrides import merge, nest, parse_config
-
-        return parse_config(merge(self.model_dump(mode="json"), nest(overrides)))
+        return parse(Config, merge(self.model_dump(mode="json"), nest(overrides, Config), Config))
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2)
@@ -330,26 +389,38 @@ class Config(Section):
         YAML(typ="safe").dump(self.model_dump(mode="json"), stream)
         return stream.getvalue()
 
+    def pretrain_content(self) -> dict[str, Any]:
+        """Return everything that can change the backbone's weights from the stage `pretrain`."""
+        backbone = self.model.backbone
+        start = {"name": backbone.name, "pretrained": backbone.pretrained, "weights": backbone.weights}
+        parts = {"data": self.data.content("pretrain"), "pretrain": self.pretrain.content("pretrain")}
+        return {"stage": "pretrain", "backbone": start, **parts}
+
+    def pretrain_key(self) -> str:
+        """Return the key of the stage `pretrain`, which also names its folder."""
+        return content_hash(self.pretrain_content())
+
     def train_content(self) -> dict[str, Any]:
-        """All that can change the trained weights."""
+        """Return everything that can change the trained weights."""
         parts = {"model": self.model, "loss": self.loss, "matcher": self.matcher, "data": self.data, "train": self.train}
-        return {"stage": "train", **{name: part.content("train") for name, part in parts.items()}}
+        start = {"start": self.pretrain_key()} if self.pretrain.enabled else {}
+        return {"stage": "train", **{name: part.content("train") for name, part in parts.items()}, **start}
 
     def train_key(self) -> str:
-        """Names the training, and its folder: equal keys are one run."""
+        """Return the key of the training, which also names its folder. Configs with equal keys share one run."""
         return content_hash(self.train_content())
 
     def evaluate_key(self) -> str:
-        """Names the evaluation of these weights with these inference settings on these data."""
+        """Return the key of the evaluation of these weights with these inference settings on these data."""
         parts = {"inference": self.inference.content("evaluate"), "data": self.data.content("evaluate")}
         return content_hash({"stage": "evaluate", "train": self.train_key(), **parts})
 
     def latency_key(self, device: str, mode: str = "eager") -> str:
-        """Names the timing on a device of that name; what is timed comes first, see `latency_prefix`."""
+        """Return the key of the timing on the device with this name. It begins with `latency_prefix`."""
         return f"{self.latency_prefix()}-{content_hash({'device': device, 'mode': mode})[:8]}"
 
     def latency_prefix(self) -> str:
-        """Names what is timed: this model, with any weights, at this size, precision and thresholds."""
+        """Return the hash of what is timed: the model without its weights, the image size, the precision and the thresholds."""
         parts = {"model": self.model.content("latency"), "inference": self.inference.content("latency")}
         return content_hash({"stage": "latency", **parts})
 
@@ -358,7 +429,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "release": {"train.weight_decay": 0.05, "loss.pixel_weight": 5.0},
 }
-"""`paper`: Tables 2-8; `release`: Table 1 and the released checkpoints."""
+"""`paper` is for Tables 2 to 8; `release` is for Table 1 and the released checkpoints."""
 
 _GIAM = {"model.decoder.iam.groups": 4}
 _DCN = {"model.backbone.deformable_stages": [4, 5]}
@@ -376,4 +447,4 @@ MODELS: dict[str, dict[str, Any]] = {
     "pvtv2-b1-giam": {**_GIAM, "model.backbone.name": "pvt_v2_b1.in1k"},
     "pvtv2-b2-li-giam": {**_GIAM, "model.backbone.name": "pvt_v2_b2_li.in1k"},
 }
-"""The released models by name, as overrides."""
+"""The overrides of each released model, by its name."""

@@ -1,6 +1,6 @@
-"""The training loss (paper section 3.5, Eqs. 3 and 4; Tables 5 and 6).
+"""Compute the training loss (paper section 3.5, Eqs. 3 and 4; Tables 5 and 6).
 
-B images, N instance maps, K instances of one image, M matched pairs of the batch, H W mask size.
+Shapes: B images, N instance maps, K instances of one image, M matched pairs of the batch, H W mask size.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from sparseinst.models.decoder import Predictions
 
 PREDICTION_THRESHOLD = 0.4
 TARGET_THRESHOLD = 0.5
-"""Where predicted and true masks are made binary to measure the IoU that objectness learns."""
+"""The thresholds that make predicted and target masks binary. The objectness learns the IoU of these binary masks."""
 
 
 class Counts(NamedTuple):
-    """What the losses are divided by, as means over the processes (and accumulated parts) of one optimiser step."""
+    """The divisors of the losses, as means over the processes and accumulated parts of one optimiser step."""
 
     instances: float
-    """Instances in the targets; divides class and dice losses."""
+    """The number of instances in the targets. It divides the class and dice losses."""
     pairs: float
-    """Matched pairs; divides the objectness loss in `global` reduction."""
+    """The number of matched pairs. It divides the objectness loss in `global` reduction."""
     pixels: float
-    """Pixels of matched pairs; divides the pixel loss in `global` reduction."""
+    """The number of pixels of the matched pairs. It divides the pixel loss in `global` reduction."""
 
 
 def count(targets: Sequence[Target], num_maps: int) -> Counts:
-    """The counts of one batch. A step of several batches or processes takes their mean."""
+    """Return the counts of one batch. A step with several batches or processes uses their mean."""
     pairs = [min(len(target.labels), num_maps) for target in targets]
     pixels = sum(n * target.masks[0].numel() for n, target in zip(pairs, targets, strict=True) if n)
     return Counts(sum(len(target.labels) for target in targets), sum(pairs), pixels)
@@ -42,36 +42,38 @@ def count(targets: Sequence[Target], num_maps: int) -> Counts:
 def prepare_targets(
     labels: Sequence[Tensor], masks: Sequence[Tensor], padded: tuple[int, int], size: tuple[int, int], stride: int = 1
 ) -> list[Target]:
-    """Ground truth at the predicted masks' size: zero-padded as the images are, then bilinear, soft in [0, 1].
+    """Return the targets: zero-pad the masks as the images are, then resize them bilinearly to values in [0, 1].
 
     Args:
-        labels: B of (K,) int64.
-        masks: B of (K, h, w), any type, 0 or 1, each at most `padded` high and wide; or, with a stride, in quarters and at the
-            predicted masks' resolution already (`transforms.shrink`), which gives the same targets to the bit.
+        labels: B tensors (K,) int64.
+        masks: B tensors (K, h, w) of any type. With stride 1, their values are 0 or 1, and h and w are at most `padded`. With a
+            larger stride, `transforms.shrink` has already resized them to the predicted masks' resolution, and their values are
+            integers from 0 to 4, in quarters. Both give exactly the same targets.
         padded: height and width of the padded images.
         size: height and width of the predicted masks.
+        stride: input pixels per mask pixel, if the masks are already resized.
     """
     bounds = size if stride > 1 else padded
     targets = []
     for label, mask in zip(labels, masks, strict=True):
         height, width = mask.shape[-2:]
-        whole = F.pad(mask.float(), (0, bounds[1] - width, 0, bounds[0] - height))  # K H W
+        padded_mask = F.pad(mask.float(), (0, bounds[1] - width, 0, bounds[0] - height))  # K H W
         if stride > 1:
-            small = whole / 4
+            resized = padded_mask / 4
         elif len(mask):
-            small = F.interpolate(whole[None], size=size, mode="bilinear", align_corners=False)[0]
+            resized = F.interpolate(padded_mask[None], size=size, mode="bilinear", align_corners=False)[0]
         else:
-            small = whole.new_zeros((0, *size))
-        targets.append(Target(label, small))
+            resized = padded_mask.new_zeros((0, *size))
+        targets.append(Target(label, resized))
     return targets
 
 
 class Criterion(nn.Module):
-    """Predictions and targets to named, weighted losses; their sum is the training loss.
+    """Compute named, weighted losses from predictions and targets. Their sum is the training loss.
 
-    Forward takes `Predictions` of B images, B `Target`s and, where the step has several parts or processes, its `Counts`
-    (default: this batch's). It gives `class`, and of `dice`, `pixel`, `objectness` those that are on, each a float32 scalar
-    multiplied by its weight. All are defined, and connected to every prediction, for batches without any instance.
+    `forward` takes `Predictions` of B images, B `Target`s, and the step's `Counts` (by default, those of this batch). It returns
+    `class` and those of `dice`, `pixel` and `objectness` that the config enables, each a float32 scalar multiplied by its weight.
+    The losses are also defined for a batch without instances, and every prediction then still receives a gradient.
     """
 
     def __init__(self, config: LossConfig, matcher: MatcherConfig) -> None:
@@ -102,16 +104,18 @@ class Criterion(nn.Module):
         if config.objectness != "none":
             loss = OBJECTNESS_LOSSES[config.objectness](objectness.float(), binary_iou(logits, truth)).sum()
             losses["objectness"] = config.objectness_weight * loss / self._divisor(len(logits), counts.pairs)
-        # What no loss reads (an objectness that is off, masks of a batch without instances) still takes part in the graph:
-        # every parameter has a gradient, if zero, in every step, as distributed training wants. (Empty slices: zero times a
-        # value would carry its NaN into the wrong loss.)
+        # If the batch has no instances, no loss reads the masks. If the objectness loss is off, no loss reads the objectness.
+        # Both join the graph here: distributed training needs a gradient for every parameter in every step. The slices are empty,
+        # because zero times a NaN would add a NaN to the wrong loss.
         losses["class"] = losses["class"] + predictions.mask_logits[:0].sum() + predictions.objectness_logits[:0].sum()
         return losses
 
-    def _divisor(self, own: int, mean: float) -> float:
-        return max(float(own) if self.config.reduction == "per_process" else mean, 1.0)
+    def _divisor(self, in_batch: int, mean: float) -> float:
+        """Return the divisor of a loss, at least 1: the count in this batch, or the mean count in `global` reduction."""
+        return max(float(in_batch) if self.config.reduction == "per_process" else mean, 1.0)
 
     def _class_loss(self, logits: Tensor, pairs: list[tuple[Target, Match]]) -> Tensor:
+        """Return the summed focal loss of the class logits (B, N, classes)."""
         truth = torch.zeros_like(logits, dtype=torch.float32)  # B N classes
         for image, (target, matched) in zip(truth, pairs, strict=True):
             image[matched.predictions, target.labels[matched.instances]] = 1.0
@@ -119,14 +123,16 @@ class Criterion(nn.Module):
 
 
 def _own_masks(pairs: list[tuple[Target, Match]]) -> Tensor:
+    """Return the target mask of each matched pair."""
     return torch.cat([target.masks[matched.instances] for target, matched in pairs])  # M H W
 
 
 def _reference_masks(pairs: list[tuple[Target, Match]]) -> Tensor:
-    """As the reference finds them: by each instance's index in its image, plus how many instances the images before hold.
+    """Return the target masks that the reference selects for the matched pairs.
 
-    It applies those offsets to as many pairs as an image has instances, not matches. Once an image has more instances than
-    maps, the pairs of later images so read masks of earlier ones; `criterion_overfull` in the golden numbers holds it.
+    The reference adds to each instance's index in its image the number of instances in the earlier images. It adds this offset to
+    as many pairs as the image has instances, not matches. If an image has more instances than maps, the pairs of later images
+    therefore get masks of earlier images. The golden numbers `criterion_overfull` check this.
     """
     instances = torch.cat([matched.instances for _, matched in pairs])
     offsets = torch.zeros_like(instances)
@@ -144,31 +150,31 @@ MATCHED_MASKS: dict[str, Callable[[list[tuple[Target, Match]]], Tensor]] = {
 
 
 def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """1 - dice of each pair: (M, P) logits and (M, P) targets in [0, 1] to (M,)."""
+    """Return 1 - dice of each pair (M,), from logits (M, P) and targets (M, P) in [0, 1]."""
     masks = logits.sigmoid()
     overlap = (masks * truth).sum(-1)
     return 1 - 2 * overlap / (masks.square().sum(-1) + truth.square().sum(-1) + DICE_EPSILON)
 
 
 def focal_loss(logits: Tensor, truth: Tensor, config: LossConfig) -> Tensor:
-    """Sigmoid focal loss of each element (Lin et al. 2017, Eq. 5), for targets in [0, 1]."""
+    """Return the sigmoid focal loss of each element (Lin et al. 2017, Eq. 5), for targets in [0, 1]."""
     entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     probability = logits.sigmoid()
-    missed = probability * (1 - truth) + (1 - probability) * truth
+    error = probability * (1 - truth) + (1 - probability) * truth
     alpha = config.focal_alpha * truth + (1 - config.focal_alpha) * (1 - truth)
-    return alpha * missed.pow(config.focal_gamma) * entropy
+    return alpha * error.pow(config.focal_gamma) * entropy
 
 
 @torch.no_grad()
 def binary_iou(logits: Tensor, truth: Tensor) -> Tensor:
-    """IoU of each pair, both made binary: (M, P) logits and (M, P) targets in [0, 1] to (M,)."""
+    """Return the IoU (M,) of each pair's binary masks, from logits (M, P) and targets (M, P) in [0, 1]."""
     masks = logits.sigmoid() >= PREDICTION_THRESHOLD
     objects = truth > TARGET_THRESHOLD
     overlap = (masks & objects).sum(-1)
     return overlap / ((masks | objects).sum(-1) + 1e-6)
 
 
-def _bce(logits: Tensor, truth: Tensor, config: LossConfig) -> Tensor:  # noqa: ARG001 (called like focal_loss)
+def _bce(logits: Tensor, truth: Tensor, config: LossConfig) -> Tensor:  # noqa: ARG001 (has the signature of focal_loss)
     return F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
 
 

@@ -1,13 +1,13 @@
-"""The errors a user can cause. Each is one line that says what is wrong, where, and how to mend it."""
+"""Define the errors that a user can cause. Each message is one line: the place, the problem, and a remedy."""
 
 
 class UserError(Exception):
-    """Bad input: a setting, a path, a file. The command line prints it in one line and exits with 2."""
+    """The input is not valid: a setting, a path or a file. The command line prints the message and exits with 2."""
 
 
 class DataError(UserError):
-    """An annotation file or an image that cannot be used; the message names the file."""
+    """An annotation file or an image cannot be used. The message names the file."""
 
 
 class RunFailed(Exception):
-    """A run that started well and could not end well. The command line prints it in one line and exits with 1."""
+    """A run failed after it had started. The command line prints the message and exits with 1."""

@@ -1,18 +1,15 @@
-"""From files, named presets and dotted paths to a `Config`; every mistake becomes one line with the nearest valid name."""
+"""Build a `Config` from files, named presets and dotted paths. Each error is one line with the nearest valid name."""
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic import ValidationError
+from typing import Any
 
 from sparseinst.config import MODELS, PRESETS, Config
 from sparseinst.errors import UserError
-from sparseinst.section import Section
+from sparseinst.files import read_text
+from sparseinst.nested import merge, nearest, nest, parse
 
 
 def load_config(
@@ -22,57 +19,75 @@ def load_config(
     model: str | None = None,
     overrides: Mapping[str, Any] | Iterable[str] = (),
 ) -> Config:
-    """Build a config in layers: preset, named model, file, overrides; each wins over the one before.
+    """Build a config from layers: preset, named model, file, overrides. Each layer replaces values of the earlier ones.
 
     Args:
-        path: a YAML or JSON file holding any part of the settings, nested as in `Config`; it may name its own `preset` and
-            `extends` (another file, relative to it, to start from).
+        path: a YAML or JSON file with any part of the settings, nested as in `Config`. It may also name a `preset`, and another
+            file that it `extends`, relative to its own folder.
         preset: `paper` (default) or `release`.
         model: one of `MODELS`.
-        overrides: dotted paths to values, or strings `path=value` with the value in YAML.
+        overrides: values by dotted path, or strings `path=value` with the value in YAML.
 
     Raises:
-        UserError: anything wrong, in one line.
+        UserError: a file cannot be read, a name is unknown, or a value is not valid.
     """
     file_layer = read_layer(Path(path)) if path is not None else {}
     file_preset = file_layer.pop("preset", None)
-    file_layer.pop("cost", None)  # a profile of the tables serves as a config, too
+    file_layer.pop("cost", None)  # so that a profile of the tables is also a valid config
+    backbones: dict[str, dict[str, Any]] = file_layer.pop("backbones", {})
     layers = [
-        nest(choose("preset", preset or file_preset or "paper", PRESETS)),
-        nest(choose("model", model, MODELS) if model is not None else {}),
+        nest(choose("preset", preset or file_preset or "paper", PRESETS), Config),
+        nest(choose("model", model, MODELS) if model is not None else {}, Config),
         file_layer,
-        nest(overrides if isinstance(overrides, Mapping) else dict(map(parse_override, overrides))),
+        nest(overrides if isinstance(overrides, Mapping) else dict(map(parse_override, overrides)), Config),
     ]
     data = Config().model_dump(mode="json")
     for index, layer in enumerate(layers):
         where = f"{path}: " if layer is file_layer and index == 2 else ""
         try:
-            data = merge(data, layer)
+            data = merge(data, layer, Config)
+            if index == 2:
+                data = stand_in(data, backbones)
         except UserError as error:
             raise UserError(f"{where}{error}") from None
     return parse_config(data, where=str(path) if path is not None else "")
 
 
+def stand_in(data: dict[str, Any], backbones: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a config's data in which a profile's backbone replaces the original one.
+
+    Args:
+        backbones: the replacements, as settings of `model.backbone` by the original backbone's name; empty for no change.
+
+    Raises:
+        UserError: there is no replacement and the backbone is not itself one, or a setting is unknown.
+    """
+    name = data["model"]["backbone"]["name"]
+    if not backbones or name in {settings.get("name") for settings in backbones.values()}:
+        return data
+    if name not in backbones:
+        raise UserError(f"backbones: no replacement for {name!r} (only for {', '.join(backbones)})")
+    return merge(data, {"model": {"backbone": backbones[name]}}, Config)
+
+
 def parse_config(data: Mapping[str, Any], where: str = "") -> Config:
-    """Validate nested plain data. Raises `UserError` that names the key, what is wrong with it, and `where` it stands."""
-    try:
-        # JSON mode: strict about types, but arrays are tuples and whole numbers are floats, as YAML and JSON write them.
-        return Config.model_validate_json(json.dumps(data))
-    except ValidationError as error:
-        raise UserError(one_line(error, where, Config)) from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where + ': ' if where else ''}not plain data: {error}") from None
+    """Return the config that nested plain data describe. Raises `UserError` as `parse` does."""
+    return parse(Config, data, where)
 
 
 def choose(what: str, name: str, choices: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The entry called `name`. Raises `UserError` with the nearest valid name."""
+    """Return the entry with this name. Raises `UserError` with the nearest valid name if there is none."""
     if name not in choices:
         raise UserError(f"unknown {what} {name!r}{nearest(name, choices)}")
     return choices[name]
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`path=value` to the path and the value, read as YAML 1.2 (so `1e-4` is a number and `off` a word)."""
+    """Return the path and the value of `path=value`. The value is YAML 1.2: `1e-4` is a number, and `off` is a string.
+
+    Raises:
+        UserError: the text has another form, or the value is not YAML.
+    """
     path, separator, value = text.partition("=")
     if not separator or not path.strip():
         raise UserError(f"override {text!r} is not of the form path=value")
@@ -80,7 +95,11 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """YAML 1.2 to plain data; duplicate keys are refused. Raises `UserError` naming `where` and the line."""
+    """Return the plain data of a YAML 1.2 text.
+
+    Raises:
+        UserError: the text is not YAML, or repeats a key. The message names `where` and the line.
+    """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -93,68 +112,12 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}:{line} {problem}") from None
 
 
-def read_text(path: Path) -> str:
-    """The text of a file a user named. Raises `UserError` where it is missing, a folder, or no text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, a file was expected") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-
-
-def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted paths to nested dicts. Raises `UserError` with the nearest valid path for one that does not exist."""
-    nested: dict[str, Any] = {}
-    known = set(leaf_paths(Config))
-    for path, value in overrides.items():
-        if path not in known:
-            raise UserError(f"unknown setting {path!r}{nearest(path, known)}")
-        node = nested
-        *parents, leaf = path.split(".")
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[leaf] = value
-    return nested
-
-
-def merge(base: Mapping[str, Any], layer: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`base` with the values of `layer`, level by level. Raises `UserError` for a key that `base` does not have."""
-    merged = dict(base)
-    for key, value in layer.items():
-        path = f"{prefix}{key}"
-        if key not in base:
-            raise UserError(f"unknown setting {path!r}{nearest(path, leaf_paths(Config))}")
-        if isinstance(base[key], dict):
-            if not isinstance(value, Mapping):
-                raise UserError(f"{path}: a group of settings was expected, got {value!r}")
-            merged[key] = merge(base[key], value, f"{path}.")
-        else:
-            merged[key] = value
-    return merged
-
-
-def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted paths and values; the inverse of `nest`."""
-    found: dict[str, Any] = {}
-    for name, value in data.items():
-        found |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
-
-
-def leaf_paths(section: type[Section], prefix: str = "") -> Iterator[str]:
-    """The dotted path of every setting."""
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from leaf_paths(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
 def read_layer(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings of a file over those of the file it extends."""
+    """Return the settings of a file, merged over those of the file that it extends.
+
+    Raises:
+        UserError: a file cannot be read, is not a mapping, or extends itself.
+    """
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself")
     data = parse_yaml(read_text(path), str(path))
@@ -171,57 +134,9 @@ def read_layer(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _overlay(base: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
-    """Like `merge`, for layers that are not complete yet; their keys are checked when they meet the config."""
+    """Merge like `merge`, but without checking keys. They are checked later, when the result is merged into the config."""
     result = dict(base)
     for key, value in layer.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = _overlay(result[key], value) if both else value
     return result
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean ...?)`, compared by the whole path and by its last part."""
-    names = sorted(known)
-    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    if not matches:
-        last = {full.rsplit(".", 1)[-1]: full for full in reversed(names)}
-        matches = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
-    if matches:
-        return f" (did you mean {matches[0]!r}?)"
-    return f" (valid: {', '.join(names)})" if len(names) <= 20 else ""
-
-
-def one_line(error: ValidationError, where: str, schema: type[Section]) -> str:
-    """The first problem that pydantic found, in one line; the number of others after it."""
-    problems = error.errors(include_url=False)
-    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key explains a missing one
-    path = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        section = _section_at(schema, first["loc"][:-1])
-        known = leaf_paths(schema) if section in (schema, None) else section.model_fields
-        message = f"unknown setting{nearest(path if section in (schema, None) else str(first['loc'][-1]), known)}"
-    elif first["type"] == "missing":
-        message = "is missing"
-    elif first["type"] not in ("value_error",):
-        message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{where + ': ' if where else ''}{path + ': ' if path else ''}{message}{more}"
-
-
-def _section_at(schema: type[Section], location: tuple[int | str, ...]) -> type[Section] | None:
-    """The section that a location in nested data belongs to, through tuples and dicts of sections; None where there is none."""
-    section: type[Section] | None = schema
-    for part in location:
-        if section is None:
-            return None
-        if part in section.model_fields:
-            section = next(_sections_in(section.model_fields[str(part)].annotation), None)
-    return section
-
-
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _sections_in(inner)

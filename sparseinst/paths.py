@@ -1,16 +1,13 @@
-"""The name of every file that a run writes. No other module spells one out."""
+"""Name every file that a run writes. No other module spells these names out."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 WEIGHTS = "model.safetensors"
+SHIPPED = Path(__file__).parent / "shipped"
+"""Weights and records that come with the package, by key."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class RunPaths:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line: the losses of training steps, and evaluations."""
+        """The losses of training steps and the metrics of evaluations, as one JSON object per line."""
         return self.root / "metrics.jsonl"
 
     @property
@@ -45,27 +42,32 @@ class RunPaths:
 
     @property
     def weights(self) -> Path:
-        """The trained model, with its config inside; there when training is done."""
+        """The trained model with its config. The file exists once training is done."""
         return self.root / WEIGHTS
 
     @property
+    def start(self) -> Path:
+        """The folder of the stage `pretrain`, if this training alone needed it."""
+        return self.root / "pretrain"
+
+    @property
     def evaluation(self) -> Path:
-        """The figures, and of which settings and data they are."""
+        """The metrics of an evaluation, with its settings and data."""
         return self.root / "evaluation.json"
 
     @property
     def code(self) -> Path:
-        """Which code trained: one JSON object a line, for each process that began or went on with it."""
+        """The code that trained, as one JSON object per line for each process that began or continued the training."""
         return self.root / "code.jsonl"
 
     @property
     def predictions(self) -> Path:
-        """Of an evaluation: its instances in COCO's result format, for comparisons over the same images."""
+        """An evaluation's instances in COCO's result format, for comparisons over the same images."""
         return self.root / "predictions.json"
 
     @property
     def submitted(self) -> Path:
-        """As what job the stage was last sent to a cluster."""
+        """The job that last sent the stage to a cluster."""
         return self.root / "submitted.json"
 
     @property
@@ -73,39 +75,32 @@ class RunPaths:
         return self.root / "attempts"
 
     def attempt(self, number: int) -> Path:
-        """Who began the attempt of that number."""
+        """The process that began the attempt with this number."""
         return self.attempts / f"{number:04d}.json"
 
     def beat(self, number: int, rank: int) -> Path:
-        """The heartbeat of one rank of an attempt."""
+        """The last heartbeat of one rank of an attempt."""
         return self.attempts / f"{number:04d}.{rank}.beat"
 
     def end(self, number: int, rank: int) -> Path:
-        """How an attempt ended for one rank."""
+        """The outcome of an attempt for one rank."""
         return self.attempts / f"{number:04d}.{rank}.end"
 
 
-@contextmanager
-def atomic(path: Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
-    """A temporary sibling to write to; renamed to `path` when the block ends well, removed when it does not.
-
-    Args:
-        check: called right before the renaming; what it raises prevents it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        if check is not None:
-            check()
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+RUNS = Path("runs")
+"""The folder of all runs, in the working folder."""
+JOBS = RUNS / "jobs"
+"""submitit's files: the jobs as they were sent, and the outputs of their processes."""
+SNAPSHOTS = RUNS / "snapshots"
+"""Copies of the package. Jobs on a cluster run these."""
 
 
-def file_digest(path: Path) -> str:
-    """16 hexadecimal digits of a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def run_folder(key: str) -> RunPaths:
+    """Return the folder in which the stage with this key works."""
+    return RunPaths(RUNS / key)
+
+
+def stored_weights(key: str) -> Path | None:
+    """Return the weights that the stage with this key made, from the package or from its folder; None if they are gone."""
+    candidates = (SHIPPED / f"{key}.safetensors", run_folder(key).weights)
+    return next((path for path in candidates if path.exists()), None)

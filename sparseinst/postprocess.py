@@ -1,6 +1,6 @@
-"""Raw predictions to scored masks (paper section 3.6): the only copy, used by evaluation, prediction and timing.
+"""Turn raw predictions into scored masks (paper section 3.6). Evaluation, prediction and timing all use this code.
 
-B images, N instance maps, K kept instances of one image, H W height and width.
+Shapes: B images, N instance maps, K kept instances of one image, H W height and width.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ __all__ = ["ImageSize", "Instances", "class_scores", "maskness", "postprocess"]
 
 
 class Instances(NamedTuple):
-    """The instances found in one image, in the order of their maps."""
+    """The predicted instances of one image, in the order of their maps."""
 
     scores: Tensor
     """(K,) float32 in [0, 1]."""
     labels: Tensor
-    """(K,) int64 class, 0 to classes - 1."""
+    """(K,) int64: the class of each instance, 0 to classes - 1."""
     masks: Tensor
-    """(K, H, W) bool at the image's original size."""
+    """(K, H, W) bool, at the image's original size."""
     maps: Tensor
-    """(K,) int64: which of the N instance maps each came from."""
+    """(K,) int64: the instance map of each instance, 0 to N - 1."""
 
 
 @torch.no_grad()
@@ -40,13 +40,15 @@ def postprocess(
     config: InferenceConfig,
     resize: Resize = paste,
 ) -> list[Instances]:
-    """Score, select and resize. One class a map; no sorting, no NMS.
+    """Score the maps, select instances and resize their masks.
+
+    Each map has one class. The instances are not sorted, and there is no NMS.
 
     Args:
-        predictions: raw output for B images.
+        predictions: the raw output for B images.
         padded: height and width of the network's input.
-        sizes: of B images, without the padding.
-        resize: brings masks to the images' own size, one of `paste`'s kind.
+        sizes: the sizes of B images, without the padding.
+        resize: `paste`, or a function with its signature.
     """
     with torch.autocast(predictions.mask_logits.device.type, enabled=False):
         return _postprocess(predictions, padded, sizes, config, resize)
@@ -69,13 +71,13 @@ def _postprocess(
 
 
 def class_scores(predictions: Predictions, config: InferenceConfig) -> tuple[Tensor, Tensor]:
-    """Each map's score, by which it is kept or not, and its class: (B, N) in [0, 1] and (B, N) int64."""
+    """Return each map's score (B, N) in [0, 1], which decides whether the map is kept, and its class (B, N) int64."""
     scores, labels = predictions.class_logits.float().sigmoid().max(dim=-1)
     objectness = predictions.objectness_logits.float().sigmoid() if config.rescore else 1.0
     return (scores * objectness).sqrt(), labels
 
 
 def maskness(masks: Tensor, threshold: float) -> Tensor:
-    """Mean probability over each mask's own pixels: (K, h, w) to (K,); zero for a mask without any."""
+    """Return the mean probability (K,) of the pixels above the threshold in each mask (K, h, w); zero if there are none."""
     inside = F.threshold(masks.flatten(1), threshold, 0.0)
     return inside.sum(1) / (inside.sign().sum(1) + 1e-6)

@@ -1,12 +1,16 @@
-"""Shared pieces: a config that trains in a second, small data sets, and where the real ones are."""
+"""Provide what many tests use: a config that trains in a second, small data sets, and the path of the COCO photos."""
 
 import json
 import os
+
+# Waiting threads that spin slow a shared machine down. torch reads this variable when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -14,19 +18,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sparseinst.cli import apart
+from sparseinst.bench import isolated
 from sparseinst.config import Config
 from sparseinst.data.shapes import write_shapes
-from sparseinst.engine.train import train
 from sparseinst.errors import UserError
 from sparseinst.overrides import load_config
+from sparseinst.section import Section
+from sparseinst.training.train import train
 
 REAL_COCO = Path(os.environ.get("SPARSEINST_COCO", Path(__file__).parents[2] / "shared" / "data" / "coco-subset"))
 needs_coco = pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no COCO photos in {REAL_COCO} (set SPARSEINST_COCO)")
 
 TINY: dict[str, Any] = {
     "model.num_classes": 6,
-    "model.backbone.name": "resnet10t",
+    "model.backbone.name": "small_resnet",
     "model.backbone.pretrained": False,
     "model.backbone.frozen_norm": False,
     "model.encoder.channels": 16,
@@ -67,7 +72,7 @@ def tiny(shapes_root: Path) -> Config:
 
 @pytest.fixture(scope="session")
 def trained(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder, of a model that has hardly learned anything."""
+    """Train the tiny model for a few steps, and return the run's folder."""
     config = load_config(overrides={**TINY, "data.root": str(shapes_root)})
     output = tmp_path_factory.mktemp("trained")
     train(config, output, device=CPU, progress=False)
@@ -78,12 +83,19 @@ CPU = torch.device("cpu")
 
 
 def run(config: Config, output: Path) -> dict[str, torch.Tensor]:
-    """Train; returns the weights."""
+    """Train a model, and return its weights."""
     return load_file(train(config, output, device=CPU, progress=False))
 
 
+def alternatives(section: type[Section], *names: str) -> list[dict[str, Any]]:
+    """Return {setting: value} for each value of a section's `Literal` settings, except the defaults."""
+    fields = {name: section.model_fields[name] for name in names or section.model_fields}
+    words = {name: get_args(field.annotation) for name, field in fields.items() if get_origin(field.annotation) is Literal}
+    return [{name: word} for name, choices in words.items() for word in choices if word != fields[name].default]
+
+
 def write_coco(root: Path, images: list[dict[str, Any]], annotations: list[dict[str, Any]], categories: Any = None) -> Path:
-    """A COCO-format folder with the same train and val; images that have no file yet become random PNGs."""
+    """Write a COCO-format folder with equal train and val splits. Images without a file become random PNGs."""
     random = np.random.default_rng(0)
     categories = categories or [{"id": 7, "name": "seven"}, {"id": 1000, "name": "thousand"}]
     for split in ("train2017", "val2017"):
@@ -100,7 +112,7 @@ def write_coco(root: Path, images: list[dict[str, Any]], annotations: list[dict[
 
 
 def box(x: float, y: float, w: float, h: float) -> list[list[float]]:
-    """A rectangle as a COCO polygon."""
+    """Return a rectangle as a COCO polygon."""
     return [[x, y, x + w, y, x + w, y + h, x, y + h]]
 
 
@@ -111,7 +123,7 @@ def annotation(number: int, image: int, category: int, segmentation: Any, **more
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `bench` times has no process of its own, which takes seconds to start."""
+    """Let `bench` measure in the test's process, because a separate process takes seconds to start."""
 
     class Inline:
         def submit(self, do: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -122,4 +134,4 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
                 future.set_exception(error)
             return future
 
-    monkeypatch.setattr(apart, "_process", lambda _: nullcontext(Inline()))
+    monkeypatch.setattr(isolated, "_start_process", lambda _: nullcontext(Inline()))

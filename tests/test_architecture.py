@@ -1,51 +1,60 @@
-"""Imports point one way, and the command line starts without torch."""
+"""Check imports: each part of the package imports only allowed parts, and the command line starts without torch."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sparseinst"
 
+BASE = {"errors", "paths", "files", "machine", "section", "nested", "config", "overrides"}
 ALLOWED = {
     "errors": set(),
     "paths": set(),
-    "attempts": {"errors", "paths"},
+    "files": {"errors"},
+    "machine": {"errors"},
+    "progress": set(),
+    "attempts": {"errors", "files", "machine", "paths"},
     "section": set(),
-    "config": {"overrides", "section"},  # inside `Config.replace` alone
-    "overrides": {"config", "section", "errors"},
-    "models": {"config", "overrides", "errors"},
-    "data": {"config", "overrides", "errors", "paths"},
+    "nested": {"section", "errors"},
+    "config": {"nested", "section"},
+    "overrides": {"config", "files", "nested", "errors"},
+    "models": BASE,
+    "data": BASE,
     "matcher": {"config", "models"},
     "criterion": {"config", "matcher", "models"},
     "paste": set(),
     "postprocess": {"config", "models", "paste"},
-    "integrations": {"config", "overrides", "models", "errors", "data", "criterion", "postprocess", "engine"},
-    "ablation": {"section", "config", "overrides", "errors", "paths", "attempts", "data", "engine"},
-    "report": {"config", "overrides", "errors", "paths", "ablation"},
-    "engine": {
-        "config",
-        "overrides",
-        "errors",
-        "paths",
-        "attempts",
-        "models",
-        "data",
-        "matcher",
-        "criterion",
-        "postprocess",
-        "paste",
-    },
+    "device": {"config", "errors"},
+    "distributed": {"criterion"},
+    "inference": BASE | {"models", "data", "postprocess", "device"},
+    "evaluation": BASE
+    | {"attempts", "progress", "models", "data", "matcher", "criterion", "paste", "postprocess", "device", "distributed"}
+    | {"inference"},
+    "training": BASE
+    | {"attempts", "progress", "models", "data", "criterion", "device", "distributed", "evaluation", "inference"},
+    "visualize": BASE | {"progress", "data", "postprocess", "evaluation", "inference"},
+    "bench": BASE | {"models", "data", "paste", "postprocess", "device", "inference", "training", "integrations"},
+    "integrations": BASE | {"progress", "models", "data", "criterion", "postprocess", "evaluation", "training"},
+    "ablation": BASE | {"data"},
+    "launch": BASE
+    | {"attempts", "data", "device", "distributed", "inference", "evaluation", "training", "visualize", "bench", "ablation"},
+    "report": BASE | {"ablation"},
 }
-"""What each room of the package may import from; `cli` may import all."""
+"""For each part of the package, the parts that it may import. `cli` may import all parts."""
 
 WITHOUT_TORCH = [
     "errors",
     "paths",
+    "machine",
     "attempts",
     "section",
+    "nested",
+    "files",
+    "progress",
     "config",
     "overrides",
     "cli",
@@ -55,32 +64,34 @@ WITHOUT_TORCH = [
     "data.shapes",
     "data.collage",
     "data.check",
+    "data.convert",
     "ablation.study",
     "ablation.plan",
     "ablation.store",
-    "ablation.run",
-    "ablation.work",
+    "launch.run",
+    "launch.work",
     "ablation.compare",
-    "ablation.status",
+    "launch.status",
     "ablation.statistics",
-    "ablation.arrange",
-    "ablation.cluster",
-    "ablation.job",
-    "ablation.launch",
-    "ablation.submission",
+    "launch.arrange",
+    "launch.cluster",
+    "launch.job",
+    "launch.submit",
+    "launch.submission",
     "ablation.provenance",
     "report.collect",
     "report.tables",
     "report.plots",
     "report.pages",
     "report.curves",
+    "report.fidelity",
     "report.style",
     "report.terminal",
     "report.webpage",
 ]
 
 
-def imported_rooms(path: Path) -> set[str]:
+def imported_parts(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sparseinst":
@@ -90,20 +101,39 @@ def imported_rooms(path: Path) -> set[str]:
     return {name.split(".")[1] for name in names if "." in name}
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_imports_point_one_way(room: str) -> None:
-    files = sorted((PACKAGE / room).rglob("*.py")) or [PACKAGE / f"{room}.py"]
+@pytest.mark.parametrize("part", ALLOWED)
+def test_each_part_imports_only_allowed_parts(part: str) -> None:
+    files = sorted((PACKAGE / part).rglob("*.py")) or [PACKAGE / f"{part}.py"]
     for file in files:
-        foreign = imported_rooms(file) - ALLOWED[room] - {room}
+        foreign = imported_parts(file) - ALLOWED[part] - {part}
         assert not foreign, f"{file.name} imports {sorted(foreign)}"
 
 
-def test_every_room_is_listed() -> None:
-    rooms = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
-    assert rooms - {"__init__", "__main__", "cli"} == set(ALLOWED)
+def test_every_part_is_listed() -> None:
+    parts = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert parts - {"__init__", "__main__", "cli"} == set(ALLOWED)
 
 
-def test_nothing_light_imports_torch() -> None:
+def test_listed_modules_do_not_import_torch() -> None:
     modules = ", ".join(f"sparseinst.{name}" for name in WITHOUT_TORCH)
     code = f"import sys, sparseinst, {modules}; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_there_are_no_import_cycles() -> None:
+    """Imports inside functions count, too."""
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    graph = {name: imported_modules(path) & set(names) - {name} for name, path in names.items()}
+    ordered = list(TopologicalSorter(graph).static_order())  # a cycle raises CycleError, which names its modules
+    assert set(ordered) == set(names)
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return the modules that a file imports, including those of `from package import module`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found

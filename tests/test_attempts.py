@@ -1,4 +1,4 @@
-"""Who may work in a folder: claims, heartbeats, takeovers, and the fence."""
+"""Check which process may write to a run's folder: claims, heartbeats, takeovers, and the check before each write."""
 
 import json
 import os
@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from sparseinst import attempts
-from sparseinst.attempts import Attempt, Held, Job, Past, Superseded, hanging, latest
+from sparseinst.attempts import Attempt, AttemptRecord, Held, Job, Superseded, describe_hang, latest_attempt
 from sparseinst.errors import RunFailed
-from sparseinst.paths import RunPaths, atomic
+from sparseinst.files import atomic
+from sparseinst.paths import RunPaths
 
 
 @pytest.fixture
@@ -22,24 +23,24 @@ def paths(tmp_path: Path) -> RunPaths:
     return RunPaths(tmp_path / "run")
 
 
-def tell(attempt: Attempt, **about: Any) -> None:
-    """As if the attempt had been begun so."""
+def rewrite(attempt: Attempt, **about: Any) -> None:
+    """Change what the attempt's file says about its process."""
     attempt.paths.attempt(attempt.number).write_text(json.dumps({**attempt.about, **about}))
 
 
-def test_one_at_a_time(paths: RunPaths) -> None:
+def test_only_one_attempt_runs_at_a_time(paths: RunPaths) -> None:
     with Attempt.begin(paths) as first:
         with pytest.raises(Held, match=f"another process is at work in this folder .*pid {os.getpid()}"):
             Attempt.begin(paths)
         first.check()
     with Attempt.begin(paths) as second:
         assert second.number == 2
-    last = latest(paths)
+    last = latest_attempt(paths)
     assert last is not None
     assert (last.ends[0]["outcome"], last.at_work()) == ("done", False)
 
 
-def test_of_many_that_begin_at_once_one_does(paths: RunPaths) -> None:
+def test_only_one_of_six_simultaneous_attempts_begins(paths: RunPaths) -> None:
     code = (
         "import sys, time; from pathlib import Path; from sparseinst.attempts import *; from sparseinst.paths import RunPaths\n"
         f"paths = RunPaths(Path({str(paths.root)!r})); time.sleep(max(0, {time.time() + 1.5} - time.time()))\n"
@@ -49,13 +50,13 @@ def test_of_many_that_begin_at_once_one_does(paths: RunPaths) -> None:
     assert sorted(process.wait() for process in processes) == [0, 3, 3, 3, 3, 3]
 
 
-def test_a_process_that_was_killed_holds_nothing(paths: RunPaths) -> None:
+def test_a_killed_process_does_not_block_the_folder(paths: RunPaths) -> None:
     code = (
         "import os; from pathlib import Path; from sparseinst.attempts import *; from sparseinst.paths import RunPaths\n"
         f"Attempt.begin(RunPaths(Path({str(paths.root)!r}))).__enter__(); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    last = latest(paths)
+    last = latest_attempt(paths)
     assert last is not None
     assert (last.ended, last.at_work()) == (False, False)
     with Attempt.begin(paths) as second:
@@ -82,9 +83,9 @@ def test_a_requeued_job_takes_over_and_its_old_copy_stops(paths: RunPaths) -> No
     assert json.loads(paths.end(1, 0).read_text())["outcome"] == "superseded"
 
 
-def test_on_another_machine_the_heartbeat_decides(paths: RunPaths) -> None:
+def test_the_heartbeat_shows_whether_a_process_on_another_machine_is_alive(paths: RunPaths) -> None:
     with Attempt.begin(paths) as attempt:
-        tell(attempt, machine="elsewhere", host="node7")
+        rewrite(attempt, machine="elsewhere", host="node7")
         with pytest.raises(Held, match="host node7"):
             Attempt.begin(paths)
         long_ago = time.time() - attempts.LOST_SECONDS - 1
@@ -96,7 +97,7 @@ def test_on_another_machine_the_heartbeat_decides(paths: RunPaths) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "outcome", "why"),
+    ("error", "outcome", "reason"),
     [
         (RunFailed("no space left"), "failed", "no space left"),
         (RuntimeError("the card fell out\nof its slot"), "failed", "RuntimeError: the card fell out"),
@@ -104,12 +105,12 @@ def test_on_another_machine_the_heartbeat_decides(paths: RunPaths) -> None:
         (SystemExit(1), "interrupted", None),
     ],
 )
-def test_how_it_ended(paths: RunPaths, error: BaseException, outcome: str, why: str | None) -> None:
+def test_the_outcome_and_the_reason_are_recorded(paths: RunPaths, error: BaseException, outcome: str, reason: str | None) -> None:
     with pytest.raises(type(error)), Attempt.begin(paths):
         raise error
-    last = latest(paths)
+    last = latest_attempt(paths)
     assert last is not None
-    assert (last.ends[0]["outcome"], last.ends[0]["reason"], last.failure()) == (outcome, why, why)
+    assert (last.ends[0]["outcome"], last.ends[0]["reason"], last.failure()) == (outcome, reason, reason)
 
 
 def test_other_ranks_join_and_the_first_failure_is_the_reason(paths: RunPaths) -> None:
@@ -121,12 +122,12 @@ def test_other_ranks_join_and_the_first_failure_is_the_reason(paths: RunPaths) -
         raise MemoryError("rank 1 is out of memory")
     with pytest.raises(RuntimeError), rank0:
         raise RuntimeError("connection closed by peer")
-    last = latest(paths)
+    last = latest_attempt(paths)
     assert last is not None
     assert last.failure() == "rank 1: MemoryError: rank 1 is out of memory"
 
 
-def test_nobody_joins_what_was_never_begun(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joining_an_attempt_that_never_began_fails(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempts, "JOIN_SECONDS", 0.5)
     with pytest.raises(RunFailed, match="rank 0 of job 7 did not begin"):
         Attempt.join(paths, Job("7"), 1)
@@ -140,13 +141,13 @@ def test_the_hanging_rank_is_the_one_that_does_not_wait() -> None:
         1: (1.0, {"phase": "wait", "step": 41, "since": now - 321}),
         2: (1.0, {"phase": "data", "step": 41, "since": now - 322}),
     }
-    assert hanging(Past(1, about, beats, {}), 300) == "rank 2 hung in data of step 41 for 322 s"
-    assert hanging(Past(1, about, beats, {}), 400) is None
+    assert describe_hang(AttemptRecord(1, about, beats, {}), 300) == "rank 2 hung in data of step 41 for 322 s"
+    assert describe_hang(AttemptRecord(1, about, beats, {}), 400) is None
     silent = {**beats, 1: (310.0, {"phase": "wait", "step": 41, "since": now - 321})}
-    assert str(hanging(Past(1, about, silent, {}), 300)).startswith("rank 1 hung in wait of step 41")
+    assert str(describe_hang(AttemptRecord(1, about, silent, {}), 300)).startswith("rank 1 hung in wait of step 41")
 
 
-def test_a_hanging_process_ends_itself_with_the_reason(paths: RunPaths) -> None:
+def test_a_hanging_process_ends_itself_and_records_the_reason(paths: RunPaths) -> None:
     code = (
         "import time; from pathlib import Path; from sparseinst import attempts; from sparseinst.paths import RunPaths\n"
         "attempts.BEAT_SECONDS = 0.2\n"
@@ -156,17 +157,17 @@ def test_a_hanging_process_ends_itself_with_the_reason(paths: RunPaths) -> None:
     began = time.monotonic()
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
     assert time.monotonic() - began < 20
-    last = latest(paths)
+    last = latest_attempt(paths)
     assert last is not None
     assert str(last.failure()).startswith("rank 0 hung in data of step 5 for")
 
 
-def test_damaged_files_tell_nothing(paths: RunPaths) -> None:
+def test_damaged_files_count_as_empty(paths: RunPaths) -> None:
     with Attempt.begin(paths):
         pass
     for file in paths.attempts.iterdir():
         file.write_text("{")
-    last = latest(paths)
+    last = latest_attempt(paths)
     assert last is not None
     assert last.failure() is None
     with Attempt.begin(paths) as second:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, its exit codes, and one line for each of many mistakes."""
+"""Check the command line: its output, its exit codes, and a one-line error for each of many mistakes."""
 
 import json
 import os
@@ -34,12 +34,12 @@ def test_train_evaluate_predict(shapes_root: Path, tmp_path: Path, capsys: pytes
     assert "AP75" in capsys.readouterr().out
     began = time.perf_counter()
     assert run_cli(command) == 0
-    assert time.perf_counter() - began < 2, "a finished run is not done again"
+    assert time.perf_counter() - began < 2, "a finished run is not repeated"
 
     capsys.readouterr()
     assert run_cli(["evaluate", "--weights", str(run), "--json", "--predictions", str(tmp_path / "out.json")]) == 0
-    figures = json.loads(capsys.readouterr().out)["figures"]
-    assert len(figures) == 12
+    metrics = json.loads(capsys.readouterr().out)["figures"]
+    assert len(metrics) == 12
     assert json.loads((tmp_path / "out.json").read_text())
 
     picture = shapes_root / "val2017" / "000000000001.png"
@@ -66,7 +66,7 @@ def test_train_takes_classes_from_the_data(tmp_path: Path) -> None:
     assert load_config(RunPaths(tmp_path / "run").config).model.num_classes == 2
 
 
-def test_predict_counts_what_it_cannot_read(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_counts_unreadable_files(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (50, 40)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
     assert run_cli(["predict", str(tmp_path), "--weights", str(trained), "--output", str(tmp_path / "out")]) == 1
@@ -95,7 +95,7 @@ def edit(path: Path, change: Any) -> None:
 
 
 def bad_inputs() -> dict[str, tuple[list[str], str]]:
-    """What is typed, with {trained}, {shapes}, {bad} and {tmp} for folders, and what must be said."""
+    """Return the arguments and the expected message of each mistake. {trained}, {shapes}, {bad} and {tmp} stand for folders."""
     train = ["train", "--output", "{tmp}/run", *small_settings()]
     data = [*train[:3], *small_settings(without="model.num_classes"), "--data"]
     return {
@@ -124,7 +124,7 @@ def bad_inputs() -> dict[str, tuple[list[str], str]]:
         "image of another size": ([*data, "{bad}/size"], "is 60 x 40, its annotations say 61 x 40"),
         "polygon of two points": ([*data, "{bad}/polygon"], "a polygon needs at least three points"),
         "classes differ": ([*data, "{shapes}", "-o", "model.num_classes=80"], "set model.num_classes=6"),
-        "output is a file": (["train", "--output", "{bad}/broken.yaml", "--data", "{shapes}"], "cannot be made a folder"),
+        "output is a file": (["train", "--output", "{bad}/broken.yaml", "--data", "{shapes}"], "cannot create this folder"),
         "weights missing": (["evaluate", "--weights", "{tmp}/none.safetensors"], "none.safetensors: no such file"),
         "weights are text": (["evaluate", "--weights", "{bad}/text.safetensors"], "no readable safetensors file"),
         "weights without config": (["evaluate", "--weights", "{bad}/bare.safetensors"], "carries no config"),
@@ -146,7 +146,7 @@ def bad_inputs() -> dict[str, tuple[list[str], str]]:
 
 @pytest.fixture(scope="session")
 def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders and files, each with one thing wrong."""
+    """Write folders and files that contain one mistake each."""
     root = tmp_path_factory.mktemp("bad")
     images = [{"id": 1, "file_name": "1.png", "height": 40, "width": 60}]
     changes: dict[str, Any] = {
@@ -184,7 +184,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", bad_inputs())
-def test_bad_input_is_one_line(
+def test_bad_input_gives_a_one_line_error(
     case: str,
     bad: Path,
     trained: Path,
@@ -222,7 +222,7 @@ def test_failed_run_exits_with_1(tmp_path: Path, shapes_root: Path, capsys: pyte
 def test_run_a_table(
     tmp_path: Path, shapes_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rows of Table 5 at a scale of seconds; a second call trains nothing."""
+    """`run` trains rows of Table 5 within seconds, and a second call trains nothing."""
     from sparseinst.overrides import load_config
 
     config = load_config(overrides={**TINY, "data.root": str(shapes_root)})
@@ -248,7 +248,7 @@ def test_run_a_table(
 
 
 def processor_seconds(command: list[str]) -> float:
-    """What a command takes of the processor, without what it waits."""
+    """Return the CPU time of a command, without its waiting time."""
     before = os.times()
     subprocess.run(command, capture_output=True, check=True)
     after = os.times()
@@ -261,7 +261,7 @@ def test_starts_in_half_a_second_without_torch(arguments: list[str], shapes_root
     seconds, yardstick = (min(processor_seconds(c) for _ in range(5)) for c in (command, [sys.executable, "-c", "import numpy"]))
     traced = subprocess.run([*command[:1], "-X", "importtime", *command[1:]], capture_output=True, text=True, check=True)
     assert not [line for line in traced.stderr.splitlines() if line.split("|")[-1].strip() == "torch"]
-    # A shared machine may be slow for a while: importing numpy takes 0.12 s where the half second is meant.
+    # The limit is half a second where importing numpy takes 0.12 s. A slow machine gets proportionally more time.
     assert seconds < 0.5 * max(1.0, yardstick / 0.12), (seconds, yardstick)
 
 

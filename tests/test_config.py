@@ -1,18 +1,19 @@
-"""Settings: layers, mistakes, round trips and content hashes."""
+"""Check the settings: layers, mistakes, round trips and content hashes."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import ValidationError
 
 from sparseinst.config import MODELS, PRESETS, Config
 from sparseinst.errors import UserError
-from sparseinst.overrides import leaf_paths, load_config, parse_override
+from sparseinst.nested import flatten, leaf_paths
+from sparseinst.overrides import load_config, parse_override
 from sparseinst.section import Neutral, Section, content_hash
 
 
-def test_defaults_are_the_paper() -> None:
+def test_defaults_are_those_of_the_paper() -> None:
     config = Config()
     assert load_config() == load_config(preset="paper") == config
     assert (config.train.batch_size, config.train.iterations, config.model.decoder.iam.num_maps) == (64, 270_000, 100)
@@ -36,7 +37,7 @@ def test_every_model_and_preset_validates(model: str, preset: str) -> None:
     assert load_config(model=model, preset=preset).model.num_classes == 80
 
 
-def test_layers_win_in_order(tmp_path: Path) -> None:
+def test_later_layers_override_earlier_ones(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("preset: release\nmodel: {decoder: {depth: 2, width: 64}}\n")
     (tmp_path / "child.yaml").write_text("extends: base.yaml\nmodel: {decoder: {width: 128}}\ntrain: {learning_rate: 1e-4}\n")
     config = load_config(tmp_path / "child.yaml", model="r50-giam", overrides=["model.decoder.depth=6"])
@@ -45,7 +46,7 @@ def test_layers_win_in_order(tmp_path: Path) -> None:
     assert config.train.learning_rate == 1e-4
 
 
-def test_round_trips(tmp_path: Path) -> None:
+def test_yaml_and_json_round_trips(tmp_path: Path) -> None:
     config = load_config(model="r50-dcn-giam", overrides={"train.clip_norm": 1.0, "data.short_sides": [64]})
     for name, text in (("a.yaml", config.to_yaml()), ("a.json", config.to_json())):
         (tmp_path / name).write_text(text)
@@ -53,7 +54,7 @@ def test_round_trips(tmp_path: Path) -> None:
         assert load_config(tmp_path / name).evaluate_key() == config.evaluate_key()
 
 
-def test_frozen() -> None:
+def test_a_config_is_frozen() -> None:
     with pytest.raises(ValidationError):
         Config().train.seed = 1  # type: ignore[misc]
 
@@ -79,13 +80,13 @@ def test_frozen() -> None:
         ("model=5", "unknown setting 'model'"),
     ],
 )
-def test_mistakes_are_one_line(override: str, message: str) -> None:
+def test_mistakes_give_one_line_errors(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_config(overrides=[override])
     assert "\n" not in str(caught.value)
 
 
-def test_no_mask_loss_is_refused() -> None:
+def test_a_config_without_a_mask_loss_is_refused() -> None:
     with pytest.raises(UserError, match="without a mask loss"):
         load_config(overrides={"loss.dice": False, "loss.pixel": "none"})
 
@@ -102,7 +103,7 @@ def test_no_mask_loss_is_refused() -> None:
         ("extends: nowhere.yaml", "no such file"),
     ],
 )
-def test_mistakes_in_a_file_name_it(tmp_path: Path, text: str, message: str) -> None:
+def test_mistakes_in_a_file_name_the_file(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message) as caught:
@@ -112,7 +113,7 @@ def test_mistakes_in_a_file_name_it(tmp_path: Path, text: str, message: str) -> 
         assert str(tmp_path) in str(caught.value)
 
 
-def test_a_file_that_extends_itself(tmp_path: Path) -> None:
+def test_a_file_that_extends_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: a.yaml")
     with pytest.raises(UserError, match="extends itself"):
         load_config(tmp_path / "a.yaml")
@@ -125,20 +126,66 @@ def test_override_values_are_yaml_1_2() -> None:
     assert parse_override("a=b=c") == ("a", "b=c")
 
 
-def test_hash_sees_every_setting_but_operational_ones() -> None:
-    base = Config().evaluate_key()
-    operational = {"data.workers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.evaluate_every"}
-    for path in operational:
-        assert Config().replace({path: 7}).evaluate_key() == base, path
-    assert operational < set(leaf_paths(Config))
-    assert Config().replace({"train.seed": 1}).evaluate_key() != base
-    assert (
-        Config().replace({"train.learning_rate": 1}).evaluate_key()
-        == Config().replace({"train.learning_rate": 1.0}).evaluate_key()
-    )
+OPERATIONAL = {
+    "data.workers",
+    *(f"{stage}.{name}" for stage in ("pretrain", "train") for name in ("log_every", "checkpoint_every", "keep_checkpoints")),
+    *(f"train.{name}" for name in ("checkpoint_activations", "evaluate_every", "evaluate_images")),
+}
+"""The settings that cannot change a result."""
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "model.backbone.deformable_version": {"model.backbone.deformable_stages": [5]},
+    "model.backbone.weights": {"model.backbone.pretrained": False},
+    "model.decoder.deformable_version": {"model.decoder.deformable": True},
+    "model.decoder.iam.kind": {"model.decoder.iam.groups": 1},
+    "loss.dice": {"loss.pixel": "bce"},
+    "loss.objectness": {"inference.rescore": False},
+}
+"""For some settings, other settings that they need to be valid and to have an effect."""
 
 
-def test_neutral_fields_leave_the_hash_alone() -> None:
+def another(value: Any, annotation: Any) -> Any:
+    """Return another valid value of a setting. It depends on the type only, so that a new setting needs no line here."""
+    if isinstance(value, bool):
+        return not value
+    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    if choices:
+        return next(choice for choice in choices if choice != value)
+    if isinstance(value, int | float):
+        return value + 1 if isinstance(value, int) else value / 2 + 0.01
+    if isinstance(value, list):
+        return [*value[:-1], another(value[-1], None)] if value and isinstance(value[-1], int) else value[:-1] or [5]
+    if isinstance(value, str):
+        return f"{value}x"
+    inner = next(part for part in get_args(annotation) if part is not type(None))
+    kind = get_args(inner)[0] if get_origin(inner) is Annotated else inner
+    return {int: 7, float: 0.5, str: "x"}[kind]
+
+
+@pytest.mark.parametrize("path", sorted(leaf_paths(Config)))
+def test_keys_depend_on_all_settings_except_operational_ones(path: str) -> None:
+    source = "shapes" if path.startswith("data.shapes.") else "coco"
+    companions = {"pretrain.enabled": path != "pretrain.enabled", "data.source": source, **COMPANIONS.get(path, {})}
+    base = Config().replace({name: value for name, value in companions.items() if name != path})
+    section: Any = Config
+    *parents, leaf = path.split(".")
+    for name in parents:
+        section = section.model_fields[name].annotation
+    value = flatten(base.model_dump(mode="json"))[path]
+    changed = base.replace({path: another(value, section.model_fields[leaf].annotation)})
+    assert changed != base
+
+    def keys(config: Config) -> tuple[str, ...]:
+        return config.pretrain_key(), config.train_key(), config.evaluate_key(), config.latency_prefix()
+
+    assert (keys(changed) == keys(base)) == (path in OPERATIONAL)
+
+
+def test_an_integer_and_the_equal_float_have_the_same_key() -> None:
+    one, same = (Config().replace({"train.learning_rate": rate}) for rate in (1, 1.0))
+    assert one.evaluate_key() == same.evaluate_key()
+
+
+def test_neutral_values_do_not_change_the_hash() -> None:
     class Before(Section):
         depth: int = 4
 

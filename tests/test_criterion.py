@@ -1,4 +1,4 @@
-"""Matching and losses beyond the golden numbers: empty batches, extremes, variants, several processes."""
+"""Check matching and losses beyond the golden values: empty batches, extreme inputs, variants and several processes."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ from torch import Tensor, multiprocessing
 
 from sparseinst.config import LossConfig, MatcherConfig
 from sparseinst.criterion import Counts, Criterion, binary_iou, count, prepare_targets
-from sparseinst.engine.distributed import mean_counts
+from sparseinst.distributed import mean_counts
 from sparseinst.matcher import Target, match
 from sparseinst.models.decoder import Predictions
+from tests.conftest import alternatives
 
 MAPS, CLASSES, SIZE = 6, 3, (8, 12)
 FIELDS = ("class_logits", "objectness_logits", "mask_logits")
@@ -38,25 +39,16 @@ def total(losses: dict[str, Tensor]) -> Tensor:
 
 def gradients(predictions: Predictions) -> list[Tensor]:
     found = [getattr(predictions, name).grad for name in FIELDS]
-    assert all(grad is not None for grad in found), "every prediction takes part in the graph"
+    assert all(grad is not None for grad in found), "every prediction is part of the graph"
     return found
 
 
-VARIANTS: list[dict[str, Any]] = [
-    {},
-    {"dice": False},
-    {"pixel": "none"},
-    {"pixel": "focal"},
-    {"objectness": "none"},
-    {"objectness": "l1"},
-    {"reduction": "global"},
-    {"overfull": "reference"},
-]
+VARIANTS: list[dict[str, Any]] = [{}, {"dice": False}, *alternatives(LossConfig)]
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 @pytest.mark.parametrize("counts", [(2, 3), (0, 2), (0, 0), (20, 1)], ids=str)
-def test_every_variant_is_finite_and_connected(settings: dict[str, Any], counts: tuple[int, ...]) -> None:
+def test_every_variant_has_finite_losses_and_gradients(settings: dict[str, Any], counts: tuple[int, ...]) -> None:
     config = LossConfig(**settings)
     predictions = some_predictions()
     losses = Criterion(config, MatcherConfig())(predictions, some_targets(*counts))
@@ -68,10 +60,10 @@ def test_every_variant_is_finite_and_connected(settings: dict[str, Any], counts:
     if sum(counts) == 0:
         assert losses["class"] > 0
         assert all(loss == 0 for name, loss in losses.items() if name != "class")
-        assert (predictions.class_logits.grad > 0).all(), "an empty batch pushes every score down"
+        assert (predictions.class_logits.grad > 0).all(), "an empty batch lowers every score"
 
 
-def test_weights_scale_their_loss() -> None:
+def test_each_weight_scales_only_its_loss() -> None:
     names = ("class", "dice", "pixel", "objectness")
     base = Criterion(LossConfig(**{f"{n}_weight": 1.0 for n in names}), MatcherConfig())(some_predictions(), some_targets(2, 1))
     for index, name in enumerate(names):
@@ -88,14 +80,14 @@ def test_own_and_reference_masks_differ_only_when_overfull() -> None:
         assert torch.equal(a["dice"], b["dice"]) == same, counts
 
 
-def test_more_instances_than_maps() -> None:
+def test_every_map_is_matched_if_there_are_more_instances() -> None:
     [found] = match(some_predictions(1), some_targets(20), MatcherConfig())
     assert found.predictions.tolist() == list(range(MAPS))
     assert len(set(found.instances.tolist())) == MAPS
 
 
 def test_match_is_the_best_assignment() -> None:
-    """Against all permutations, with the score of the paper's Eq. 1."""
+    """The test compares the match with all permutations, scored by the paper's Eq. 1."""
     from itertools import permutations
 
     predictions, targets = some_predictions(1, seed=3), some_targets(3, seed=3)
@@ -107,7 +99,7 @@ def test_match_is_the_best_assignment() -> None:
     assert dict(zip(found.instances.tolist(), found.predictions.tolist(), strict=True)) == dict(enumerate(best))
 
 
-def test_one_pixel_instances() -> None:
+def test_one_pixel_instances_have_finite_gradients() -> None:
     mask = torch.zeros(1, 32, 48, dtype=torch.uint8)
     mask[0, 5, 5] = 1
     [target] = prepare_targets([torch.tensor([0])], [mask], (32, 48), SIZE)
@@ -139,7 +131,7 @@ def test_objectness_target_has_no_gradient_to_masks() -> None:
     assert predictions.mask_logits.grad is None
 
 
-def test_nan_reaches_its_own_loss_alone() -> None:
+def test_nan_in_masks_does_not_reach_the_class_loss() -> None:
     predictions = some_predictions(1)
     with torch.no_grad():
         predictions.mask_logits[0, :, 0, 0] = float("nan")
@@ -149,7 +141,7 @@ def test_nan_reaches_its_own_loss_alone() -> None:
 
 
 def split_losses(reduction: str, parts: list[slice]) -> tuple[float, list[Tensor]]:
-    """Loss and gradients of four images in parts, averaged as over processes."""
+    """Return the loss and the gradients of four images in parts, averaged as processes average them."""
     predictions, targets = some_predictions(4), some_targets(3, 0, 1, 2)
     counts = mean_counts([count(targets[part], MAPS) for part in parts], torch.device("cpu"))
     criterion = Criterion(LossConfig(reduction=reduction), MatcherConfig())
@@ -170,7 +162,7 @@ def test_global_reduction_does_not_depend_on_the_split() -> None:
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_per_process_reduction_does() -> None:
+def test_per_process_reduction_depends_on_the_split() -> None:
     whole = split_losses("per_process", [slice(0, 4)])
     assert split_losses("per_process", [slice(0, 3), slice(3, 4)])[0] != pytest.approx(whole[0], rel=5e-5)
 

@@ -1,4 +1,4 @@
-"""Several processes on one training: the same result as one, whatever the layout, and the same bits after a resume."""
+"""Check training with several processes: every layout gives the result of one process, and a resumed run is bit-identical."""
 
 import json
 import socket
@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import multiprocessing
 
+from sparseinst import distributed
 from sparseinst.attempts import Attempt, Job
 from sparseinst.config import Config
 from sparseinst.data.coco import val_split
-from sparseinst.engine import distributed
-from sparseinst.engine.checkpoint import load_weights
-from sparseinst.engine.evaluate import evaluate
-from sparseinst.engine.train import train
+from sparseinst.evaluation.evaluate import evaluate
+from sparseinst.inference.weights import load_weights
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths
+from sparseinst.training.pretrain import pretrain
+from sparseinst.training.train import train
 
 from .conftest import CPU, TINY, run
 
@@ -38,6 +39,27 @@ def train_part(rank: int, count: int, address: str, config: str, output: Path) -
     attempt = Attempt.begin(paths, job=job, world_size=count) if rank == 0 else Attempt.join(paths, job, rank)
     with attempt, distributed.group(address, rank, count, timeout_seconds=60):
         train(Config.model_validate_json(config), output, device=CPU, progress=False, attempt=attempt)
+
+
+def pretrain_part(rank: int, count: int, address: str, config: str, output: Path) -> None:
+    torch.set_num_threads(1)
+    paths, job = RunPaths(output), Job("1")
+    attempt = Attempt.begin(paths, job=job, world_size=count) if rank == 0 else Attempt.join(paths, job, rank)
+    with attempt, distributed.group(address, rank, count, timeout_seconds=60):
+        pretrain(Config.model_validate_json(config), output, device=CPU, progress=False, attempt=attempt)
+
+
+def test_pretraining_does_not_depend_on_the_number_of_processes(tiny: Config, tmp_path: Path) -> None:
+    """Norms use the images of all processes, and losses are means over the cells of all processes."""
+    settings = {"enabled": True, "iterations": 3, "batch_size": 4, "warmup_iterations": 1, "log_every": 1}
+    config = tiny.replace({"model.backbone.name": "small_resnet", **{f"pretrain.{k}": v for k, v in settings.items()}})
+    losses = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        in_processes(processes, pretrain_part, config.to_json(), output)
+        lines = [json.loads(line) for line in RunPaths(output).metrics.read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def evaluate_part(rank: int, count: int, address: str, weights: Path, output: Path) -> None:
@@ -60,15 +82,19 @@ def tiny(shapes_root: Path) -> Config:
 
 
 def first_gradients(paths: RunPaths) -> list[torch.Tensor]:
-    """Of the first step, tenfold smaller: what AdamW keeps. Its weights would not do, since it makes any gradient a step of
-    the same length, also one that is next to nothing."""
+    """Return the gradients of the first step, divided by 10, from AdamW's state.
+
+    The weights cannot be compared instead, because AdamW's steps have the same length even where a gradient is near zero.
+    """
     state = torch.load(paths.checkpoint(1), weights_only=True)
     return [entry["exp_avg"] for entry in state["optimizer"]["state"].values()]
 
 
 def assert_close(ours: RunPaths, theirs: RunPaths) -> None:
-    """The gradients are equal to rounding, but before the max-pooling: where neighbours are equal, rounding chooses whose
-    gradient it is."""
+    """Check that the gradients are equal up to rounding.
+
+    Gradients before the max-pooling may differ more: where neighbours are equal, rounding decides which one gets the gradient.
+    """
     pairs = [(a, b) for a, b in zip(first_gradients(ours), first_gradients(theirs), strict=True) if b.norm() > 1e-5]
     assert len(pairs) > 50
     errors = sorted(float((one - other).norm() / other.norm()) for one, other in pairs)
@@ -77,8 +103,8 @@ def assert_close(ours: RunPaths, theirs: RunPaths) -> None:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_global_mode_gives_one_result_whatever_the_layout(tiny: Config, tmp_path: Path, processes: int) -> None:
-    """With trainable norms, whose statistics are then those of the whole batch."""
+def test_global_reduction_does_not_depend_on_the_layout(tiny: Config, tmp_path: Path, processes: int) -> None:
+    """The norms are trainable, and their statistics come from the whole batch."""
     config = tiny.replace({"loss.reduction": "global", "train.checkpoint_every": 1, "train.keep_checkpoints": 9})
     run(config, tmp_path / "one")
     trained(config, tmp_path / "several", processes)
@@ -92,8 +118,8 @@ def test_global_mode_gives_one_result_whatever_the_layout(tiny: Config, tmp_path
     assert last["outcome"] == "done"
 
 
-def test_without_global_mode_the_layout_matters(tiny: Config, tmp_path: Path) -> None:
-    """So that the test above cannot pass by itself."""
+def test_per_process_reduction_depends_on_the_layout(tiny: Config, tmp_path: Path) -> None:
+    """This shows that the test above can fail."""
     config = tiny.replace({"train.checkpoint_every": 1, "train.keep_checkpoints": 9})
     run(config, tmp_path / "one")
     trained(config, tmp_path / "several", 2)
@@ -101,15 +127,15 @@ def test_without_global_mode_the_layout_matters(tiny: Config, tmp_path: Path) ->
         assert_close(RunPaths(tmp_path / "one"), RunPaths(tmp_path / "several"))
 
 
-def test_parts_in_turn_are_parts_in_processes(tiny: Config, tmp_path: Path) -> None:
-    """The loss means are per part, so one process with two parts does what two processes do."""
+def test_two_parts_in_one_process_equal_two_processes(tiny: Config, tmp_path: Path) -> None:
+    """Losses are means over a part, so one process with two parts gives the gradients of two processes."""
     config = tiny.replace({"train.checkpoint_every": 1, "train.keep_checkpoints": 9})
-    train(config, tmp_path / "one", device=CPU, progress=False, accumulate=2)
+    train(config, tmp_path / "one", device=CPU, progress=False, parts=2)
     trained(config, tmp_path / "several", 2)
     assert_close(RunPaths(tmp_path / "one"), RunPaths(tmp_path / "several"))
 
 
-def test_a_resumed_run_is_the_same_to_the_bit(tiny: Config, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bit_identical(tiny: Config, tmp_path: Path) -> None:
     config = tiny.replace({"loss.reduction": "global", "train.keep_checkpoints": 9, "train.clip_norm": 1.0})
     whole = trained(config, tmp_path / "run", 4)
     paths = RunPaths(tmp_path / "run")
@@ -121,7 +147,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tiny: Config, tmp_path: Path) -> N
 
 
 def test_evaluation_counts_every_image_once(tiny: Config, tmp_path: Path) -> None:
-    """6 images on 4 processes: the same predictions in the same order, and the same figures on every rank."""
+    """6 images on 4 processes give the same predictions in the same order, and the same metrics on every rank."""
     config = tiny.replace({"inference.score_threshold": 0.0})
     run(config, tmp_path / "run")
     weights = RunPaths(tmp_path / "run").weights

@@ -1,4 +1,4 @@
-"""What the README and the pages below docs/ say: links lead somewhere, commands are understood, shapes are the model's."""
+"""Check the README and the pages below docs/: links have a target, commands can be parsed, and shapes are the model's."""
 
 import re
 import shlex
@@ -18,13 +18,13 @@ PAGES = [ROOT / "README.md", ROOT / "slurm/README.md", *sorted((ROOT / "docs").g
 
 
 def anchors(page: Path) -> set[str]:
-    """Of a page's headings, as GitHub makes them."""
+    """Return the anchors that GitHub makes from a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_a_target(page: Path) -> None:
     links = re.findall(r"\]\(([^)]+)\)", page.read_text())
     for link in links:
         if not link.startswith("http"):
@@ -45,8 +45,8 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("line", commands())
-def test_commands_are_understood(line: str) -> None:
-    """Every option and number of arguments; nothing is run."""
+def test_commands_can_be_parsed(line: str) -> None:
+    """The test checks the options and the number of arguments, and runs nothing."""
     command: Any = typer.main.get_command(app)
     _, *arguments = shlex.split(line, comments=True)
     context = command.make_context("sparseinst", arguments.copy())
@@ -54,28 +54,28 @@ def test_commands_are_understood(line: str) -> None:
     while hasattr(command, "commands"):
         context = command.make_context(name, rest.copy(), parent=context)
         name, command, rest = command.resolve_command(context, rest)
-    understood = command.make_context(name, rest, parent=context)
-    assert understood.command is command
-    assert not understood.args, "nothing is left over"
+    parsed = command.make_context(name, rest, parent=context)
+    assert parsed.command is command
+    assert not parsed.args, "no argument is left over"
 
 
-def test_the_method_s_shapes() -> None:
+def test_the_shapes_in_method_md_are_those_of_the_model() -> None:
     text = (ROOT / "docs/method.md").read_text()
-    told = {(where, shape) for where, shape in re.findall(r"^\|[^|]+\| `([\w.]+)` \| ([\dx ]+) \|$", text, re.M)}
-    assert len(told) == 15
+    documented = {(where, shape) for where, shape in re.findall(r"^\|[^|]+\| `([\w.]+)` \| ([\dx ]+) \|$", text, re.M)}
+    assert len(documented) == 15
     config = Config().replace({**MODELS["r50-giam"], "model.backbone.pretrained": False})
     model = build_model(config.model, load_pretrained=False).eval()
-    seen: set[tuple[str, str]] = {("SparseInst.normalise", "3 x 640 x 864")}
+    found: set[tuple[str, str]] = {("SparseInst.normalise", "3 x 640 x 864")}
 
-    def note(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             for tensor in [output] if isinstance(output, torch.Tensor) else output:
-                seen.add((name, " x ".join(map(str, tensor.shape[1:]))))
+                found.add((name, " x ".join(map(str, tensor.shape[1:]))))
 
         return hook
 
     for name, module in model.named_modules():
-        module.register_forward_hook(note(name))
+        module.register_forward_hook(record(name))
     with torch.no_grad():
         model(torch.zeros(1, 3, 640, 864))
-    assert told <= seen, told - seen
+    assert documented <= found, documented - found

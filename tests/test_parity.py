@@ -1,6 +1,6 @@
-"""Golden numbers of the reference implementation; the folder is SPARSEINST_PARITY, by default ../shared/parity.
+"""Compare with golden values of the reference implementation, in the folder SPARSEINST_PARITY (by default ../shared/parity).
 
-Every size is read from the files, so that another folder of the same form passes the same tests.
+The tests read every size from the files, so that another folder of the same form works, too.
 """
 
 import json
@@ -17,15 +17,15 @@ from torch.nn import functional as F
 from sparseinst.config import DecoderConfig, EncoderConfig, InferenceConfig, LossConfig, MatcherConfig, TrainConfig
 from sparseinst.criterion import Criterion, count, prepare_targets
 from sparseinst.data.transforms import short_side_size
-from sparseinst.engine.schedule import learning_rate_factor
 from sparseinst.integrations.released import rename_encoder_decoder
 from sparseinst.matcher import match
 from sparseinst.models.decoder import Decoder, Predictions
 from sparseinst.models.encoder import Encoder
 from sparseinst.postprocess import ImageSize, postprocess
+from sparseinst.training.schedule import learning_rate_factor
 
 FOLDER = Path(os.environ.get("SPARSEINST_PARITY", Path(__file__).parents[2] / "shared" / "parity"))
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no golden numbers in {FOLDER} (set SPARSEINST_PARITY)")
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no golden values in {FOLDER} (set SPARSEINST_PARITY)")
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 CASES = ["two_images", "one_empty", "crowded", "overfull"]
 
@@ -65,7 +65,7 @@ def test_parity_forward(kind: str) -> None:
     torch.testing.assert_close(encoded, tensors["output.encoder"], **TOLERANCE)
     torch.testing.assert_close(output.class_logits, tensors["output.pred_logits"], **TOLERANCE)
     torch.testing.assert_close(output.objectness_logits[..., None], tensors["output.pred_scores"], **TOLERANCE)
-    # The tolerance is for tensors of order 1; mask logits reach 150, where sums rounded in another order differ by more.
+    # The tolerance is for tensors of order 1; mask logits reach 150, where another order of summation makes a larger difference.
     masks = tensors["output.pred_masks"]
     torch.testing.assert_close(output.mask_logits, masks, rtol=1e-4, atol=1e-4 * max(1.0, float(masks.abs().mean())))
     maps = F.interpolate(logits[0], scale_factor=2, mode="bilinear", align_corners=False)

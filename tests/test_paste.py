@@ -1,12 +1,13 @@
-"""One resizing in place of the reference's two: the same masks, in either layout."""
+"""Check that one resizing gives the masks of the reference's two resizings, in both memory layouts."""
 
 import numpy as np
 import pytest
 import torch
 from pycocotools import mask as reference_mask
 
+from sparseinst.bench.baselines import paste_in_two_steps
 from sparseinst.data.coco import encode
-from sparseinst.paste import ImageSize, paste, paste_by_column, paste_in_two_steps
+from sparseinst.paste import ImageSize, paste, paste_by_column
 
 SIZES = [
     ((640, 864), ImageSize((640, 853), (480, 640))),
@@ -29,19 +30,19 @@ def probabilities(count: int, padded: tuple[int, int], *, blobs: bool) -> torch.
 
 @pytest.mark.parametrize("blobs", [False, True])
 @pytest.mark.parametrize(("padded", "size"), SIZES)
-def test_equal_to_two_steps(padded: tuple[int, int], size: ImageSize, blobs: bool) -> None:
+def test_paste_equals_two_steps(padded: tuple[int, int], size: ImageSize, blobs: bool) -> None:
     masks = probabilities(40, padded, blobs=blobs)
     expected = paste_in_two_steps(masks, padded, size, 0.45)
     found = paste(masks, padded, size, 0.45)
     assert found.shape == (40, *size.original)
     differing = found != expected
     assert differing.sum() <= 3e-6 * differing.numel()
-    # What differs lies on the threshold: move that by a millionth, and the other answer comes out.
+    # The pixels that differ lie on the threshold: a change of the threshold by a millionth changes them, too.
     near = paste_in_two_steps(masks, padded, size, 0.45 - 1e-6) != paste_in_two_steps(masks, padded, size, 0.45 + 1e-6)
     assert not (differing & ~near).any()
 
 
-def test_by_column_is_the_same_and_encodes_without_a_copy() -> None:
+def test_paste_by_column_gives_the_same_masks_and_encodes_without_a_copy() -> None:
     padded, size = SIZES[0]
     masks = probabilities(12, padded, blobs=True)
     by_row, by_column = paste(masks, padded, size, 0.45), paste_by_column(masks, padded, size, 0.45)
@@ -54,19 +55,19 @@ def test_by_column_is_the_same_and_encodes_without_a_copy() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.45, 0.4500001, 1.0])
-def test_all_or_nothing(value: float) -> None:
+def test_constant_masks_become_full_or_empty(value: float) -> None:
     masks = torch.full((3, 16, 24), value)
     found = paste(masks, (64, 96), ImageSize((60, 90), (120, 180)), 0.45)
     assert found.float().mean() == float(value > 0.4500001 - 1e-9)
 
 
-def test_no_instances() -> None:
+def test_an_image_without_instances() -> None:
     for resize in (paste, paste_by_column, paste_in_two_steps):
         assert resize(torch.zeros(0, 16, 24), (64, 96), ImageSize((60, 90), (120, 180)), 0.45).shape == (0, 120, 180)
 
 
-def test_without_autocast() -> None:
-    """A caller's autocast must not round the resizing."""
+def test_autocast_does_not_change_the_masks() -> None:
+    """The autocast of a caller must not reduce the precision of the resizing."""
     from sparseinst.config import InferenceConfig
     from sparseinst.models.decoder import Predictions
     from sparseinst.postprocess import postprocess

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A private SLURM cluster on this machine: N make-believe nodes, one controller, no accounting, no root needed.
+# Start a private SLURM cluster on this machine, with simulated nodes and one controller. It needs no root rights and no accounting.
 #   slurm/local-cluster/start.sh DIR [NODES=2] [CPUS_PER_NODE=4]
-# needs Debian's slurm-wlm and munge. Then: source DIR/env.sh
-# SLURM_BASE_PORT (17000) and the ports after it must be free.
+# The script needs Debian's slurm-wlm and munge. When it has ended, run: source DIR/env.sh
+# The port SLURM_BASE_PORT (17000) and the ports after it must be free.
 set -euo pipefail
 
 mkdir -p "$1"
@@ -10,7 +10,7 @@ dir=$(cd "$1" && pwd -P)
 nodes=${2:-2}
 cpus=${3:-4}
 port=${SLURM_BASE_PORT:-17000}
-prefix=0x7f00000 # node 0x7f000001 is a name and an address of the loopback: no line in /etc/hosts is needed
+prefix=0x7f00000 # the name 0x7f000001 is also a loopback address, so no line in /etc/hosts is needed
 user=$(id -un)
 export PATH=/usr/sbin:/sbin:$PATH SLURM_CONF=$dir/slurm.conf
 
@@ -26,7 +26,7 @@ chmod 700 "$dir/munge" "$dir/state"
 (umask 077 && head -c 128 /dev/urandom >"$dir/munge/key")
 : >"$dir/plugstack.conf"
 
-# A lost node is noticed after 10 s; a job put back starts again as soon as its credential has expired, 10 s later.
+# The controller notices a lost node after 10 s. A requeued job starts again once its credential has expired, 10 s later.
 cat >"$dir/slurm.conf" <<CONF
 ClusterName=local
 FirstJobId=$((1000 + $(date +%s) % 60000000))

@@ -1,7 +1,7 @@
-"""Differences between two evaluations over the same images, with a paired bootstrap. Imports no torch.
+"""Compare two evaluations over the same images with a paired bootstrap. Imports no torch.
 
-The bootstrap draws images, so it tells how far a difference depends on which images were in the validation set. How far it
-depends on the seed of the training, `statistics` tells from several seeds.
+The bootstrap resamples images, so it measures how much a difference depends on the images of the validation set. `statistics`
+estimates from several seeds how much the difference depends on the seed of the training.
 """
 
 from __future__ import annotations
@@ -14,34 +14,39 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparseinst.ablation.plan import Plan
+from sparseinst.ablation.statistics import CONFIDENCE
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import row_config
-from sparseinst.ablation.work import run_folder
 from sparseinst.config import DataConfig
+from sparseinst.paths import run_folder
 from sparseinst.section import content_hash
 
 SAMPLES = 1000
-CONFIDENCE = 0.95
 
 
 def compare_key(baseline: str, other: str) -> str:
-    """Names the comparison of two evaluations."""
+    """Return the key of the comparison of two evaluations."""
     return content_hash({"stage": "compare", "baseline": baseline, "other": other, "samples": SAMPLES})
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two evaluations over the same images; plain data."""
+    """Two evaluations over the same images, as plain data."""
 
     baseline: str
-    """Key of the reference row's evaluation."""
+    """The key of the reference row's evaluation."""
     other: str
+    """The key of the other evaluation."""
     data: dict[str, Any]
     """The `data` section of their config."""
 
 
 def plan_pairs(plan: Plan) -> list[Pair]:
-    """Each row with its table's reference row of the same seed, whether or not that row is part of the plan; each pair once."""
+    """Pair each row with its table's reference row of the same seed, even if that row is not part of the plan.
+
+    Returns:
+        Each pair once.
+    """
     pairs: dict[tuple[str, str], Pair] = {}
     for planned in plan.rows:
         spec, other = planned.table.spec, planned.keys.get("evaluate")
@@ -59,7 +64,7 @@ def compare_pairs(pairs: Sequence[Pair], store: Store) -> int:
     """Compare the pairs that are evaluated and not compared yet.
 
     Returns:
-        How many cannot be compared because the predictions of an evaluation are not here any more.
+        The number of pairs that cannot be compared because the predictions of an evaluation are gone.
     """
     missing = 0
     for pair in pairs:
@@ -74,28 +79,31 @@ def compare_pairs(pairs: Sequence[Pair], store: Store) -> int:
 
 
 def _compare(pair: Pair) -> dict[str, Any]:
+    """Return the result of a comparison: differences, standard errors and intervals in percentage points, by metric."""
     from hotcoco import COCO, COCOeval, compare
 
     from sparseinst.data.coco import val_split
 
-    file = val_split(DataConfig.model_validate_json(json.dumps(pair.data))).file
+    split = val_split(DataConfig.model_validate_json(json.dumps(pair.data)))
+    images = sorted(image.id for image in split.images)  # a profile may limit the images
     evaluations = []
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells of its progress
-        truth = COCO(str(file))
+    with contextlib.redirect_stdout(io.StringIO()):  # hotcoco prints its progress
+        truth = COCO(str(split.file))
         for key in (pair.baseline, pair.other):
             results = json.loads(run_folder(key).predictions.read_text(encoding="utf-8"))
             evaluation = COCOeval(truth, truth.loadRes(results), "segm")
+            evaluation.params.imgIds = images
             evaluation.evaluate()
             evaluations.append(evaluation)
         before, after = evaluations
-        found = compare(before, after, n_bootstrap=SAMPLES, seed=0, confidence=CONFIDENCE)
-    figures = [name for name, value in found["metrics_a"].items() if value >= 0 and found["metrics_b"][name] >= 0]
+        comparison = compare(before, after, n_bootstrap=SAMPLES, seed=0, confidence=CONFIDENCE)
+    metrics = [name for name, value in comparison["metrics_a"].items() if value >= 0 and comparison["metrics_b"][name] >= 0]
     return {
         "baseline": pair.baseline,
         "other": pair.other,
         "samples": SAMPLES,
         "confidence": CONFIDENCE,
-        "difference": {name: round(100 * found["deltas"][name], 4) for name in figures},
-        "standard_error": {name: round(100 * found["ci"][name]["std_err"], 4) for name in figures},
-        "interval": {name: [round(100 * found["ci"][name][end], 4) for end in ("lower", "upper")] for name in figures},
+        "difference": {name: round(100 * comparison["deltas"][name], 4) for name in metrics},
+        "standard_error": {name: round(100 * comparison["ci"][name]["std_err"], 4) for name in metrics},
+        "interval": {name: [round(100 * comparison["ci"][name][end], 4) for end in ("lower", "upper")] for name in metrics},
     }

@@ -15,24 +15,31 @@ PREFIX = "peer-"
 
 @dataclass
 class PeerResult:
-    """What the records tell of one system at one input size."""
+    """The recorded results of one system at one input size."""
 
     name: str
     short_side: int
     figures: dict[str, float | None] = field(default_factory=dict)
-    """COCO's mask figures in percent, where it was evaluated."""
+    """COCO mask metrics in percent, if it was evaluated."""
     whole_ms: dict[str, float] = field(default_factory=dict)
-    """Median, by device, where it was timed."""
+    """The median in milliseconds, by device, if it was timed."""
 
 
 def keep_peer(
     store: Store, name: str, short_side: int, result: Mapping[str, Any], *, profile: str, device: str, seconds: float,
     data: str | None = None,
 ) -> str:  # fmt: skip
-    """Write what was measured, in place of what was there; its key.
+    """Write the result of a measurement; it replaces an earlier one.
 
     Args:
-        result: `figures`, of an evaluation on the annotation file with the hash `data`; or `whole_ms`, of a timing on `device`.
+        result: `figures` from an evaluation, or `whole_ms` from a timing.
+        profile: the profile's name.
+        device: the name of the device.
+        seconds: wall time of the measurement.
+        data: hash of the annotation file of an evaluation.
+
+    Returns:
+        The record's key.
     """
     kind = "evaluate" if "figures" in result else "latency"
     where = data if kind == "evaluate" else device
@@ -44,16 +51,20 @@ def keep_peer(
 
 
 def find_peers(store: Store, names: Iterable[str], profile: str, keys: set[str]) -> list[PeerResult]:
-    """What is recorded of these systems in a profile, by name and size."""
+    """Return the recorded results of these systems in a profile, ordered by name as given and by input size.
+
+    Args:
+        keys: the keys of all records.
+    """
     wanted = list(names)
-    found: dict[tuple[str, int], PeerResult] = {}
+    results: dict[tuple[str, int], PeerResult] = {}
     for key in sorted(key for key in keys if key.startswith(PREFIX)) if wanted else []:
         record = store.load(key)
         if record is None or record.provenance.get("profile") != profile or record.result["peer"] not in wanted:
             continue
         name, side = record.result["peer"], record.result["short_side"]
-        entry = found.setdefault((name, side), PeerResult(name, side))
+        entry = results.setdefault((name, side), PeerResult(name, side))
         if "whole_ms" in record.result:
             entry.whole_ms[record.provenance.get("device", "unknown device")] = record.result["whole_ms"]["median"]
         entry.figures |= record.result.get("figures", {})
-    return sorted(found.values(), key=lambda entry: (wanted.index(entry.name), entry.short_side))
+    return sorted(results.values(), key=lambda entry: (wanted.index(entry.name), entry.short_side))

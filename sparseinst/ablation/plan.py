@@ -1,39 +1,41 @@
-"""From tables to the distinct stages they need, which of them are done, and what the rest costs. Imports no torch."""
+"""Plan the distinct stages that tables need: which of them are done, and what the others cost. Imports no torch."""
 
 from __future__ import annotations
 
-import functools
-import platform
-import re
-import shutil
-import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from sparseinst.ablation.store import Record, Store
-from sparseinst.ablation.study import Profile, Row, row_config, select_rows
+from sparseinst.ablation.study import Profile, Row, Spec, row_config, select_rows
 from sparseinst.ablation.study import Table as StudyTable
 from sparseinst.config import Config
 from sparseinst.errors import UserError
-from sparseinst.section import Stage
+from sparseinst.machine import device_name
+from sparseinst.paths import stored_weights
+from sparseinst.section import STAGES, Stage
 
 
 @dataclass(frozen=True)
 class StageRun:
-    """One stage to be done once, whichever rows ask for it."""
+    """One stage. It is done once, even if several rows need it."""
 
     stage: Stage
     key: str
     config: Config
     label: str
-    """The first row that asked for it, for people."""
+    """The first row that needs it, for people."""
     needs: str | None = None
-    """The key of the training whose weights it evaluates."""
+    """The key of the stage whose weights it uses: the training of an evaluation, the pretraining of a training."""
+    remake: bool = False
+    """Whether the stage is recorded, but its weights are gone and another stage needs them. Then it is done again."""
+
+    def is_done(self, store: Store) -> bool:
+        """Return whether the stage has a record and, if its weights had to be made again, whether they exist."""
+        return store.has(self.key) and not (self.remake and stored_weights(self.key) is None)
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,12 @@ class PlannedRow:
 class Plan:
     rows: list[PlannedRow]
     runs: dict[str, StageRun]
-    """By key: trainings first, in the order of the tables."""
+    """The stages by key, in the order in which they are done: pretrainings, trainings, evaluations, timings."""
     done: set[str]
+    """Keys of the stages that have a record, and weights if another stage needs them."""
     profile: Profile
     device: str
-    """Name of the device that latency is measured on."""
+    """The name of the device on which latency is measured."""
 
     def to_do(self) -> list[StageRun]:
         return [run for run in self.runs.values() if run.key not in self.done]
@@ -70,16 +73,16 @@ def make_plan(
     device: str | None = None,
     name: str | None = None,
 ) -> Plan:
-    """The stages that the rows need.
+    """Plan the stages that the rows need.
 
     Args:
-        seeds: each row is trained once with each; the first is enough for latency.
-        row: only rows whose name holds this text.
-        device: where it will run, as `--device` names it; latency is kept apart by the device's own name.
-        name: that name, where the device is on another machine.
+        seeds: each row is trained once with each seed; latency is measured with the first seed only.
+        row: plan only the rows whose name contains this text.
+        device: the value of `--device`. The keys of timings contain that device's own name.
+        name: the device's own name, if the device is on another machine.
 
     Raises:
-        UserError: a row that does not fit the profile, or no row of that name.
+        UserError: a row does not fit the profile, or no row has such a name.
     """
     name = name or device_name(device)
     rows: list[PlannedRow] = []
@@ -93,8 +96,19 @@ def make_plan(
     if not rows:
         names = ", ".join(known.name for table in tables for known in table.spec.rows)
         raise UserError(f"no row is called {row!r} (rows: {names})")
-    ordered = {run.key: run for stage in ("train", "evaluate", "latency") for run in runs.values() if run.stage == stage}
-    return Plan(rows, ordered, set(ordered) & store.keys(), profile, name)
+    ordered = {run.key: run for stage in STAGES for run in runs.values() if run.stage == stage}
+    return Plan(rows, *_find_done(ordered, store), profile, name)
+
+
+def _find_done(runs: dict[str, StageRun], store: Store) -> tuple[dict[str, StageRun], set[str]]:
+    """Return the stages and the keys of those that are done, with each stage marked that must be done again for its weights."""
+    done = set(runs) & store.keys()
+    for run in reversed(runs.values()):  # evaluations before trainings, trainings before pretrainings
+        if run.key not in done and run.needs in done and stored_weights(run.needs) is None:
+            done.remove(run.needs)
+            # A damaged record is renamed when it is loaded; its stage is then simply not done.
+            runs = {**runs, run.needs: replace(runs[run.needs], remake=store.load(run.needs) is not None)}
+    return runs, done
 
 
 def _plan_row(
@@ -107,68 +121,87 @@ def _plan_row(
     label = f"{table.name} {row.name}" + (f" seed {seed}" if seed else "")
     keys: dict[Stage, str] = {}
     runs = []
-    for stage in table.spec.stages():
+    for stage in _stages(table.spec, config):
         if stage == "latency" and not with_latency:
             continue
         keys[stage] = stage_key(config, stage, device)
-        runs.append(StageRun(stage, keys[stage], config, label, config.train_key() if stage == "evaluate" else None))
+        runs.append(StageRun(stage, keys[stage], config, label, needed_key(config, stage)))
     return PlannedRow(table, row, seed, keys), runs
 
 
 def stage_key(config: Config, stage: Stage, device: str) -> str:
-    """The key of one stage of a config; `device` is the name of the one that latency is measured on."""
+    """Return the key of a stage.
+
+    Args:
+        device: the name of the device on which latency is measured.
+    """
     if stage == "latency":
         return config.latency_key(device)
-    return config.train_key() if stage == "train" else config.evaluate_key()
+    keys = {"pretrain": config.pretrain_key, "train": config.train_key, "evaluate": config.evaluate_key}
+    return keys[stage]()
+
+
+def needed_key(config: Config, stage: Stage) -> str | None:
+    """Return the key of the stage whose weights this stage uses; None if it uses none."""
+    if stage == "evaluate":
+        return config.train_key()
+    return config.pretrain_key() if stage == "train" and config.pretrain.enabled else None
+
+
+def _stages(spec: Spec, config: Config) -> list[Stage]:
+    """Return the stages of a row: those of its table, after a pretraining if the config enables it."""
+    stages = list(spec.stages())
+    return ["pretrain", *stages] if "train" in stages and config.pretrain.enabled else stages
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Hours a stage takes."""
+    """The hours that each kind of stage takes."""
 
     hours: dict[Stage, float]
     unit: str
     measured: dict[Stage, int]
-    """From how many records the hours come; a stage without any is the profile's own estimate."""
+    """The number of records that the hours are the mean of; with 0 they are the profile's estimate."""
 
     def of(self, runs: Sequence[StageRun]) -> float:
+        """Return the hours that these stages take together."""
         return sum(self.hours.get(run.stage, 0.0) for run in runs)
 
 
 def costs(plan: Plan, store: Store) -> Costs:
-    """What each kind of stage takes: the mean of the plan's own records of the same profile and device, else the estimate."""
+    """Return the mean hours of the plan's records with the same profile and device; without records, the profile's estimate."""
     stated = plan.profile.cost
-    hours: dict[Stage, float] = (
-        {"train": stated.train, "evaluate": stated.evaluate, "latency": stated.latency} if stated is not None else {}
-    )
+    hours: dict[Stage, float] = {stage: getattr(stated, stage) for stage in STAGES} if stated is not None else {}
     unit = stated.unit if stated is not None else "hours"
-    seconds: dict[Stage, list[float]] = {"train": [], "evaluate": [], "latency": []}
-    for key in plan.done:
+    seconds: dict[Stage, list[float]] = {stage: [] for stage in STAGES}
+    for key in plan.runs.keys() & store.keys():
         record = store.load(key)
-        if record is not None and _same_place(record, plan):
+        if record is not None and _same_conditions(record, plan):
             devices = record.provenance.get("world_size", 1) if unit == "GPU-hours" else 1
             seconds[plan.runs[key].stage].append(record.provenance["seconds"] * devices)
-    measured = {stage: len(found) for stage, found in seconds.items()}
-    hours |= {stage: sum(found) / len(found) / 3600 for stage, found in seconds.items() if found}
+    measured = {stage: len(times) for stage, times in seconds.items()}
+    hours |= {stage: sum(times) / len(times) / 3600 for stage, times in seconds.items() if times}
     return Costs(hours, unit, measured)
 
 
-def _same_place(record: Record, plan: Plan) -> bool:
-    known = record.provenance
-    return (known.get("profile"), known.get("device")) == (plan.profile.name, plan.device) and "seconds" in known
+def _same_conditions(record: Record, plan: Plan) -> bool:
+    """Return whether a record is of the plan's profile and device, and states its wall time."""
+    about = record.provenance
+    return (about.get("profile"), about.get("device")) == (plan.profile.name, plan.device) and "seconds" in about
 
 
 def as_json(plan: Plan, cost: Costs) -> dict[str, Any]:
-    """For scripts: rows, stages and the hours still to be spent."""
+    """Return rows, stages and remaining hours as JSON data, for scripts."""
     return {
         "profile": plan.profile.name,
         "rows": [
             {"table": r.table.name, "row": r.row.name, "labels": r.row.labels, "seed": r.seed}
-            | {stage: r.keys.get(stage) for stage in ("train", "evaluate", "latency")}
+            | {stage: r.keys.get(stage) for stage in STAGES}
             for r in plan.rows
         ],
         "stages": [
-            {"stage": run.stage, "key": key, "done": key in plan.done, "cost_hours": round(cost.hours.get(run.stage, 0.0), 4)}
+            {"stage": run.stage, "key": key, "done": key in plan.done, "remake": run.remake}
+            | {"cost_hours": round(cost.hours.get(run.stage, 0.0), 4)}
             for key, run in plan.runs.items()
         ],
         "total": {"to_do": len(plan.to_do()), "cost_hours": round(cost.of(plan.to_do()), 3), "unit": cost.unit},
@@ -178,14 +211,15 @@ def as_json(plan: Plan, cost: Costs) -> dict[str, Any]:
 def show(plan: Plan, cost: Costs) -> None:
     """Print the plan for people."""
     table = Table(title=f"profile {plan.profile.name}; latency on {plan.device}", title_justify="left")
-    for name in ("table", "row", "seed", "train", "evaluate", "latency"):
+    shown = [stage for stage in STAGES if any(run.stage == stage for run in plan.runs.values())]
+    for name in ("table", "row", "seed", *shown):
         table.add_column(name)
     for planned in plan.rows:
-        marks = [_mark(planned.keys.get(stage), plan) for stage in ("train", "evaluate", "latency")]
+        marks = [_mark(planned.keys.get(stage), plan) for stage in shown]
         table.add_row(planned.table.name, planned.row.name, str(planned.seed), *marks)
     Console(width=max(Console().width, 100)).print(table)
     left = plan.to_do()
-    for stage in ("train", "evaluate", "latency"):
+    for stage in STAGES:
         runs = [run for run in plan.runs.values() if run.stage == stage]
         if not runs:
             continue
@@ -199,39 +233,3 @@ def show(plan: Plan, cost: Costs) -> None:
 
 def _mark(key: str | None, plan: Plan) -> str:
     return "" if key is None else f"{key[:8]} {'done' if key in plan.done else 'to do'}"
-
-
-@functools.cache
-def device_name(device: str | None) -> str:
-    """What the device calls itself: the GPU's name where `device` (or, for None, the machine) has one, else the processor's.
-
-    Raises:
-        UserError: not a device's name.
-    """
-    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UserError(f"device {device!r}: cpu, cuda or cuda:1 was expected")
-    if device != "cpu":
-        index = int((device or "").partition(":")[2] or 0)
-        names = gpu_names()
-        if index < len(names):
-            return names[index]
-    return _processor_name()
-
-
-@functools.cache
-def gpu_names() -> list[str]:
-    """Of the machine's GPUs, as their driver tells; none where there is no driver."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    asked = subprocess.run([command, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False)
-    return [line.strip() for line in asked.stdout.splitlines() if line.strip()] if asked.returncode == 0 else []
-
-
-def _processor_name() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

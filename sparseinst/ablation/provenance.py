@@ -1,4 +1,4 @@
-"""Under what conditions a result came about. Imports no torch."""
+"""The provenance of a result: its code, software, device and time. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ from sparseinst.paths import RunPaths
 
 PACKAGE = Path(__file__).parents[1]
 SNAPSHOT = "snapshot.json"
-"""Beside a copy of the package: its `code_version`."""
+"""The file beside a copy of the package that holds its `code_version`."""
 PACKAGES = ("sparseinst", "torch", "torchvision", "timm", "numpy", "scipy", "hotcoco")
 
 
 @cache
 def code_version() -> dict[str, str | None]:
-    """The commit of the code that runs, and the content's hash where it differs from that; None where it is no git checkout."""
+    """Return the version of the code that runs.
+
+    Returns:
+        `commit`: the git commit; None if the package is not in a git checkout. `changes`: the hash of the package's content if
+        it differs from that commit, else None.
+    """
     snapshot = PACKAGE.parent / SNAPSHOT
-    if snapshot.exists():  # a copy, made when a job was sent to a cluster
+    if snapshot.exists():  # this is a copy, made when a job was sent to a cluster
         described: dict[str, str | None] = json.loads(snapshot.read_text(encoding="utf-8"))
         return described
 
@@ -38,19 +43,19 @@ def code_version() -> dict[str, str | None]:
         return done.stdout
 
     commit = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--", ".")  # new files, too
+    changed = git("status", "--porcelain", "--", ".")  # this includes new files
     return {"commit": commit.strip() if commit else None, "changes": code_digest() if changed else None}
 
 
 def code_files() -> list[Path]:
-    """Those of the package, relative to it."""
+    """Return the package's files, as paths relative to it."""
     files = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file())
     return sorted(path for path in files if "__pycache__" not in path.parts)
 
 
 @cache
 def code_digest() -> str:
-    """16 hexadecimal digits of the package's content."""
+    """Return 16 hexadecimal digits of the SHA-256 of the package's content."""
     digest = hashlib.sha256()
     for path in code_files():
         digest.update(f"{path} {hashlib.sha256((PACKAGE / path).read_bytes()).hexdigest()}\n".encode())
@@ -58,50 +63,57 @@ def code_digest() -> str:
 
 
 def note_code(paths: RunPaths) -> None:
-    """Note in a run's folder that this code works on its training."""
+    """Record in a run's folder that this version of the code trains it."""
     paths.root.mkdir(parents=True, exist_ok=True)
-    # On a line of its own, also after one that a kill cut off.
+    # Begin a new line if a kill left the last one incomplete.
     cut_off = paths.code.exists() and not paths.code.read_bytes().endswith(b"\n")
     with paths.code.open("a", encoding="utf-8") as file:
         file.write("\n" * cut_off + json.dumps({**code_version(), "versions": versions()}) + "\n")
 
 
 def trained_by(paths: RunPaths) -> dict[str, Any]:
-    """Commit, changes and versions of the code that made a run's weights, which need not be the code that records it: the last
-    that worked on them, and under `earlier` the others. Unknown, None, where nothing is noted, or a kill cut it off.
+    """Return the code that trained a run's weights, which may differ from the code that records the run.
+
+    Returns:
+        `commit`, `changes` and `versions` of the last code that trained them, and under `earlier` those of any others. `commit`
+        and `changes` are None if nothing was recorded or a kill left the line incomplete.
     """
     unknown: dict[str, Any] = {"commit": None, "changes": None, "versions": {}}
-    noted = [unknown]
+    recorded = [unknown]
     if paths.code.exists():
-        noted = [_noted(line) or unknown for line in paths.code.read_text(encoding="utf-8").splitlines()] or noted
-    *before, last = noted
+        recorded = [_parsed(line) or unknown for line in paths.code.read_text(encoding="utf-8").splitlines()] or recorded
+    *before, last = recorded
     earlier = [code for index, code in enumerate(before) if code != last and code not in before[:index]]
     return {**last, **({"earlier": earlier} if earlier else {})}
 
 
-def _noted(line: str) -> dict[str, Any] | None:
+def _parsed(line: str) -> dict[str, Any] | None:
+    """Return the JSON object in a line; None if the line is incomplete."""
     try:
-        found: dict[str, Any] = json.loads(line)
+        code: dict[str, Any] = json.loads(line)
     except ValueError:
         return None
-    return found
+    return code
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
     return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
 def describe(
     *, profile: str, device: str, world_size: int, attempts: int, seed: int, seconds: float, data: str | None
 ) -> dict[str, Any]:
-    """Provenance of one stage that just ended in this process.
+    """Return the provenance of a stage that has just ended in this process.
 
     Args:
-        device: the name of the device it ran on.
-        world_size: processes that worked on it together.
+        profile: the profile's name.
+        device: the name of the device that the stage ran on.
+        world_size: the number of processes that worked on it together.
         attempts: how often it was begun.
-        seconds: wall time.
-        data: hash of the annotation file it read.
+        seed: the seed of its training.
+        seconds: its wall time.
+        data: the hash of the annotation file that it read; None if it read none.
     """
     return {
         **code_version(),
@@ -120,6 +132,6 @@ def describe(
 
 
 def _peak_memory_mb() -> int:
-    """Of this process so far, in the machine's memory."""
+    """Return the peak resident memory of this process so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1024 if sys.platform != "darwin" else 1024**2))

@@ -1,7 +1,8 @@
-"""Means and deviations over seeds; differences with their uncertainty; verdicts. Imports no torch.
+"""Means and deviations over seeds, differences with their confidence intervals, and verdicts. Imports no torch.
 
-A difference of two rows has two sources of noise: the seeds of the trainings, and the images of the validation set. The first is
-estimated from the spread over seeds, pooled over the rows that have several; the second by the paired bootstrap of `compare`.
+The difference between two rows has two sources of noise: the seeds of the trainings, and the images of the validation set. The
+first is estimated from the deviation over seeds, pooled over the rows that have several. The second comes from the paired
+bootstrap in `compare`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ Verdict = Literal["replicates", "does not replicate", "cannot be told"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One figure of one row."""
+    """The values of one metric of one row."""
 
     values: tuple[float, ...]
-    """One a seed."""
+    """One value for each seed."""
 
     @property
     def mean(self) -> float:
@@ -32,29 +33,30 @@ class Sample:
 
     @property
     def deviation(self) -> float | None:
-        """Over seeds; None for one."""
+        """The standard deviation over seeds; None if there is one seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The deviation from seed to seed, pooled over rows."""
+    """The standard deviation over seeds, pooled over rows."""
 
     deviation: float
     degrees: int
-    """Of freedom: seeds in excess of one, summed over the rows."""
+    """Degrees of freedom: the number of seeds minus one, summed over the rows."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A row less the reference row."""
+    """A row minus the reference row."""
 
     value: float
     low: float
+    """The lower end of the 95 % interval."""
     high: float
-    """The ends of the 95 % interval."""
+    """The upper end of the 95 % interval."""
     seeds_known: bool
-    """Whether the interval holds the spread over seeds; else only that over images."""
+    """Whether the interval includes the noise of seeds. If not, it covers the noise of images alone."""
 
     @property
     def within_noise(self) -> bool:
@@ -63,18 +65,18 @@ class Difference:
 
 @dataclass(frozen=True)
 class Noise:
-    """What is known of the noise in the difference of two rows."""
+    """The known noise in the difference between two rows."""
 
     spread: Spread | None
-    """Over seeds, of this figure."""
+    """The spread of this metric over seeds; None if no row has several seeds."""
     standard_errors: Sequence[float] = ()
-    """Of the paired bootstrap over images, one a seed; averaged."""
+    """The standard errors of the paired bootstrap over images, one for each seed; their mean is used."""
     same_weights: bool = False
-    """Whether both rows evaluate the same trainings, so that their seeds cancel."""
+    """Whether both rows evaluate the same trainings, so that the noise of their seeds cancels."""
 
 
 def pooled_spread(samples: Iterable[Sample]) -> Spread | None:
-    """The spread over seeds of one figure, from all rows that have several; None where none has."""
+    """Return the spread of one metric over seeds, pooled over all rows that have several; None if no row has."""
     several = [sample for sample in samples if len(sample.values) > 1]
     degrees = sum(len(sample.values) - 1 for sample in several)
     if not degrees:
@@ -84,10 +86,10 @@ def pooled_spread(samples: Iterable[Sample]) -> Spread | None:
 
 
 def difference(row: Sample, reference: Sample, noise: Noise) -> Difference | None:
-    """Row less reference, with an interval from both sources of noise.
+    """Return row minus reference, with an interval from both sources of noise.
 
     Returns:
-        None where neither source of noise is known: a number without an interval is no finding.
+        None if neither source of noise is known, because a number without an interval is no finding.
     """
     paired = _paired_deviation(row, reference) if noise.same_weights else None
     spread = paired if noise.same_weights else noise.spread
@@ -106,7 +108,7 @@ def difference(row: Sample, reference: Sample, noise: Noise) -> Difference | Non
 
 
 def _paired_deviation(row: Sample, reference: Sample) -> Spread | None:
-    """Of the differences seed by seed, for two evaluations of the same weights: the seeds themselves cancel."""
+    """Return the spread of the differences seed by seed, for two rows that evaluate the same trainings."""
     count = len(row.values)
     if count < 2 or count != len(reference.values):
         return None
@@ -114,9 +116,9 @@ def _paired_deviation(row: Sample, reference: Sample) -> Spread | None:
 
 
 def verdict(measured: Difference | None, paper: float) -> Verdict | None:
-    """Does the sign of the paper's difference replicate? None where there is nothing to compare.
+    """Return whether the sign of the paper's difference replicates; None if there is nothing to compare.
 
-    With the seeds' spread unknown a difference can be told from noise never: images alone do not make it a finding.
+    Without the seeds' spread there is no verdict ("cannot be told"), because the noise of images alone is not enough.
     """
     if measured is None or paper == 0:
         return None

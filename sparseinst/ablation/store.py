@@ -1,6 +1,6 @@
-"""Records: what came out of each stage, one small JSON file a key. Imports no torch.
+"""Records hold the results of stages: one small JSON file for each key. Imports no torch.
 
-Written atomically, never edited. A record's file is there: the stage is done.
+A record is written atomically and never edited. A stage is done if its record's file exists.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from sparseinst.errors import UserError
-from sparseinst.paths import atomic
+from sparseinst.files import atomic
+from sparseinst.paths import SHIPPED
 from sparseinst.section import Stage
 
 _log = logging.getLogger(__name__)
@@ -29,18 +30,24 @@ class Record:
     kind: Kind
     key: str
     result: dict[str, Any]
-    """train: `steps`, `seconds`, `losses`, `parameters`. evaluate: `figures`, `images`. latency: `whole_ms`, `modules_ms`,
-    `size`. compare: `baseline` and `other` (evaluate keys), `difference` and `interval` by figure. peer: another
-    system's name, `short_side`, and `figures` or `whole_ms`."""
+    """The content depends on the kind.
+
+    - pretrain: `steps`, `seconds`, `losses`, `cells_right`.
+    - train: `steps`, `seconds`, `losses`, `parameters`, and `history` if it was evaluated during training.
+    - evaluate: `figures` (metrics), `mechanism`, `images`.
+    - latency: `whole_ms`, `modules_ms`, `size`.
+    - compare: `baseline` and `other` (keys of evaluations), and by metric `difference`, `standard_error` and `interval`.
+    - peer: `peer` (another system's name), `short_side`, and `figures` or `whole_ms`.
+    """
     config: dict[str, Any] = field(default_factory=dict)
-    """Every setting, resolved; none for a comparison."""
+    """The complete config; empty for a comparison."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """commit, versions, device, seed, wall time and so on; of an evaluation also, under `trained`, which code made the weights;
-    see `provenance`."""
+    """Commit, versions, device, seed, wall time and so on; see `provenance`. For an evaluation, `trained` holds the code that
+    trained the weights."""
 
 
 class _Trained(BaseModel):
-    """A report reads nothing of it."""
+    """The content of a training or pretraining; a report reads none of its values."""
 
 
 class _Evaluated(BaseModel):
@@ -64,25 +71,32 @@ class _Peer(BaseModel):
 
 
 _CONTENTS: dict[Kind, type[BaseModel]] = {
+    "pretrain": _Trained,
     "train": _Trained,
     "evaluate": _Evaluated,
     "latency": _Timed,
     "compare": _Compared,
     "peer": _Peer,
 }
-"""What a report reads of each kind: a record without it is damaged."""
+"""The values of each kind that a report reads; a record without them counts as damaged."""
+
+
+def _shipped(key: str) -> Path:
+    return SHIPPED / f"{key}.json"
 
 
 class Store:
-    """The records below a results folder. Any number of processes may read and write at once.
+    """The records below a results folder, and those that come with the package.
+
+    Any number of processes may read and write at the same time.
 
     Raises:
-        UserError: something other than a folder is there.
+        UserError: the path exists and is not a folder.
     """
 
     def __init__(self, results: Path = RESULTS) -> None:
         if results.exists() and not results.is_dir():
-            raise UserError(f"{results}: is no folder; name another one with --results")
+            raise UserError(f"{results}: is not a folder; choose another one with --results")
         self.results = results
         self.folder = results / "records"
 
@@ -90,15 +104,23 @@ class Store:
         return self.folder / f"{key}.json"
 
     def has(self, key: str) -> bool:
-        return self.path(key).exists()
+        return self.path(key).exists() or _shipped(key).exists()
 
     def keys(self) -> set[str]:
-        """Of all records, from one listing of the folder."""
-        return {path.stem for path in self.folder.glob("*.json")} if self.folder.is_dir() else set()
+        """Return the keys of all records, from one listing of each folder."""
+        return {path.stem for folder in (self.folder, SHIPPED) if folder.is_dir() for path in folder.glob("*.json")}
 
     def load(self, key: str) -> Record | None:
-        """None where there is none. A damaged record is set aside with a warning, so that its stage is done again."""
+        """Return the record of a key; None if there is none.
+
+        A damaged record is renamed, with a warning, so that its stage is done again.
+
+        Raises:
+            UserError: a record of the package itself is damaged.
+        """
         path = self.path(key)
+        if not path.exists() and _shipped(key).exists():
+            path = _shipped(key)
         try:
             record = Record(**json.loads(path.read_text(encoding="utf-8")))
             _CONTENTS[record.kind].model_validate(record.result)
@@ -108,20 +130,26 @@ class Store:
             self._set_aside(path, " ".join(str(error).split()))
             return None
         if record.key != key:
-            self._set_aside(path, f"it is of {record.key}")
+            self._set_aside(path, f"it belongs to {record.key}")
             return None
         return record
 
     def write(self, record: Record, check: Callable[[], None] | None = None) -> None:
-        """Keep a record; one that is there already stays as it is. What `check` raises prevents it."""
+        """Write a record, unless its key has one already.
+
+        Args:
+            check: called just before the file appears; an exception that it raises prevents the write.
+        """
         if not self.has(record.key):
             with atomic(self.path(record.key), check) as temporary:
                 temporary.write_text(json.dumps(asdict(record), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     def _set_aside(self, path: Path, why: str) -> None:
+        if path.parent == SHIPPED:
+            raise UserError(f"{path}: is damaged ({why}); install the package again")
         aside = path.with_suffix(".damaged")
         try:
             path.rename(aside)
         except FileNotFoundError:  # another process was first
             return
-        _log.warning("%s is damaged (%s): set aside as %s; its stage counts as not done", path, why, aside.name)
+        _log.warning("%s is damaged (%s): renamed to %s, and its stage counts as not done", path, why, aside.name)

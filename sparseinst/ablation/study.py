@@ -1,6 +1,7 @@
-"""A table of the paper as data: its rows, what each sets, and the paper's figures. Imports no torch.
+"""A table of the paper as data: its rows, the settings of each, and the paper's values. Imports no torch.
 
-A spec says what varies, a profile at which scale it runs; a row's config is preset, spec, row, profile, in that order.
+A spec defines what varies between rows; a profile defines the scale. A row's config is built from the preset, the spec, the row
+and the profile, in that order; later ones win.
 """
 
 from __future__ import annotations
@@ -14,32 +15,35 @@ from pydantic import Field, ValidationError, model_validator
 
 from sparseinst.config import PRESETS, Config, NonNegative
 from sparseinst.errors import UserError
-from sparseinst.overrides import choose, flatten, merge, nearest, nest, one_line, parse_config, read_layer
+from sparseinst.nested import flatten, merge, nearest, nest, one_line
+from sparseinst.overrides import choose, parse_config, read_layer, stand_in
 from sparseinst.section import Section, Stage
 
 EXPERIMENTS = Path("experiments")
 
 AccuracyFigure = Literal["AP", "AP50", "AP75", "APs", "APm", "APl"]
+MechanismFigure = Literal["own", "others", "border", "prefers_own", "peak_on_own", "lift", "duplicates", "neighbours_recall"]
 LatencyFigure = Literal["ms", "FPS", "backbone", "encoder", "decoder", "post"]
-Figure = AccuracyFigure | LatencyFigure
-"""Columns that hold numbers: mask AP in percent; milliseconds of the whole and of its modules, images a second."""
+Figure = AccuracyFigure | MechanismFigure | LatencyFigure
+"""The metrics that a column can show: mask AP in percent; mechanism metrics in percent (see `evaluation.mechanism`); the time of
+the whole forward pass and of its modules in milliseconds; images per second."""
 
 Labels = dict[str, str | int | float]
 
 
 class Row(Section):
     name: str
-    """How `--row` finds it, and what its pictures are filed under."""
+    """`--row` searches this name, and the row's pictures are saved under it."""
     labels: Labels
-    """By column, as in the paper."""
+    """The row's labels by column, as in the paper."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Dotted paths and values on top of the preset."""
+    """Settings of this row, by dotted path; they override the preset and the spec."""
     paper: dict[Figure, float] = Field(default_factory=dict)
-    """The paper's figures."""
+    """The paper's values, by metric."""
 
 
 class Protocol(Section):
-    """How figures that are quoted came about; those of two protocols are never compared without a mark."""
+    """How quoted values were measured. Values of two protocols are never compared without a mark."""
 
     device: str
     description: str
@@ -47,7 +51,7 @@ class Protocol(Section):
 
 
 class Quoted(Section):
-    """A row that is quoted, not run: another system's published figures."""
+    """A row that is quoted, not run: another system's published values."""
 
     labels: Labels
     figures: dict[Figure, float]
@@ -55,25 +59,25 @@ class Quoted(Section):
 
 
 class Spec(Section):
-    """A table or figure: one YAML file."""
+    """A table or figure of the paper, read from one YAML file."""
 
     title: str
     columns: tuple[str, ...]
-    """Of the labels."""
+    """The columns of the labels."""
     figures: tuple[Figure, ...]
-    """Which figures the table shows."""
+    """The metrics that the table shows."""
     rows: tuple[Row, ...] = Field(min_length=1)
     reference: str | None = None
-    """The row, by name, that the others are compared with."""
+    """The name of the row that the others are compared with."""
     measures: tuple[Stage, ...] = ()
-    """What each row is measured by; by default what its figures need."""
+    """The stages of each row; by default those that its metrics need."""
     preset: str = "paper"
     set: dict[str, Any] = Field(default_factory=dict)
-    """Dotted paths and values that all rows share."""
+    """Settings that all rows share, by dotted path."""
     quoted: tuple[Quoted, ...] = ()
     protocols: dict[str, Protocol] = Field(default_factory=dict)
     peers: tuple[str, ...] = ()
-    """Other systems, by the names that `bench` and `evaluate` take, whose records are shown where there are any."""
+    """Other systems whose records are shown if they exist, by the names that `bench` and `evaluate` accept."""
     footnotes: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -97,26 +101,28 @@ class Spec(Section):
         return self
 
     def stages(self) -> tuple[Stage, ...]:
-        """What each row becomes."""
+        """Return the stages of each row."""
         if self.measures:
             return self.measures
-        accuracy: tuple[Stage, ...] = ("train", "evaluate") if set(self.figures) & set(get_args(AccuracyFigure)) else ()
+        evaluated = {*get_args(AccuracyFigure), *get_args(MechanismFigure)}
+        accuracy: tuple[Stage, ...] = ("train", "evaluate") if set(self.figures) & evaluated else ()
         timing: tuple[Stage, ...] = ("latency",) if set(self.figures) & set(get_args(LatencyFigure)) else ()
         return accuracy + timing
 
 
 class Table(Section):
-    """A spec with the name people call it by."""
+    """A spec with its name."""
 
     name: str
     spec: Spec
 
 
 class Cost(Section):
-    """What a stage takes, where no record of the same profile and device tells: an estimate."""
+    """The estimated hours of each kind of stage, used until there are records of the same profile and device."""
 
     unit: Literal["GPU-hours", "CPU-hours"]
-    """CPU-hours are those of a whole machine."""
+    """A CPU-hour is one hour of a whole machine."""
+    pretrain: NonNegative = 0.0
     train: NonNegative
     evaluate: NonNegative
     latency: NonNegative
@@ -124,38 +130,45 @@ class Cost(Section):
 
 
 class Profile(Section):
-    """A scale: settings on top of every row's own."""
+    """A scale: settings that override those of every row."""
 
     name: str
     settings: dict[str, Any] = Field(default_factory=dict)
+    backbones: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Replacements for the paper's backbones at this scale: settings of `model.backbone`, including `name`, by the name of the
+    paper's backbone. If this is empty, rows keep their backbones."""
     cost: Cost | None = None
 
 
 def list_tables(folder: Path = EXPERIMENTS) -> list[str]:
-    """The names of all specs, in order."""
+    """Return the names of all specs, sorted."""
     return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
 def read_tables(names: Sequence[str], folder: Path = EXPERIMENTS) -> list[Table]:
-    """Specs by name or path, each once; `all` (or no name) for every one. Raises `UserError` as `read_spec` does."""
+    """Read specs by name or path, each once; `all`, or an empty list, reads every one.
+
+    Raises:
+        UserError: as in `read_spec`; also if two different specs have the same name, or the folder contains none.
+    """
     wanted: list[str] = []
     for name in names or ["all"]:
         wanted += list_tables(folder) if name == "all" else [name]
     if not wanted:
-        raise UserError(f"{folder}: no spec of a table (*.yaml) is there; run this from the project's folder")
+        raise UserError(f"{folder}: no spec of a table (*.yaml) was found; run this from the project's folder")
     tables = {name: Table(name=Path(name).stem, spec=read_spec(name, folder)) for name in dict.fromkeys(wanted)}
-    found: dict[str, Table] = {}
+    by_name: dict[str, Table] = {}
     for path, table in tables.items():
-        if found.setdefault(table.name, table).spec != table.spec:
+        if by_name.setdefault(table.name, table).spec != table.spec:
             raise UserError(f"{path}: another of these tables is called {table.name!r} too: rename the file")
-    return list(found.values())
+    return list(by_name.values())
 
 
 def read_spec(table: str, folder: Path = EXPERIMENTS) -> Spec:
-    """The spec of a table (`table5`) or at a path.
+    """Read the spec of a table by its name (`table5`) or by a path.
 
     Raises:
-        UserError: no such spec, or a mistake in it; the message names the file, the row and the key.
+        UserError: there is no such spec, or it contains a mistake; the message names the file, the row and the key.
     """
     path = _find("table", table, folder)
     data = read_layer(path)
@@ -165,7 +178,7 @@ def read_spec(table: str, folder: Path = EXPERIMENTS) -> Spec:
         raise UserError(_in_row(one_line(error, str(path), Spec), data)) from None
     for row in spec.rows:
         if "train.seed" in {**spec.set, **row.set}:
-            raise UserError(f"{path}: row {row.name!r}: train.seed: seeds are not a row's, --seeds gives each row several")
+            raise UserError(f"{path}: row {row.name!r}: train.seed: seeds are not a row's settings; use --seeds")
         try:
             row_config(spec, row, Profile(name=""))
         except UserError as error:
@@ -174,7 +187,7 @@ def read_spec(table: str, folder: Path = EXPERIMENTS) -> Spec:
 
 
 def _in_row(message: str, data: dict[str, Any]) -> str:
-    """`rows.3.` in a message of pydantic, by the row's name."""
+    """Replace `rows.3.` in a message of pydantic by the row's name."""
     rows = data.get("rows")
     for index, row in reversed(list(enumerate(rows if isinstance(rows, list) else []))):
         if isinstance(row, dict) and "name" in row:
@@ -183,13 +196,17 @@ def _in_row(message: str, data: dict[str, Any]) -> str:
 
 
 def read_profile(name: str, folder: Path = EXPERIMENTS) -> Profile:
-    """A profile by name (`mini`), or of a file: settings, and under `cost` what a stage takes. Raises `UserError`."""
+    """Read a profile by its name (`mini`) or from a file: settings, and under `cost` the hours of each kind of stage.
+
+    Raises:
+        UserError: there is no such profile, or it contains a mistake.
+    """
     path = _find("profile", name, folder / "profiles")
     settings = read_layer(path)
-    cost = settings.pop("cost", None)
+    own = {name: settings.pop(name) for name in ("cost", "backbones") if name in settings}
     try:
-        profile = Profile.model_validate_json(json.dumps({"name": path.stem, "settings": settings, "cost": cost}))
-        merge(Config().model_dump(mode="json"), profile.settings)
+        profile = Profile.model_validate_json(json.dumps({"name": path.stem, "settings": settings, **own}))
+        merge(Config().model_dump(mode="json"), profile.settings, Config)
     except ValidationError as error:
         raise UserError(one_line(error, str(path), Profile)) from None
     except UserError as error:
@@ -203,31 +220,42 @@ def _find(what: str, name: str, folder: Path) -> Path:
         raise UserError(f"no such {what}: {name!r} ({path}){nearest(name, list_tables(folder))}")
     other = folder / f"{path.stem}.yaml"
     if other.exists() and not other.samefile(path):
-        raise UserError(f"{path}: {other} is called {path.stem!r} too, and both would be one in the results: rename the file")
+        raise UserError(
+            f"{path}: {other} is called {path.stem!r} too, and the results could not tell them apart: rename the file"
+        )
     return path
 
 
 def row_config(spec: Spec, row: Row, profile: Profile, seed: int | None = None) -> Config:
-    """The whole config of one row at a profile's scale. Raises `UserError`."""
+    """Return the complete config of one row at a profile's scale. Raises `UserError` if the settings do not fit together."""
     data = Config().model_dump(mode="json")
-    for layer in (nest(choose("preset", spec.preset, PRESETS)), nest(spec.set), nest(row.set), profile.settings):
-        data = merge(data, layer)
+    for layer in (
+        nest(choose("preset", spec.preset, PRESETS), Config),
+        nest(spec.set, Config),
+        nest(row.set, Config),
+        profile.settings,
+    ):
+        data = merge(data, layer, Config)
     if seed is not None:
         data["train"]["seed"] = seed
-    return parse_config(data)
+    return parse_config(stand_in(data, profile.backbones))
 
 
 def overruled(spec: Spec, profile: Profile) -> dict[str, list[str]]:
-    """What rows set and a profile sets otherwise, so that the rows' values have no effect: names of rows by path."""
-    found: dict[str, list[str]] = {}
+    """Return the settings that a profile replaces with another value, so that the rows' own values have no effect.
+
+    Returns:
+        The names of the rows that set it, by the setting's dotted path.
+    """
+    replaced: dict[str, list[str]] = {}
     scale = flatten(profile.settings)
     for row in spec.rows:
-        for path, value in flatten(nest({**spec.set, **row.set})).items():
+        for path, value in flatten(nest({**spec.set, **row.set}, Config)).items():
             if path in row.set and path in scale and scale[path] != value:
-                found.setdefault(path, []).append(row.name)
-    return found
+                replaced.setdefault(path, []).append(row.name)
+    return replaced
 
 
 def select_rows(spec: Spec, text: str | None) -> list[Row]:
-    """The rows whose name holds `text` (any case); all of them for None."""
+    """Return the rows whose name contains `text`, ignoring case; all rows for None."""
     return [row for row in spec.rows if text is None or text.casefold() in row.name.casefold()]

@@ -1,4 +1,4 @@
-"""The command line: one thin command a verb. Imports no torch before a command needs it."""
+"""The command line, with one thin command for each verb. Imports no torch before a command needs it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import typer
 
 from sparseinst import __version__
 from sparseinst.cli import bench, cluster, data, look, models, tables, weights
-from sparseinst.engine.memory import keep_freed_memory
 from sparseinst.errors import RunFailed, UserError
+from sparseinst.inference.memory import keep_freed_memory
 
 app = typer.Typer(
     name="sparseinst",
@@ -27,7 +27,7 @@ app.add_typer(models.app)
 app.add_typer(look.app)
 app.add_typer(weights.app)
 app.add_typer(bench.app)
-app.add_typer(data.app, name="data", help="Write the embedded data set; check a COCO-format folder.")
+app.add_typer(data.app, name="data", help="Make, convert and check data sets in COCO format; time their loading.")
 
 
 @app.callback(invoke_without_command=True)
@@ -36,7 +36,7 @@ def options(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """A reproducible research and ablation workbench for SparseInst."""
-    # A terminal has the progress bar; a log file wants the steps.
+    # A terminal shows the progress bar; a log file needs the messages of the steps.
     quiet = sys.stderr.isatty() and not debug
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING if quiet else logging.INFO)
@@ -47,13 +47,13 @@ def options(
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 a run failed or was interrupted, 2 bad input."""
-    keep_freed_memory()  # the process is ours
+    """Run the command line and exit: code 0 for success, 1 for a failed or interrupted run, 2 for bad input."""
+    keep_freed_memory()  # safe here, because the process runs nothing else
     sys.exit(run_cli(sys.argv[1:]))
 
 
 def run_cli(arguments: list[str]) -> int:
-    """Run one command line; returns the exit code."""
+    """Run one command line and return the exit code."""
     command = typer.main.get_command(app)
     try:
         command.main(arguments, prog_name="sparseinst")
@@ -62,6 +62,6 @@ def run_cli(arguments: list[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except SystemExit as ended:  # how typer ends, well or with its own one-line errors
+    except SystemExit as ended:  # typer raises this after success and after its own one-line errors
         return ended.code if isinstance(ended.code, int) else 1
     return 0

@@ -1,4 +1,4 @@
-"""Commands for a cluster: launch, retry, cancel."""
+"""The commands for a cluster: launch, retry, cancel."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from typing import Annotated
 
 import typer
 
-from sparseinst.ablation.cluster import read_cluster
 from sparseinst.ablation.store import RESULTS
 from sparseinst.cli.options import (
     Budget,
-    OfCluster,
     ProfileName,
     Results,
     RowText,
     Seeds,
     TableNames,
+    TimingCluster,
+    check_budget,
     make_plan,
-    tell_overruled,
-    within_budget,
+    warn_about_overruled_rows,
 )
+from sparseinst.launch.cluster import read_cluster
+from sparseinst.paths import JOBS, SNAPSHOTS
 
 app = typer.Typer()
 
-ClusterName = Annotated[str, typer.Option("--cluster", help="Where to: a file in slurm/, by name or path.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the batch scripts; send nothing.")]
+ClusterName = Annotated[str, typer.Option("--cluster", help="The cluster profile: a name in slurm/, or the path of a YAML file.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts and submit nothing.")]
 
 
 @app.command()
@@ -38,7 +39,7 @@ def launch(
     budget: Budget = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Send what the tables still need to a cluster; what is done, or there already, is not sent again."""
+    """Send the runs that the tables still need to a cluster. Runs that are done, queued or running are not sent again."""
     _send(tables, cluster, profile, seeds, row, results, budget, dry_run, retry=False)
 
 
@@ -53,7 +54,7 @@ def retry(
     budget: Budget = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Send again what failed, was lost or was cancelled; a training goes on from its last checkpoint."""
+    """Send runs again that failed, were lost, cancelled or interrupted. A training continues from its last checkpoint."""
     _send(tables, cluster, profile, seeds, row, results, budget, dry_run, retry=True)
 
 
@@ -69,17 +70,17 @@ def _send(
     *,
     retry: bool,
 ) -> None:
-    from sparseinst.ablation import arrange
-    from sparseinst.ablation import launch as launcher
-    from sparseinst.ablation.status import plan_status
-    from sparseinst.ablation.submission import ask_queue
+    from sparseinst.launch import arrange
+    from sparseinst.launch import submit as launcher
+    from sparseinst.launch.status import plan_status
+    from sparseinst.launch.submission import ask_queue
 
     cluster = read_cluster(name)
     plan, store = make_plan(tables, profile, seeds, row, results, None, cluster=name)
-    tell_overruled(plan)
-    within_budget(plan, store, budget)
-    # What the files say of a job that an administrator removed would keep it from being sent.
-    queue = ask_queue(launcher.JOBS) if cluster.kind == "slurm" and not dry_run else None
+    warn_about_overruled_rows(plan)
+    check_budget(plan, store, budget)
+    # Ask SLURM: the files alone show a job that an administrator removed as queued, so it would not be sent again.
+    queue = ask_queue(JOBS) if cluster.kind == "slurm" and not dry_run else None
     selection = arrange.select(plan_status(plan, queue), retry=retry)
     warning = arrange.layout_warning(selection.runs, cluster)
     if warning is not None:
@@ -87,29 +88,29 @@ def _send(
     arrays = arrange.arrange(selection.runs, cluster, 1000 if dry_run else launcher.largest_array(cluster))
     if dry_run:
         for array in arrays:
-            print(launcher.sbatch_text(array, cluster, launcher.SNAPSHOTS / "<the code as it is now>"))
+            print(launcher.sbatch_text(array, cluster, SNAPSHOTS / "<copy of the code>"))
     else:
         launcher.launch(plan, arrays, store, cluster, name)
     print(f"{len(plan.done)} of {len(plan.runs)} runs are done; {'would send' if dry_run else 'sent'} {len(selection.runs)}:")
     for line in arrange.describe_arrays(arrays, cluster):
         print(f"  {line}")
-    if selection.held:
-        print(f"  {selection.held} are queued or running already")
-    if selection.again:
-        print(f"  {selection.again} failed, were lost or cancelled: `sparseinst retry` sends them again")
+    if selection.active:
+        print(f"  {selection.active} are already queued or running")
+    if selection.to_retry:
+        print(f"  {selection.to_retry} failed, were lost or were cancelled; `sparseinst retry` sends them again")
 
 
 @app.command()
 def cancel(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN ...", help="Keys, their beginnings, or parts of rows' names.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN ...", help="Run keys, beginnings of keys, or parts of row names.")],
     profile: ProfileName = "coco",
     seeds: Seeds = 1,
     results: Results = RESULTS,
-    cluster: OfCluster = None,
+    cluster: TimingCluster = None,
 ) -> None:
-    """Take runs off their cluster, with the evaluations that wait for them."""
-    from sparseinst.ablation import launch as launcher
-    from sparseinst.ablation.status import find_runs
+    """Cancel runs on their cluster, and the runs that wait for them."""
+    from sparseinst.launch import submit as launcher
+    from sparseinst.launch.status import find_runs
 
     plan, _ = make_plan(None, profile, seeds, None, results, None, cluster=cluster)
     wanted = {run.key: run for text in runs for run in find_runs(text, plan)}

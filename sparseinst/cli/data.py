@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,12 +16,12 @@ app = typer.Typer(no_args_is_help=True)
 @app.command()
 def shapes(
     output: Annotated[Path, typer.Option(help="A new folder.")],
-    train_images: Annotated[int, typer.Option("--train", min=1)] = 800,
-    val_images: Annotated[int, typer.Option("--val", min=1)] = 200,
-    side: Annotated[int, typer.Option(min=32, help="Side of the square images in pixels.")] = 128,
+    train_images: Annotated[int, typer.Option("--train", min=1)] = 16_000,
+    val_images: Annotated[int, typer.Option("--val", min=1)] = 2000,
+    side: Annotated[int, typer.Option(min=32, help="Side of the square images in pixels.")] = 256,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Write the embedded data set, in COCO format."""
+    """Write the embedded data set in COCO format."""
     from sparseinst.data.shapes import write_shapes
 
     write_shapes(output, train=train_images, val=val_images, side=side, seed=seed)
@@ -30,15 +30,15 @@ def shapes(
 
 @app.command()
 def collage(
-    cutouts: Annotated[Path, typer.Option(help="One folder a class, with transparent images in it.")],
-    backgrounds: Annotated[Path, typer.Option(help="Images to lay them on.")],
+    cutouts: Annotated[Path, typer.Option(help="A folder that holds one folder of transparent images for each class.")],
+    backgrounds: Annotated[Path, typer.Option(help="A folder of background images.")],
     output: Annotated[Path, typer.Option(help="A new folder.")],
     train_images: Annotated[int, typer.Option("--train", min=1)] = 2000,
     val_images: Annotated[int, typer.Option("--val", min=1)] = 300,
     side: Annotated[int, typer.Option(min=64, help="Side of the square images in pixels.")] = 256,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Compose scenes from cut-outs on backgrounds, in COCO format; train and val share neither."""
+    """Compose scenes from cut-outs on backgrounds, in COCO format. The two splits share no cut-out and no background."""
     from sparseinst.data.collage import write_collage
 
     found = write_collage(output, cutouts, backgrounds, train=train_images, val=val_images, side=side, seed=seed)
@@ -46,13 +46,35 @@ def collage(
 
 
 @app.command()
+def convert(
+    kind: Annotated[
+        Literal["masks"], typer.Argument(help="masks: one folder for each image, with one mask file for each instance.")
+    ],
+    source: Annotated[Path, typer.Argument(metavar="DIR")],
+    output: Annotated[Path, typer.Option(help="A new folder.")],
+    category: Annotated[str, typer.Option(help="The name of the only category.")] = "object",
+    val: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the images for the validation split.")] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed that chooses the validation images.")] = 0,
+) -> None:
+    """Convert annotations in another format to a COCO-format folder, and print what was left out."""
+    from sparseinst.data.convert import convert_masks
+
+    assert kind == "masks"
+    report = convert_masks(source, output, category=category, val=val, seed=seed)
+    for split, images in report.images.items():
+        print(f"{split}: {images} images with {report.instances[split]} instances")
+    for reason, count in report.left_out.most_common():
+        print(f"left out ({reason}): {count}; the first is {report.examples[reason]}")
+
+
+@app.command()
 def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
     override: Overrides = [],  # noqa: B006
-    read: Annotated[bool, typer.Option(help="Decode every image, not only look whether it is there.")] = True,
+    read: Annotated[bool, typer.Option(help="Decode every image, or only check that it exists.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Validate a COCO-format folder and say what is in it; exit code 2 where something is wrong."""
+    """Check a COCO-format folder and print what it holds. The exit code is 2 if there is a problem."""
     from sparseinst.data.check import check_folder, show
     from sparseinst.overrides import load_config, parse_override
 
@@ -69,21 +91,23 @@ def speed(
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
     workers: Annotated[
         list[int] | None,
-        typer.Option(min=0, help="Processes; repeat for more.  [default: 0, 1, 2, 4, ... its cores]"),
+        typer.Option(
+            min=0, help="Number of worker processes; repeat the option for more.  [default: 0, 1, 2, 4, ... number of cores]"
+        ),
     ] = None,
-    images: Annotated[int, typer.Option(min=8, help="How many are timed with each, at least.")] = 400,
+    images: Annotated[int, typer.Option(min=8, help="Smallest number of images to time for each number of workers.")] = 400,
     override: Overrides = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Training images a second that the loader decodes, augments and draws, by the number of workers.
+    """Print how many training images per second the loader decodes, augments and rasterises, for each number of workers.
 
-    A training that takes more images than that waits for its data: `data_seconds` of each step in its metrics.jsonl.
+    A training that needs more images per second waits for its data; `data_seconds` in its metrics.jsonl shows how long.
     """
     import json
 
-    from sparseinst.attempts import usable_cores
     from sparseinst.data.coco import train_split
     from sparseinst.data.speed import doubled, loading_speed
+    from sparseinst.machine import usable_cores
     from sparseinst.overrides import load_config, parse_override
 
     settings = load_config(overrides={**dict(map(parse_override, override)), "data.root": str(folder)})

@@ -1,4 +1,4 @@
-"""Commands to look at a model: predict, maps, failures, curves."""
+"""Commands that show what a model does: predict, maps, failures, curves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sparseinst.cli.mechanism import print_mechanism
 from sparseinst.cli.options import Device, Optimize, Overrides
 from sparseinst.errors import RunFailed, UserError
 
@@ -18,64 +19,96 @@ def predict(
     inputs: Annotated[list[Path], typer.Argument(metavar="IMAGE|DIR|VIDEO ...")],
     weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
     output: Annotated[Path, typer.Option(help="Folder for the overlays and predictions.json.")],
-    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Leave out instances below.")] = 0.4,
-    maps: Annotated[bool, typer.Option("--maps", help="Also draw each instance's activation map.")] = False,
+    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Leave out instances with a lower score.")] = 0.4,
+    maps: Annotated[bool, typer.Option("--maps", help="Also draw each instance's activation map (images only).")] = False,
     optimize: Optimize = None,
     device: Device = None,
 ) -> None:
-    """Segment images and videos: an overlay for each, and all instances as COCO JSON."""
-    from sparseinst.engine.predict import load_model
-    from sparseinst.engine.predict_files import find_images, predict_files
+    """Segment images and videos. Write an overlay for each, and all instances as COCO JSON."""
+    from sparseinst.inference.predict import load_model
+    from sparseinst.visualize.predict_files import find_images, predict_files
 
     files = find_images(inputs, videos=True)
     failed = predict_files(load_model(weights, device, optimize=optimize), files, output, score=score, maps=maps)
     done = len(files) - failed
     print(f"{done} file{'s' if done != 1 else ''}: overlays and predictions.json in {output}")
     if failed:
-        raise RunFailed(f"{failed} of {len(files)} files could not be read; see the warnings above")
+        raise RunFailed(f"{failed} of {len(files)} files could not be read; the warnings above say why")
 
 
 @app.command()
 def maps(
     weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
-    output: Annotated[Path, typer.Option(help="Folder for the sheets and the numbers.")],
-    data: Annotated[Path | None, typer.Option(help="A folder of images; default: the validation images of the run.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first images only.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the sheets and the metrics.")],
+    data: Annotated[
+        Path | None, typer.Option(help="A folder in COCO format or a folder of images; default: the validation data of the run.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first images, up to this number.")] = None,
+    sheets: Annotated[int, typer.Option(min=0, help="Draw each object's map for this many images.")] = 8,
     device: Device = None,
 ) -> None:
-    """Where each instance activation map responds, as the mean over a data set: 12 that differ most, and all (Figure 6)."""
-    from sparseinst.data.coco import val_split
-    from sparseinst.engine.activations import mean_responses, write_mean_maps
-    from sparseinst.engine.predict import load_model
-    from sparseinst.engine.predict_files import find_images
+    """Show where the activation maps respond, for each object and as a mean over a data set (the paper's Figures 4 and 6).
+
+    If the data are annotated, the training's matching assigns a map to each object. The map is drawn on the image with the shares
+    of its mass on the object, on other objects and on the border. These metrics are also computed over all images.
+    """
+    import json
+
+    from sparseinst.data.coco import CocoSplit, check_categories, val_split
+    from sparseinst.evaluation.evaluate import evaluate
+    from sparseinst.files import atomic
+    from sparseinst.inference.predict import load_model
+    from sparseinst.visualize.activations import mean_responses, write_mean_maps
+    from sparseinst.visualize.object_maps import write_object_maps
+    from sparseinst.visualize.predict_files import find_images
 
     model = load_model(weights, device)
-    files = find_images([data]) if data is not None else [image.path for image in val_split(model.config.data).images]
-    files = files[:limit]
+    settings = model.config
+    split: CocoSplit | None = None
+    if data is None or (data / settings.data.val_annotations).exists():
+        if data is not None:
+            settings = settings.replace({"data.root": str(data), "data.source": "coco"})
+        split = val_split(settings.data)
+        check_categories(split, model.categories, f"{weights}")
+        split = CocoSplit(split.file, split.categories, split.images[:limit])
+        files = [image.path for image in split.images]
+    else:
+        files = find_images([data])[:limit]
     for path in write_mean_maps(mean_responses(model, files), output):
         print(f"{path}: {len(files)} images")
+    if split is None:
+        print(f"{data} has no annotations, so there are no maps of single objects and no metrics")
+        return
+    for path in write_object_maps(model, split, output, sheets):
+        print(path)
+    evaluation = evaluate(model.model, split, settings, device=model.device)
+    with atomic(output / "mechanism.json") as temporary:
+        temporary.write_text(json.dumps({"images": evaluation.images, **evaluation.mechanism}, indent=1) + "\n", encoding="utf-8")
+    print_mechanism(evaluation.mechanism)
 
 
 @app.command()
 def failures(
     weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
     output: Annotated[Path, typer.Option(help="Folder for the sheets and failures.json.")],
-    data: Annotated[Path | None, typer.Option(help="A COCO-format folder; default: the one it was trained on.")] = None,
-    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Instances below are not looked at.")] = 0.4,
-    most: Annotated[int, typer.Option(min=1, help="Pictures a sheet.")] = 12,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder in COCO format; default: the data that the model was trained on.")
+    ] = None,
+    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Ignore instances with a lower score.")] = 0.4,
+    most: Annotated[int, typer.Option(min=1, help="The largest number of images in a sheet.")] = 12,
     override: Overrides = [],  # noqa: B006 (typer reads the default)
     device: Device = None,
 ) -> None:
-    """Where a model fails: the images of lowest AP, the objects it missed, by size, and those it invented."""
+    """Show where a model fails: the images with the lowest AP, the missed objects by size, and the false positives."""
     import json
 
     from sparseinst.data.coco import val_split
-    from sparseinst.engine.checkpoint import load_weights
-    from sparseinst.engine.device import pick_device
-    from sparseinst.engine.evaluate import evaluate_weights
-    from sparseinst.engine.failures import find_failures, write_failures
-    from sparseinst.engine.files import make_folder
+    from sparseinst.device import pick_device
+    from sparseinst.evaluation.evaluate import evaluate_weights
+    from sparseinst.files import make_folder
+    from sparseinst.inference.weights import load_weights
     from sparseinst.overrides import parse_override
+    from sparseinst.visualize.failures import find_failures, write_failures
 
     overrides = {} if data is None else {"data.root": str(data), "data.source": "coco"}
     overrides |= dict(map(parse_override, override))
@@ -90,15 +123,17 @@ def failures(
     for size, objects in found.objects.items():
         if objects:
             print(f"{size}: {found.found[size]} of {objects} objects found ({found.found[size] / objects:.0%})")
-    print(f"{len(found.invented)} instances of score {score:g} and above are none of the annotated objects")
+    print(f"{len(found.invented)} instances with a score of {score:g} or more match no annotated object")
 
 
 @app.command()
 def curves(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="The folders of runs, finished or under way.")],
-    output: Annotated[Path, typer.Option(help="The figure; written as PNG and SVG.")] = Path("curves.png"),
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="The folders of finished or running trainings.")],
+    output: Annotated[Path, typer.Option(help="The file of the figure, which is written as PNG and as SVG.")] = Path(
+        "curves.png"
+    ),
 ) -> None:
-    """Losses, learning rate, AP and the stability of matching over the course of trainings, one beside the other."""
+    """Plot losses, learning rate, AP and matching stability over the training, for several runs in one figure."""
     from sparseinst.report.curves import draw_curves, read_metrics
     from sparseinst.report.style import save
 

@@ -1,4 +1,4 @@
-"""Commands for one model outside any table: train, evaluate."""
+"""Commands for one model that belongs to no table: train, evaluate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sparseinst.ablation.store import RESULTS
+from sparseinst.cli.mechanism import print_mechanism
 from sparseinst.cli.options import Device, Json, Optimize, Overrides, ProfileName, Record, Results
 from sparseinst.errors import UserError
 
@@ -20,14 +21,14 @@ app = typer.Typer()
 @app.command()
 def train(
     output: Annotated[Path, typer.Option(help="The run's folder; the same command resumes a stopped run.")],
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON with any of the settings.")] = None,
-    preset: Annotated[str | None, typer.Option(help="paper (default) or release.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML or JSON file with any of the settings.")] = None,
+    preset: Annotated[str | None, typer.Option(help="The set of defaults: paper (default) or release.")] = None,
     model: Annotated[str | None, typer.Option(help="A model by name, such as r50-giam.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="A COCO-format folder; sets data.root, model.num_classes and, where needed, num_maps.")
+        Path | None, typer.Option(help="A COCO-format folder; sets data.root, model.num_classes and, if needed, num_maps.")
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Weights to start from, imported ones, say; their model is taken, with fresh classes.")
+        Path | None, typer.Option(help="Weights to start from, such as imported ones; sets their model, with a new class head.")
     ] = None,
     override: Overrides = [],  # noqa: B006 (typer reads the default)
     device: Device = None,
@@ -39,30 +40,30 @@ def train(
     if data is not None:
         overrides = {"data.root": str(data), "data.source": "coco", **overrides}
     if weights is not None:
-        overrides = {**_model_of(weights), "train.start": str(weights), **overrides}
+        overrides = {**_model_overrides(weights), "train.start": str(weights), **overrides}
     settings = load_config(config, preset=preset, model=model, overrides=overrides)
     if data is not None:
-        settings = settings.replace(_fitting(settings, overrides))
-    from sparseinst.engine.device import pick_device
-    from sparseinst.engine.evaluate import evaluate_run
-    from sparseinst.engine.train import train as run
+        settings = settings.replace(_data_overrides(settings, overrides))
+    from sparseinst.device import pick_device
+    from sparseinst.evaluation.evaluate import evaluate_run
+    from sparseinst.training.train import train as run
 
     chosen = pick_device(device)
     trained = run(settings, output, device=chosen)
-    _print_figures(evaluate_run(output, settings, device=chosen))
+    _print_metrics(evaluate_run(output, settings, device=chosen))
     print(f"weights: {trained}")
 
 
-def _model_of(weights: Path) -> dict[str, Any]:
-    """The model of a weights file, as overrides."""
-    from sparseinst.engine.checkpoint import load_weights
-    from sparseinst.overrides import flatten
+def _model_overrides(weights: Path) -> dict[str, Any]:
+    """Return the model settings of a weights file as overrides."""
+    from sparseinst.inference.weights import load_weights
+    from sparseinst.nested import flatten
 
     return flatten(load_weights(weights)[1].model.model_dump(mode="json"), "model.")
 
 
-def _fitting(settings: Config, overrides: dict[str, Any]) -> dict[str, Any]:
-    """What the data ask for and nobody has set: as many classes as the file has, as many maps as the fullest image needs."""
+def _data_overrides(settings: Config, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return overrides that fit the model to the data, where the user set none: the number of classes and enough maps."""
     from sparseinst.data.coco import train_split
 
     split = train_split(settings.data)
@@ -75,21 +76,25 @@ def _fitting(settings: Config, overrides: dict[str, Any]) -> dict[str, Any]:
     if most > maps and "model.decoder.iam.num_maps" not in overrides:
         wanted = -(-most // 50) * 50
         found["model.decoder.iam.num_maps"] = wanted
-        print(f"images hold up to {most} instances: model.decoder.iam.num_maps={wanted} in place of {maps}")
+        print(f"images hold up to {most} instances, so model.decoder.iam.num_maps is {wanted} instead of {maps}")
     if settings.train.start is not None:
-        print(f"starting from {settings.train.start}; the class head starts afresh")
+        print(f"training starts from {settings.train.start} with a new class head")
     return found
 
 
 @app.command()
 def evaluate(
     weights: Annotated[Path | None, typer.Option(help="A weights file, or the folder of a finished run.")] = None,
-    data: Annotated[Path | None, typer.Option(help="A COCO-format folder; default: the one it was trained on.")] = None,
-    predictions: Annotated[Path | None, typer.Option(help="Also write the instances, in COCO's result format.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A COCO-format folder; default: the data that the model was trained on.")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Also write the predicted instances to this file, in COCO's result format.")
+    ] = None,
     override: Overrides = [],  # noqa: B006
-    engine: Annotated[Literal["hotcoco", "pycocotools"], typer.Option(help="Who computes the figures.")] = "hotcoco",
+    engine: Annotated[Literal["hotcoco", "pycocotools"], typer.Option(help="The library that computes the metrics.")] = "hotcoco",
     peer: Annotated[
-        str | None, typer.Option(help="Another system in place of ours: mask-rcnn-r50-fpn, or detectron2:CONFIG.")
+        str | None, typer.Option(help="Evaluate another system instead of ours: mask-rcnn-r50-fpn, or detectron2:CONFIG.")
     ] = None,
     optimize: Optimize = None,
     record: Record = False,
@@ -98,8 +103,8 @@ def evaluate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """The twelve COCO mask figures of a model, or of a peer (whose published weights are fetched where --weights names none)."""
-    from sparseinst.engine.device import pick_device
+    """Print the twelve COCO mask metrics of a model or a peer. A peer uses its published weights unless --weights is given."""
+    from sparseinst.device import pick_device
     from sparseinst.overrides import parse_override
 
     overrides: dict[str, Any] = {} if data is None else {"data.root": str(data), "data.source": "coco"}
@@ -107,16 +112,16 @@ def evaluate(
     if peer is not None:
         found = _evaluate_peer(peer, weights, overrides, predictions, engine, device, (profile, results) if record else None)
     elif weights is None:
-        raise UserError("evaluate: --weights names what to evaluate, or --peer another system")
+        raise UserError("evaluate: give --weights to evaluate a model, or --peer to evaluate another system")
     elif record:
-        raise UserError("evaluate: --record is for peers; what `run` and `launch` do is recorded without it")
+        raise UserError("evaluate: --record is for peers only; `run` and `launch` record their results without it")
     else:
-        from sparseinst.engine.evaluate import evaluate_weights
+        from sparseinst.evaluation.evaluate import evaluate_weights
 
         found = evaluate_weights(
             weights, overrides, device=pick_device(device), predictions=predictions, engine=engine, optimize=optimize
         )
-    _print_figures(found, as_json)
+    _print_metrics(found, as_json)
 
 
 def _evaluate_peer(
@@ -129,13 +134,13 @@ def _evaluate_peer(
     keep: tuple[str, Path] | None,
 ) -> Any:
     from sparseinst.ablation.peers import keep_peer
-    from sparseinst.ablation.plan import device_name
     from sparseinst.ablation.store import Store
     from sparseinst.data.coco import val_split
-    from sparseinst.engine.device import pick_device
+    from sparseinst.device import pick_device
+    from sparseinst.files import file_digest
     from sparseinst.integrations.peers import SIDES, build_peer, evaluate_peer
+    from sparseinst.machine import device_name
     from sparseinst.overrides import load_config
-    from sparseinst.paths import file_digest
 
     sides = {"inference.short_side": SIDES[0], "inference.long_side": SIDES[1]}
     config = load_config(overrides={**sides, **overrides})
@@ -152,18 +157,19 @@ def _evaluate_peer(
     return found
 
 
-def _print_figures(result: Any, as_json: bool = False) -> None:
+def _print_metrics(result: Any, as_json: bool = False) -> None:
     import json
-    from dataclasses import asdict
 
     if as_json:
-        print(json.dumps(asdict(result)))
+        print(json.dumps(result.as_json()))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*result.figures, title=f"COCO mask figures over {result.images} images, in percent", min_width=60)
+    table = Table(*result.figures, title=f"COCO mask metrics over {result.images} images, in percent", min_width=60)
     table.add_row(*("-" if value is None else f"{value:.1f}" for value in result.figures.values()))
-    Console(width=max(Console().width, 100)).print(table)  # a narrow terminal wraps lines, not figures
+    Console(width=max(Console().width, 100)).print(table)  # on a narrow terminal, lines wrap but no value is cut
+    if result.mechanism:
+        print_mechanism(result.mechanism)
     if result.skipped:
         print(f"{len(result.skipped)} images were left out; see the warnings")

@@ -1,40 +1,44 @@
-"""Options that several commands share, and what they do with them."""
+"""Options that several commands share, and functions that use them."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparseinst.ablation.store import Store
 from sparseinst.ablation.study import read_profile, read_tables
+from sparseinst.config import OptimizeMode
 from sparseinst.errors import UserError
 
 if TYPE_CHECKING:
     from sparseinst.ablation.plan import Plan
 
 Overrides = Annotated[
-    list[str], typer.Option("-o", "--override", metavar="KEY=VALUE", help="A setting by its path; repeat for more.")
+    list[str],
+    typer.Option(
+        "-o", "--override", metavar="KEY=VALUE", help="Change a setting, given by its path; repeat the option for more."
+    ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
-_TABLES = "table1 ... table8, figure1, a spec, or all."
+_TABLES = "table1 ... table8, figure1, the path of a spec, or all."
 Tables = Annotated[list[str] | None, typer.Argument(metavar="[TABLE ...]", help=_TABLES)]
 TableNames = Annotated[list[str], typer.Argument(metavar="TABLE ...", help=_TABLES)]
 ProfileName = Annotated[str, typer.Option("--profile", help="The scale: a file in experiments/profiles, by name or path.")]
-Seeds = Annotated[int, typer.Option(min=1, max=10, help="Train every row with this many seeds, from 0 on.")]
-RowText = Annotated[str | None, typer.Option("--row", help="Only the rows whose name holds this text.")]
-Results = Annotated[Path, typer.Option(help="Where records, tables and figures are kept.")]
-OfCluster = Annotated[str | None, typer.Option("--cluster", help="Timings are those of this cluster's device.")]
+Seeds = Annotated[int, typer.Option(min=1, max=10, help="Train every row with this many seeds, starting at 0.")]
+RowText = Annotated[str | None, typer.Option("--row", help="Use only the rows whose name contains this text.")]
+Results = Annotated[Path, typer.Option(help="Folder of the records, tables and figures.")]
+TimingCluster = Annotated[str | None, typer.Option("--cluster", help="Use the timings of this cluster's device.")]
 Optimize = Annotated[
-    Literal["folded", "compiled", "graph", "best"] | None,
-    typer.Option(help="Make the model fast first; compiling takes from seconds (compiled) to minutes (best)."),
+    OptimizeMode | None,
+    typer.Option(help="Optimise the model first; compiling takes seconds (compiled) to minutes (best)."),
 ]
-Record = Annotated[bool, typer.Option("--record", help="Keep a peer's figures in the records, for the speed-accuracy plot.")]
-Budget = Annotated[float | None, typer.Option(help="Refuse to start where the rest of the plan costs more hours than this.")]
+Record = Annotated[bool, typer.Option("--record", help="Record a peer's metrics for the speed-accuracy plot.")]
+Budget = Annotated[float | None, typer.Option(help="Start nothing if the remaining runs cost more hours than this.")]
 
 
 def make_plan(
@@ -47,47 +51,49 @@ def make_plan(
     *,
     cluster: str | None = None,
 ) -> tuple[Plan, Store]:
-    """The plan that the options ask for, and the store it looks into. Raises `UserError`."""
+    """Return the plan that the options ask for, and its store of records. Raises `UserError`."""
     from sparseinst.ablation import plan
-    from sparseinst.ablation.cluster import read_cluster
+    from sparseinst.launch.cluster import read_cluster
 
-    there = read_cluster(cluster) if cluster is not None else None
-    if there is not None and not there.gpus:
+    target = read_cluster(cluster) if cluster is not None else None
+    if target is not None and not target.gpus:
         device = "cpu"
 
     store = Store(results)
-    made = plan.make_plan(
+    table_plan = plan.make_plan(
         read_tables(tables or []),
         read_profile(profile),
         store,
         seeds=range(seeds),
         row=row,
         device=device,
-        name=there.device if there is not None else None,
+        name=target.device if target is not None else None,
     )
-    return made, store
+    return table_plan, store
 
 
-def within_budget(plan: Plan, store: Store, budget: float | None) -> None:
-    """Raises `UserError` where what is left of the plan costs more."""
+def check_budget(plan: Plan, store: Store, budget: float | None) -> None:
+    """Raise `UserError` if the remaining runs of the plan cost more hours than the budget."""
     from sparseinst.ablation.plan import costs
 
     if budget is None:
         return
     cost = costs(plan, store)
     if not cost.hours:
-        raise UserError(f"profile {plan.profile.name!r} states no cost and nothing is recorded yet: --budget cannot be kept")
+        raise UserError(
+            f"profile {plan.profile.name!r} states no cost and nothing is recorded yet, so --budget cannot be checked"
+        )
     hours = cost.of(plan.to_do())
     if hours > budget:
         raise UserError(f"the plan costs about {hours:.1f} {cost.unit}, over the budget of {budget:g}: nothing was started")
 
 
-def tell_overruled(plan: Plan) -> None:
-    """Say it where a profile sets what rows set: their values have no effect then."""
+def warn_about_overruled_rows(plan: Plan) -> None:
+    """Print a warning for each setting that the profile sets over the rows, whose own values have no effect then."""
     from sparseinst.ablation.study import overruled
 
     for table in {planned.table.name: planned.table for planned in plan.rows}.values():
         for path, rows in overruled(table.spec, plan.profile).items():
             names = ", ".join(map(repr, rows))
-            text = f"{table.name}: profile {plan.profile.name} sets {path} itself, so what these rows set has no effect: {names}"
+            text = f"{table.name}: profile {plan.profile.name} sets {path}, so the values in these rows have no effect: {names}"
             print(text, file=sys.stderr)

@@ -14,18 +14,18 @@ from sparseinst.cli.options import (
     Budget,
     Device,
     Json,
-    OfCluster,
     ProfileName,
     Results,
     RowText,
     Seeds,
     TableNames,
     Tables,
+    TimingCluster,
+    check_budget,
     make_plan,
-    tell_overruled,
-    within_budget,
+    warn_about_overruled_rows,
 )
-from sparseinst.errors import RunFailed
+from sparseinst.errors import RunFailed, UserError
 
 app = typer.Typer()
 
@@ -40,20 +40,20 @@ def plan(
     device: Device = None,
     budget: Budget = None,
     as_json: Json = False,
-    cluster: OfCluster = None,
+    cluster: TimingCluster = None,
 ) -> None:
-    """What the tables need: rows, distinct runs, what is done, and what the rest costs."""
+    """Show what the tables need: rows, distinct runs, the runs that are done, and the cost of the others."""
     from sparseinst.ablation.plan import as_json as plan_json
     from sparseinst.ablation.plan import costs, show
 
-    made, store = make_plan(tables, profile, seeds, row, results, device, cluster=cluster)
-    cost = costs(made, store)
+    table_plan, store = make_plan(tables, profile, seeds, row, results, device, cluster=cluster)
+    cost = costs(table_plan, store)
     if as_json:
-        print(json.dumps(plan_json(made, cost)))
+        print(json.dumps(plan_json(table_plan, cost)))
     else:
-        show(made, cost)
-        tell_overruled(made)
-    within_budget(made, store, budget)
+        show(table_plan, cost)
+        warn_about_overruled_rows(table_plan)
+    check_budget(table_plan, store, budget)
 
 
 @app.command()
@@ -63,44 +63,44 @@ def run(
     seeds: Seeds = 1,
     row: RowText = None,
     results: Results = RESULTS,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the work; GPUs are taken by turns.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of processes that share the work; they use the GPUs in turn.")] = 1,
     budget: Budget = None,
-    pictures: Annotated[Path | None, typer.Option(help="Draw predictions of each row below this folder.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Draw predictions of each row in subfolders of this folder.")] = None,
     device: Device = None,
 ) -> None:
-    """Do, here and now, what the tables still need; what is done is not done again."""
-    from sparseinst.ablation.run import run_in_processes, run_plan
-    from sparseinst.ablation.work import draw
+    """Run on this machine what the tables still need. Runs that are done are not repeated."""
+    from sparseinst.launch.run import run_in_processes, run_plan
+    from sparseinst.launch.work import draw
 
-    made, store = make_plan(tables, profile, seeds, row, results, device)
-    tell_overruled(made)
-    within_budget(made, store, budget)
+    table_plan, store = make_plan(tables, profile, seeds, row, results, device)
+    warn_about_overruled_rows(table_plan)
+    check_budget(table_plan, store, budget)
     if jobs > 1:
-        from sparseinst.ablation.plan import gpu_names
-        from sparseinst.ablation.status import plan_status
+        from sparseinst.launch.status import plan_status
+        from sparseinst.machine import gpu_names
 
-        again = [*tables, "--profile", profile, "--seeds", str(seeds), "--results", str(results)]
-        again += ["--row", row] if row is not None else []
+        arguments = [*tables, "--profile", profile, "--seeds", str(seeds), "--results", str(results)]
+        arguments += ["--row", row] if row is not None else []
         devices: list[str | None] = [f"cuda:{index}" for index in range(len(gpu_names()))] or [None]
         failures = run_in_processes(
-            ["run", *again],
+            ["run", *arguments],
             jobs,
             [device] if device is not None else devices,
             lambda: plan_status(make_plan(tables, profile, seeds, row, results, device)[0]),
         )
         if failures:
-            raise RunFailed(f"{failures} of {jobs} processes failed; `sparseinst status` says why")
+            raise RunFailed(f"{failures} of {jobs} processes failed; `sparseinst status` shows why")
     else:
-        failed = run_plan(made, store, device=device)
+        failed = run_plan(table_plan, store, device=device)
         if failed:
-            raise RunFailed(f"{len(failed)} of {len(made.runs)} runs failed; `sparseinst status` says why")
+            raise RunFailed(f"{len(failed)} of {len(table_plan.runs)} runs failed; `sparseinst status` shows why")
     if pictures is not None:
-        for planned in made.rows:
+        for planned in table_plan.rows:
             if planned.seed == 0 and "train" in planned.keys:
                 key = planned.keys["train"]
-                draw(key, made.runs[key].config, pictures / planned.table.name / planned.row.name, device)
-    already = len(made.runs) - len(made.to_do())
-    print(f"{len(made.runs)} runs done" + (f", {already} of them before" if already else ""))
+                draw(key, table_plan.runs[key].config, pictures / planned.table.name / planned.row.name, device)
+    already = len(table_plan.runs) - len(table_plan.to_do())
+    print(f"{len(table_plan.runs)} runs done" + (f", {already} of them before this command" if already else ""))
     where = f" --results {results}" if results != RESULTS else ""
     print(f"to see the tables: sparseinst report {' '.join(tables)} --profile {profile}{where} --show")
 
@@ -113,20 +113,20 @@ def status(
     row: RowText = None,
     results: Results = RESULTS,
     device: Device = None,
-    watch: Annotated[bool, typer.Option(help="Keep it up to date; stop with Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option(help="Keep the list up to date until Ctrl-C.")] = False,
     scheduler: Annotated[bool, typer.Option("--scheduler", help="Also ask SLURM which jobs it has, at most every 30 s.")] = False,
     as_json: Json = False,
-    cluster: OfCluster = None,
+    cluster: TimingCluster = None,
 ) -> None:
-    """Every run: its state, progress and ETA, and why it failed. Told from files; no scheduler is needed."""
-    from sparseinst.ablation import status as states
-    from sparseinst.ablation.launch import JOBS
-    from sparseinst.ablation.submission import ask_queue
+    """Show each run's state, progress and ETA, and why it failed. The command reads files and needs no scheduler."""
+    from sparseinst.launch import status as states
+    from sparseinst.launch.submission import ask_queue
+    from sparseinst.paths import JOBS
 
     def look() -> list[states.Status]:
         queue = ask_queue(JOBS) if scheduler else None
-        made, _ = make_plan(tables, profile, seeds, row, results, device, cluster=cluster)
-        return states.plan_status(made, queue)
+        table_plan, _ = make_plan(tables, profile, seeds, row, results, device, cluster=cluster)
+        return states.plan_status(table_plan, queue)
 
     if as_json:
         print(json.dumps(states.as_json(look())))
@@ -138,23 +138,25 @@ def status(
 
 @app.command()
 def logs(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A key, its beginning, or a part of the row's name.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run's key, the beginning of its key, or a part of the row's name.")
+    ],
     profile: ProfileName = "coco",
     seeds: Seeds = 1,
     results: Results = RESULTS,
-    rank: Annotated[int | None, typer.Option(min=0, help="What this process of its job on a cluster said.")] = None,
-    follow: Annotated[bool, typer.Option(help="Go on as it grows; stop with Ctrl-C.")] = False,
-    cluster: OfCluster = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Print the log of this process of a cluster job.")] = None,
+    follow: Annotated[bool, typer.Option(help="Print new lines until Ctrl-C.")] = False,
+    cluster: TimingCluster = None,
 ) -> None:
-    """The log of a run."""
-    from sparseinst.ablation.status import find_log
-    from sparseinst.ablation.status import follow as lines_of
+    """Print the log of a run."""
+    from sparseinst.launch.status import find_log
+    from sparseinst.launch.status import follow as follow_lines
 
     path = find_log(run, make_plan(None, profile, seeds, None, results, None, cluster=cluster)[0], rank)
     if not follow:
         print(path.read_text(encoding="utf-8"), end="")
         return
-    for line in lines_of(path):
+    for line in follow_lines(path):
         sys.stdout.write(line)
         sys.stdout.flush()
 
@@ -165,18 +167,27 @@ def report(
     profile: ProfileName = "coco",
     results: Results = RESULTS,
     show: Annotated[bool, typer.Option(help="Also print the tables.")] = False,
-    html: Annotated[bool, typer.Option("--html", help="Also one page with all, results/PROFILE.html; needs no network.")] = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="Also write results/PROFILE.html, one page with all tables; it needs no network.")
+    ] = False,
+    fidelity: Annotated[bool, typer.Option(help="Only show how often this scale orders two rows as the paper does.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Tables and figures from the records, in results/; missing runs are visible gaps."""
-    from sparseinst.ablation.status import plan_status
+    """Write tables and plots from the records to results/. Missing runs appear as gaps."""
+    if fidelity:
+        _print_fidelity(tables or [], profile, results, as_json)
+        return
+    if as_json:
+        raise UserError("report: --json needs --fidelity")
+    from sparseinst.launch.status import plan_status
     from sparseinst.report.collect import read_results
     from sparseinst.report.pages import page_file, write_report
     from sparseinst.report.terminal import print_table
 
-    made, _ = make_plan(tables, profile, 1, None, results, None)
-    states = {found.run.key: found.state for found in plan_status(made)}
+    table_plan, _ = make_plan(tables, profile, 1, None, results, None)
+    states = {found.run.key: found.state for found in plan_status(table_plan)}
     collected = read_results(tables or [], profile, results, states)
-    # The page holds every table, also where fewer are written anew.
+    # The page holds every table, even if the command writes only some of them.
     named = [name for name in tables or [] if name != "all"]
     page = read_results(["all", *named], profile, results, states) if html else []
     changed = write_report(collected, results, page=page)
@@ -184,5 +195,21 @@ def report(
         for result in collected:
             print_table(result)
     if html:
-        print(f"the page: {page_file(results, made.profile.name)}")
-    print(f"{len(changed)} files changed in {results}" if changed else f"{results}: nothing new")
+        print(f"the page: {page_file(results, table_plan.profile.name)}")
+    print(f"{len(changed)} files changed in {results}" if changed else f"no file changed in {results}")
+
+
+def _print_fidelity(tables: list[str], profile: str, results: Path, as_json: bool) -> None:
+    from sparseinst.report import fidelity as order
+    from sparseinst.report.style import save
+
+    found = order.read_fidelity([name for name in tables if name != "all"], profile, results)
+    if as_json:
+        print(json.dumps(order.as_json(found)))
+        return
+    order.show(found)
+    figure = order.draw(found)
+    if figure is not None:
+        path = order.fidelity_file(results, found.profile)
+        save(figure, path)
+        print(f"the plot: {path.with_suffix('.png')}")

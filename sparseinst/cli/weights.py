@@ -1,4 +1,4 @@
-"""Commands for weights: import those of others, export ours."""
+"""Commands that import weights from elsewhere and export our weights."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ app = typer.Typer()
 @app.command("import-weights")
 def import_weights(
     released: Annotated[
-        Path, typer.Argument(help="A checkpoint of the authors' (.pth), or with --backbone detectron2's (.pkl).")
+        Path, typer.Argument(help="A checkpoint of the authors (.pth); with --backbone, one of detectron2 (.pkl).")
     ],
     output: Annotated[Path, typer.Option(help="The weights file to write (.safetensors).")],
     backbone: Annotated[
-        bool, typer.Option("--backbone", help="ImageNet weights of a ResNet, for model.backbone.weights.")
+        bool, typer.Option("--backbone", help="Import ImageNet weights of a ResNet for model.backbone.weights.")
     ] = False,
 ) -> None:
-    """A released model as a weights file of ours, which carries its config; refuses what does not fit whole."""
+    """Convert a released model to a weights file of this package, with its config. Every tensor must fit."""
     from sparseinst.integrations import released as released_models
 
     if backbone:
         from safetensors.torch import save_file
 
-        from sparseinst.paths import atomic
+        from sparseinst.files import atomic
 
         state, dropped = released_models.import_backbone(released)
         with atomic(output) as temporary:
@@ -34,14 +34,14 @@ def import_weights(
         print(f"{len(state)} tensors of a backbone; left out: {', '.join(dropped) or 'none'}")
         print(f"{output}: use it with -o model.backbone.weights={output}")
         return
-    from sparseinst.engine.checkpoint import save_weights
+    from sparseinst.inference.weights import save_weights
 
     found = released_models.import_released(released)
     save_weights(output, found.state, found.config, found.categories)
     for part in ("backbone", "encoder", "decoder"):
         pairs = [(theirs, ours) for theirs, ours in found.renamed.items() if ours.startswith(f"{part}.")]
-        print(f"{part}: {len(pairs)} tensors, such as {pairs[-1][0]} as {pairs[-1][1]}")
-    print(f"left out, without effect: {', '.join(found.dropped) or 'none'}")
+        print(f"{part}: {len(pairs)} tensors; for example, {pairs[-1][0]} is now {pairs[-1][1]}")
+    print(f"left out, because they have no effect: {', '.join(found.dropped) or 'none'}")
     print(f"{output}: {found.name}, {found.config.model.num_classes} classes")
 
 
@@ -49,16 +49,18 @@ def import_weights(
 def export(
     weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
     output: Annotated[Path, typer.Option(help="The file to write: model.onnx, or model.pt2 with --form torch.")],
-    form: Annotated[Literal["onnx", "torch"], typer.Option(help="ONNX, or torch.export's archive.")] = "onnx",
+    form: Annotated[Literal["onnx", "torch"], typer.Option(help="onnx, or torch for an archive of torch.export.")] = "onnx",
     normalised: Annotated[
-        bool, typer.Option("--normalised", help="The graph takes normalised images, not pixels of 0-255.")
+        bool, typer.Option("--normalised", help="Let the graph take normalised images instead of pixels of 0-255.")
     ] = False,
-    probabilities: Annotated[bool, typer.Option("--probabilities", help="Masks as probabilities, not booleans.")] = False,
-    half: Annotated[bool, typer.Option("--half", help="fp16 weights; scores and masks stay in fp32.")] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Return masks as probabilities instead of booleans.")
+    ] = False,
+    half: Annotated[bool, typer.Option("--half", help="Use fp16 weights; scores and masks stay fp32.")] = False,
 ) -> None:
-    """The whole inference as a graph that takes an image of any size and gives scores, labels and masks."""
-    from sparseinst.engine.checkpoint import load_weights
-    from sparseinst.integrations.export import export_model
+    """Export the whole inference as a graph that takes one image of any size and returns scores, labels and masks."""
+    from sparseinst.inference.export import export_model
+    from sparseinst.inference.weights import load_weights
 
     model, config, categories = load_weights(weights)
     export_model(model, config.inference, output, form=form, normalise=not normalised, probabilities=probabilities, half=half)

@@ -1,4 +1,4 @@
-"""`sparseinst data check`: is a COCO-format folder fit to train on, and what is in it? Imports no torch."""
+"""Check a COCO-format folder for problems, and count what it holds (`sparseinst data check`). Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,61 +15,61 @@ from sparseinst.data.coco import CocoSplit, ImageRecord, decode, read_image, tra
 from sparseinst.errors import DataError
 
 SMALL, MEDIUM = 32**2, 96**2
-"""COCO's bounds between small, medium and large objects, in pixels."""
+"""COCO's area limits between small, medium and large objects, in pixels."""
 DARK = 32
-"""Grey level of 255 below which whole data sets are not meant to be."""
+"""A split is reported if none of its pixels reaches this grey level (0 to 255)."""
 
 
 @dataclass
 class Report:
-    """What a split holds and what is wrong with it."""
+    """The counts of a split, and the problems that were found in it."""
 
     images: int = 0
     without_instances: int = 0
     instances: int = 0
     crowds: int = 0
     most_instances: int = 0
-    """In one image, crowds left out."""
+    """The largest number of instances in one image, without crowds."""
     over_100: int = 0
-    """Images with more instances than the 100 maps of the default model."""
+    """The number of images with more instances than the 100 maps of the default model."""
     sizes: dict[str, int] = field(default_factory=lambda: {"small": 0, "medium": 0, "large": 0})
-    """Instances that are small, medium, large."""
+    """The number of small, medium and large instances, without crowds."""
     categories: dict[str, int] = field(default_factory=dict)
-    """Instances by category name; zero for a category without any."""
+    """The number of instances of each category, by name; zero for a category without instances."""
     brightest: int | None = None
-    """Grey level of 0 to 255, of all pixels of the images that were read."""
+    """The highest grey level (0 to 255) in the images that were read; None if no image was read."""
     problems: list[str] = field(default_factory=list)
-    """One line each."""
+    """One line for each problem."""
 
 
 def check_split(split: CocoSplit, images: Iterable[ImageRecord], *, read_images: bool = True) -> Report:
-    """Go through a split: decode every mask and, unless told otherwise, every image.
+    """Decode every mask and, by default, every image of a split. Return the counts and the problems.
 
     Args:
-        images: those of the split, perhaps wrapped in a progress bar.
-        read_images: False only looks whether the files are there.
+        images: the split's images; a caller can wrap them in a progress bar.
+        read_images: False only checks that the image files exist.
     """
     report = Report(images=len(split.images))
     report.categories.update({category.name: 0 for category in split.categories})
-    report.problems += _entry_problems(split.file)
+    report.problems += _id_problems(split.file)
     for image in images:
         _check_image(image, read_images, report)
         _check_instances(image, split, report)
     if report.brightest is not None and report.brightest < DARK:
         report.problems.append(
-            f"{split.file}: no pixel of its images is brighter than {report.brightest} of 255: 12 bits in files of 16, say; "
-            "scale them to the files' whole range"
+            f"{split.file}: no pixel of its images is brighter than {report.brightest} of 255; "
+            "if 16-bit files hold 12-bit values, scale the values to 16 bits"
         )
     return report
 
 
-def _entry_problems(file: Path) -> list[str]:
-    """What COCO evaluation needs of an annotation, and training does not: an id of its own."""
+def _id_problems(file: Path) -> list[str]:
+    """Return the problems with annotation ids. COCO evaluation needs unique ids above 0; training does not."""
     annotations = json.loads(file.read_text(encoding="utf-8")).get("annotations", [])
     ids = Counter(entry["id"] for entry in annotations)
     problems = [f"{file}: annotation id {key} is used {n} times" for key, n in ids.items() if n > 1]
     if 0 in ids:
-        problems.append(f"{file}: annotation id 0 is never counted as found by COCO evaluation: count from 1")
+        problems.append(f"{file}: COCO evaluation never counts annotation id 0 as found; start the ids at 1")
     return problems
 
 
@@ -85,12 +85,12 @@ def _check_image(image: ImageRecord, read: bool, report: Report) -> None:
 
 
 def _check_instances(image: ImageRecord, split: CocoSplit, report: Report) -> None:
-    own = [annotation for annotation in image.annotations if not annotation.crowd]
-    report.crowds += len(image.annotations) - len(own)
-    report.instances += len(own)
-    report.without_instances += not own
-    report.most_instances = max(report.most_instances, len(own))
-    report.over_100 += len(own) > 100
+    instances = [annotation for annotation in image.annotations if not annotation.crowd]
+    report.crowds += len(image.annotations) - len(instances)
+    report.instances += len(instances)
+    report.without_instances += not instances
+    report.most_instances = max(report.most_instances, len(instances))
+    report.over_100 += len(instances) > 100
     for annotation in image.annotations:
         where = f"{split.file}: annotation {annotation.id} (image {image.path.name})"
         try:
@@ -99,14 +99,14 @@ def _check_instances(image: ImageRecord, split: CocoSplit, report: Report) -> No
             report.problems.append(f"{where}: segmentation: {error}")
             continue
         if not area:
-            report.problems.append(f"{where}: its mask has no pixel inside the image")
+            report.problems.append(f"{where}: the mask has no pixel inside the image")
         if not annotation.crowd:
             report.sizes["small" if area < SMALL else "medium" if area < MEDIUM else "large"] += 1
             report.categories[split.categories[annotation.label].name] += 1
 
 
 def check_folder(config: DataConfig, *, read_images: bool = True) -> dict[str, Report]:
-    """The reports of the training and the validation split, with a progress bar on a terminal. Raises `DataError`."""
+    """Check the training and validation splits and return their reports; a terminal shows a progress bar. Raises `DataError`."""
     from rich.console import Console
     from rich.progress import track
 
@@ -120,7 +120,7 @@ def check_folder(config: DataConfig, *, read_images: bool = True) -> dict[str, R
 
 
 def show(reports: dict[str, Report], *, as_json: bool = False) -> None:
-    """Print the reports: a table of what is there, then each problem in a line."""
+    """Print the reports: a table of the counts, then one line for each problem."""
     from rich.console import Console
     from rich.table import Table
 

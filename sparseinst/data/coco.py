@@ -1,4 +1,4 @@
-"""COCO-format folders: annotation files, images, masks. Imports no torch.
+"""Read folders in COCO's format: annotation files, images, masks. Imports no torch.
 
 K instances of one image, H W height and width in pixels.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +19,14 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sparseinst.config import DataConfig
 from sparseinst.errors import DataError, UserError
-from sparseinst.overrides import read_text
+from sparseinst.files import read_text
 
 Mask = NDArray[np.uint8]
 """(H, W), 0 or 1."""
 
 
 class Bounds(NamedTuple):
-    """In pixels; empty where `bottom` is `top`, or `right` is `left`."""
+    """A range of rows and columns in pixels. It is empty if `bottom` equals `top`, or `right` equals `left`."""
 
     top: int
     left: int
@@ -36,7 +37,7 @@ class Bounds(NamedTuple):
 @dataclass(frozen=True)
 class Category:
     id: int
-    """As in the file: any number, with gaps (COCO: 1 to 90)."""
+    """The number in the file. There may be gaps (COCO: 1 to 90)."""
     name: str
 
 
@@ -68,17 +69,21 @@ class CocoSplit:
     images: tuple[ImageRecord, ...]
 
     def with_instances(self) -> CocoSplit:
-        """The images that hold an instance that is no crowd: those that training uses."""
+        """Return the split with only the images that training uses: those with an instance that is no crowd."""
         kept = (image for image in self.images if any(not a.crowd for a in image.annotations))
         return CocoSplit(self.file, self.categories, tuple(kept))
 
     def instances_per_image(self) -> list[int]:
-        """How many each image holds, crowds left out."""
+        """Return the number of instances of each image without crowds."""
         return [sum(not annotation.crowd for annotation in image.annotations) for image in self.images]
 
 
 def check_categories(split: CocoSplit, categories: Sequence[Category], of: str) -> None:
-    """Raises `UserError` where a split has other categories, by name, than `of` has."""
+    """Check that a split has the categories, by name, of the thing that `of` names.
+
+    Raises:
+        UserError: the categories differ.
+    """
     ours, theirs = category_names(categories), category_names(split.categories)
     if ours != theirs:
         differing = next((pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]), ("none", "none"))
@@ -89,37 +94,63 @@ def check_categories(split: CocoSplit, categories: Sequence[Category], of: str) 
 
 
 def train_split(config: DataConfig) -> CocoSplit:
-    root = prepared_root(config)
-    return read_split(root / config.train_annotations, root / config.train_images, config.train_limit)
+    """Read the training images of a config. Raises `DataError`, as `read_split` does."""
+    return read_split(train_annotations(config), _prepared_root(config) / config.train_images, config.train_limit)
 
 
 def val_split(config: DataConfig) -> CocoSplit:
-    root = prepared_root(config)
-    return read_split(root / config.val_annotations, root / config.val_images, config.val_limit)
+    """Read the validation images of a config. Raises `DataError`, as `read_split` does."""
+    return read_split(val_annotations(config), _prepared_root(config) / config.val_images, config.val_limit)
 
 
-def prepared_root(config: DataConfig) -> Path:
-    """The data folder; the embedded set is written there when it is missing."""
+def train_annotations(config: DataConfig) -> Path:
+    """Return the annotation file of the training images."""
+    return _prepared_root(config) / config.train_annotations
+
+
+def val_annotations(config: DataConfig) -> Path:
+    """Return the annotation file of the validation images."""
+    return _prepared_root(config) / config.val_annotations
+
+
+def _prepared_root(config: DataConfig) -> Path:
+    """Return the data folder. The embedded set is written there if it is missing."""
     root = Path(config.root)
     if config.source == "shapes":
         from sparseinst.data.shapes import ensure_shapes
 
-        ensure_shapes(root)
+        ensure_shapes(root, config.shapes)
     return root
 
 
 def read_split(file: Path, images: Path, limit: int | None = None) -> CocoSplit:
-    """Read and check an annotation file.
+    """Read and check an annotation file. A process reads it once, unless it changes.
 
     Args:
         file: the JSON file.
-        images: the folder its `file_name`s are relative to.
-        limit: keep the first images only.
+        images: the folder that its `file_name`s are relative to.
+        limit: keep only so many images, from the first on.
 
     Raises:
-        DataError: no such file or folder, broken JSON (with line and column), or an entry that lacks something or refers to
-            something that is not there; the message names file and entry.
+        DataError: the file or folder does not exist, the JSON is broken (with line and column), or an entry lacks something or
+            refers to something that does not exist; the message names file and entry.
     """
+    split = _read_whole(file, images, state_of_file(file))
+    return replace(split, images=split.images[:limit])
+
+
+def state_of_file(file: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written again: its time, size and number on the disk; () if it does not exist."""
+    try:
+        state = file.stat()
+    except OSError:
+        return ()
+    return state.st_mtime_ns, state.st_size, state.st_ino
+
+
+@lru_cache(maxsize=2)
+def _read_whole(file: Path, images: Path, _state: tuple[int, ...]) -> CocoSplit:
+    """Return all images of an annotation file. A training and a validation file stay in memory."""
     data = _read_json(file)
     if not images.is_dir():
         raise DataError(f"{images}: no such folder of images")
@@ -140,7 +171,7 @@ def read_split(file: Path, images: Path, limit: int | None = None) -> CocoSplit:
         except (KeyError, TypeError) as error:
             name = entry.get("id", "without id") if isinstance(entry, dict) else "no object"
             raise DataError(f"{file}: annotation {index} (id {name}): {_annotation_reason(entry, error)}") from None
-    return CocoSplit(file, categories, tuple(list(records.values())[:limit]))
+    return CocoSplit(file, categories, tuple(records.values()))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -178,10 +209,10 @@ def _annotation_reason(entry: Any, error: Exception) -> str:
 
 
 def decode(segmentation: Any, height: int, width: int) -> Mask:
-    """Polygons or run lengths to a mask of (height, width), column after column in memory.
+    """Return the mask (height, width) of polygons or run lengths, stored column by column.
 
     Raises:
-        ValueError: neither, or of another size.
+        ValueError: the segmentation is neither, or has another size.
     """
     from hotcoco import mask
 
@@ -189,7 +220,7 @@ def decode(segmentation: Any, height: int, width: int) -> Mask:
 
 
 def decode_with_bounds(segmentation: Any, height: int, width: int) -> tuple[Mask, Bounds]:
-    """The same, and where in it the instance lies; the bounds may be too wide, never too narrow. Raises `ValueError`."""
+    """Return the mask and bounds that contain the instance. They may be too wide, but never too narrow. Raises `ValueError`."""
     from hotcoco import mask
 
     runs = _runs(segmentation, height, width)
@@ -210,8 +241,19 @@ def _runs(segmentation: Any, height: int, width: int) -> Any:
     return mask.merge(mask.fr_py_objects(polygons, height, width))
 
 
+def overlaps(results: Sequence[dict[str, Any]], segmentations: Sequence[Any], height: int, width: int) -> NDArray[np.float64]:
+    """Return the IoU (P, K) of P results of `encode` with K segmentations of an image. Raises `ValueError`, as `decode` does."""
+    from hotcoco import mask
+
+    if not results or not segmentations:
+        return np.zeros((len(results), len(segmentations)))
+    truth: Any = [_runs(segmentation, height, width) for segmentation in segmentations]
+    found: Any = [{**run, "counts": run["counts"].encode("ascii")} for run in results]
+    return np.asarray(mask.iou(found, truth, [False] * len(truth)), dtype=np.float64).reshape(len(results), len(segmentations))
+
+
 def encode(masks: NDArray[np.bool_] | Mask) -> list[dict[str, Any]]:
-    """(K, H, W) masks to K run lengths with `counts` as text, ready for JSON; fastest where they lie by column in memory."""
+    """Return masks (K, H, W) as K run lengths with `counts` as text. This is fastest for masks stored column by column."""
     from hotcoco import mask
 
     if not len(masks):
@@ -222,14 +264,14 @@ def encode(masks: NDArray[np.bool_] | Mask) -> list[dict[str, Any]]:
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
-    """A file as RGB, upright: grey, 16-bit, CMYK, palette and transparent images are converted, EXIF rotation is applied.
+    """Read a file as an upright RGB image. Grey, 16-bit, CMYK, palette and transparent images are converted.
 
     Args:
-        size: the (height, width) its annotations were made for. Of the stored and the rotated image the one that has it is
-            taken; None takes the rotated one.
+        size: the (height, width) for which its annotations were made. The image is rotated as its EXIF data says, unless only the
+            stored image has this size.
 
     Raises:
-        DataError: missing, truncated, no image, or of another size; the message names the file.
+        DataError: the file is missing, truncated, not an image, or has another size; the message names the file.
     """
     try:
         with warnings.catch_warnings():
@@ -253,11 +295,12 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits a pixel, which Pillow would clip at 255
         values = np.asarray(image, dtype=np.float64)
-        # 16 bits are 16 bits, whatever an image happens to hold: its neighbour must be read alike.
+        # The scale of a 16-bit image does not depend on its values, so that all images of a folder are read alike.
         scale = 255 / 65535 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1.0
         image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def category_names(categories: Sequence[Category]) -> list[str]:
+    """Return the names of the categories in their order."""
     return [category.name for category in categories]

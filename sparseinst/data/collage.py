@@ -1,6 +1,6 @@
-"""Scenes composed from cut-outs on backgrounds, in COCO format: more lifelike than shapes, with exact masks. Imports no torch.
+"""Compose scenes from cut-outs on backgrounds and write them in COCO format. Imports no torch.
 
-No cut-out and no background of the training split occurs in the validation split.
+The scenes are more lifelike than the embedded shapes, and their masks are exact. The splits share no cut-out and no background.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _log = logging.getLogger(__name__)
 
 DESCRIPTION = "sparseinst collage"
 SUFFIXES = (".png", ".webp", ".tif", ".tiff", ".gif")
-"""Of images that can be transparent."""
+"""The file types that can hold transparent images."""
 BACKGROUND_SUFFIXES = (".jpg", ".jpeg", *SUFFIXES)
 
-_OPAQUE = 127  # alpha above it belongs to the object
-_MIN_SIDE, _MIN_PIXELS = 24, 300  # of a usable cut-out
-_MAX_FILLED = 0.97  # a picture that fills its whole frame was not cut out
+_ALPHA_THRESHOLD = 127  # a pixel with a higher alpha value belongs to the object
+_MIN_SIDE, _MIN_PIXELS = 24, 300  # in pixels: the smallest side and area of a usable cut-out
+_MAX_FILLED = 0.97  # fraction of the image; an object that fills more was not cut out
 _VAL_SHARE = 0.2
-_MIN_EXTENT, _MAX_EXTENT = 0.2, 0.75  # fractions of the side
+_MIN_EXTENT, _MAX_EXTENT = 0.2, 0.75  # an object's size, as fractions of the scene's side
 _MAX_ANGLE = 25.0  # degrees
-_MAX_OBJECTS, _TRIES = 6, 20
+_MAX_OBJECTS, _TRIES = 6, 20  # objects in a scene; attempts to place one object
 
 Cutouts = dict[str, list[Path]]
 
@@ -39,80 +39,77 @@ Cutouts = dict[str, list[Path]]
 def write_collage(
     root: Path, cutouts: Path, backgrounds: Path, *, train: int = 2000, val: int = 300, side: int = 256, seed: int = 0
 ) -> dict[str, int]:
-    """Compose a data set; `root` must be new or empty, and appears with all its images or not at all.
+    """Write a data set of composed scenes to `root`, a new or empty folder. Return the number of usable cut-outs of each class.
+
+    All of the data set appears at once; if writing fails, nothing appears.
 
     Args:
-        cutouts: one folder a class, with transparent images in it or below it.
-        backgrounds: images, in the folder or below it.
-        side: of the square images, in pixels.
-
-    Returns:
-        Cut-outs that were usable, by class.
+        cutouts: holds one folder for each class, with transparent images in it or in its subfolders.
+        backgrounds: holds images, in the folder or in its subfolders.
+        side: height and width of the scenes, in pixels.
 
     Raises:
-        UserError: too few usable files, something else at `root`, or it cannot be written.
-        DataError: a background that cannot be read.
+        UserError: there are too few usable files, `root` is in use or cannot be written, or a number is out of range.
+        DataError: a background cannot be read.
     """
     if min(train, val) < 1 or side < 64 or seed < 0:
-        raise UserError(f"collage: train={train}, val={val} (at least 1), side={side} (64), seed={seed} (0)")
-    found = find_cutouts(cutouts)
-    scenery = find_backgrounds(backgrounds)
+        raise UserError(f"collage: train={train}, val={val}, side={side}, seed={seed}: these must be at least 1, 1, 64 and 0")
+    classes = find_cutouts(cutouts)
+    background_files = find_backgrounds(backgrounds)
     rng = Generator(PCG64(SeedSequence(seed)))
-    parts: list[tuple[Cutouts, list[Path]]] = [({}, []), ({}, [])]
-    for name, files in found.items():
+    parts: list[tuple[Cutouts, list[Path]]] = [({}, []), ({}, [])]  # cut-outs and backgrounds of train and of val
+    for name, files in classes.items():
         for part, chosen in zip(parts, _split(files, rng), strict=True):
             part[0][name] = chosen
-    for part, chosen in zip(parts, _split(scenery, rng), strict=True):
+    for part, chosen in zip(parts, _split(background_files, rng), strict=True):
         part[1].extend(chosen)
-    categories = [{"id": number, "name": name, "supercategory": "cut-out"} for number, name in enumerate(found, start=1)]
+    categories = [{"id": number, "name": name, "supercategory": "cut-out"} for number, name in enumerate(classes, start=1)]
     info = {"description": DESCRIPTION, "seed": seed, "side": side}
     licence = ("that of the cut-outs and backgrounds", "")
 
-    def write(made: Path) -> None:
+    def write(new_root: Path) -> None:
         for index, (split, number, part) in enumerate(zip(SPLITS, (train, val), parts, strict=True)):
             streams = (Generator(PCG64(SeedSequence((seed, index, image)))) for image in range(number))
-            write_split(made, split, (_scene(stream, *part, side) for stream in streams), categories, info, licence)
+            write_split(new_root, split, (_scene(stream, *part, side) for stream in streams), categories, info, licence)
 
     write_new(root, write, "a collage", lambda _: False)
-    return {name: len(files) for name, files in found.items()}
+    return {name: len(files) for name, files in classes.items()}
 
 
 def find_cutouts(folder: Path) -> Cutouts:
-    """Usable cut-outs by class, both in order; what cannot be used is counted in a warning.
+    """Return the usable cut-outs of each class; classes and files are sorted. A warning counts the unusable images.
 
     Raises:
-        UserError: not one class has two, which is the least for a training and a validation split.
+        UserError: no class has two usable cut-outs, one for each split.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found: Cutouts = {}
+    classes: Cutouts = {}
     unusable = 0
-    for each in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = [file for file in sorted(each.rglob("*")) if file.suffix.lower() in SUFFIXES]
+    for class_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = [file for file in sorted(class_folder.rglob("*")) if file.suffix.lower() in SUFFIXES]
         usable = [file for file in files if _is_cutout(file)]
         unusable += len(files) - len(usable)
         if len(usable) >= 2:
-            found[each.name] = usable
+            classes[class_folder.name] = usable
         elif files:
-            _log.warning("%s: %d usable cut-outs, two are needed: the class is left out", each, len(usable))
+            _log.warning("%s: left out, because the class has %d usable cut-outs and needs two", class_folder, len(usable))
     if unusable:
-        _log.warning(
-            "%s: %d images are no cut-outs (unreadable, tiny, or opaque to their edges) and were left out", folder, unusable
-        )
-    if not found:
+        _log.warning("%s: left out %d images that are unreadable, too small, or opaque up to their edges", folder, unusable)
+    if not classes:
         raise UserError(
-            f"{folder}: no class has two usable cut-outs; one folder a class is needed, with transparent images in it"
+            f"{folder}: no class has two usable cut-outs; make one folder for each class, with transparent images in it"
         )
-    return found
+    return classes
 
 
 def find_backgrounds(folder: Path) -> list[Path]:
-    """Images in order. Raises `UserError` where there are not two."""
+    """Return the images in a folder and its subfolders, sorted. Raises `UserError` if there are fewer than two."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in BACKGROUND_SUFFIXES]
     if len(files) < 2:
-        raise UserError(f"{folder}: {len(files)} images found, two backgrounds are needed at least")
+        raise UserError(f"{folder}: {len(files)} images found, but at least two backgrounds are needed")
     return files
 
 
@@ -121,7 +118,7 @@ def _is_cutout(file: Path) -> bool:
         with Image.open(file) as image:
             if min(image.size) < _MIN_SIDE or not (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
                 return False
-            mask = np.asarray(image.convert("RGBA").getchannel("A")) > _OPAQUE
+            mask = np.asarray(image.convert("RGBA").getchannel("A")) > _ALPHA_THRESHOLD
     except (OSError, UnidentifiedImageError, ValueError) as error:
         _log.warning("%s: cannot be read (%s)", file, error)
         return False
@@ -129,7 +126,7 @@ def _is_cutout(file: Path) -> bool:
 
 
 def _split(files: Sequence[Path], rng: Generator) -> tuple[list[Path], list[Path]]:
-    """Training and validation: no file in both, at least one in each."""
+    """Return the files of the training split and of the validation split. Each split has at least one file."""
     order = [files[index] for index in rng.permutation(len(files))]
     number = min(len(files) - 1, max(1, round(_VAL_SHARE * len(files))))
     return order[number:], order[:number]
@@ -146,7 +143,7 @@ def _scene(rng: Generator, cutouts: Cutouts, backgrounds: list[Path], side: int)
         file = files[rng.integers(len(files))]
         for _ in range(_TRIES):
             colours, alpha = _cutout(rng, file, side)
-            mask: Mask = alpha > _OPAQUE / 255
+            mask: Mask = alpha > _ALPHA_THRESHOLD / 255
             item, part = place(rng, mask, (side, side), number + 1)
             if leaves_enough(item, objects, owner):
                 weight = alpha[part][..., None]
@@ -159,7 +156,7 @@ def _scene(rng: Generator, cutouts: Cutouts, backgrounds: list[Path], side: int)
 
 
 def _background(rng: Generator, file: Path, side: int) -> NDArray[np.float64]:
-    """A random square of the image, (side, side, 3)."""
+    """Return a random square of the image as (side, side, 3), with random flip and brightness."""
     try:
         with Image.open(file) as opened:
             image = opened.convert("RGB")
@@ -174,7 +171,7 @@ def _background(rng: Generator, file: Path, side: int) -> NDArray[np.float64]:
 
 
 def _cutout(rng: Generator, file: Path, side: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A cut-out at a random size, turn and flip: colours (h, w, 3) and alpha (h, w) in [0, 1], cut to its object."""
+    """Return the object of a cut-out at random size, rotation and flip: colours (h, w, 3), and alpha (h, w) in [0, 1]."""
     with Image.open(file) as opened:
         image: Any = opened.convert("RGBA")
     image = image.crop(image.getchannel("A").getbbox())

@@ -1,4 +1,4 @@
-"""Images and instances as batches, in an order that can be resumed exactly.
+"""Load images and instances in batches, in an order that can be resumed exactly.
 
 B images of a batch, K instances of one image, H W height and width in pixels.
 """
@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sparseinst.config import SIZE_DIVISOR, DataConfig, InferenceConfig, TrainConfig
-from sparseinst.data.coco import CocoSplit, ImageRecord, read_image
-from sparseinst.data.transforms import Sample, as_segment, augment, rasterise, resize_image, short_side_size
+from sparseinst.config import DataConfig, InferenceConfig, OptimizerConfig
+from sparseinst.data.coco import CocoSplit, ImageRecord, Mask, read_image
+from sparseinst.data.network_input import at_test_size, pad
+from sparseinst.data.transforms import Polygon, Sample, as_segment, augment, rasterise
 from sparseinst.errors import DataError
 
 PREFETCH = 4
-"""Batches under way for each worker."""
+"""The number of batches that each worker prepares in advance."""
 
 
 class Draw(NamedTuple):
@@ -31,7 +33,8 @@ class Draw(NamedTuple):
     image: int
     """Index of the image."""
     number: int
-    """How many images were drawn before, in all epochs; seeds the augmentation, whichever worker or process does it."""
+    """The number of images that were drawn before, in all epochs. It seeds the augmentation, so that this does not depend on the
+    worker or the process."""
 
 
 class Example(NamedTuple):
@@ -40,46 +43,50 @@ class Example(NamedTuple):
     labels: Tensor
     """(K,) int64."""
     masks: Tensor
-    """(K, H, W) uint8, 0 or 1; of a `TrainSet` with a stride, in quarters, see `rasterise`."""
+    """(K, ceil(H / mask_stride), ceil(W / mask_stride)) uint8: 0 or 1 for a stride of 1, else in quarters, see `rasterise`."""
     record: ImageRecord
     skipped: tuple[str, ...]
-    """Why images before this one were left out."""
+    """The reasons why images before this one were left out."""
+    mask_stride: int = 1
 
 
 class Batch(NamedTuple):
     images: Tensor
-    """(B, 3, H, W) uint8 RGB, padded at the right and bottom to the largest image and a multiple of 32."""
+    """(B, 3, H, W) uint8 RGB, padded at the right and bottom to the largest image's sides and to a multiple of 32."""
     sizes: list[tuple[int, int]]
     """Height and width of each image without the padding."""
     labels: list[Tensor]
+    """The labels (K,) int64 of each image."""
     masks: list[Tensor]
-    """Of each image (K, h, w) uint8, without the padding; with a stride, in quarters, see `rasterise`."""
+    """The masks of each image without the padding, see `Example`."""
     records: list[ImageRecord]
     skipped: list[str]
+    mask_stride: int = 1
+    """The factor by which the masks are smaller than the images."""
 
     @property
     def padded(self) -> tuple[int, int]:
         return self.images.shape[-2], self.images.shape[-1]
 
     def padded_to(self, size: tuple[int, int]) -> Batch:
-        """The same, padded further at the right and bottom."""
+        """Return the batch with more padding at the right and bottom."""
         (height, width), (old_height, old_width) = size, self.padded
         return self._replace(images=F.pad(self.images, (0, width - old_width, 0, height - old_height)))
 
 
 class TrainSet(Dataset[Example]):
-    """Augmented training images; crowds are left out. Indexed by `Draw`.
+    """Augmented training images without crowds, indexed by `Draw`.
 
     Args:
-        stride: of the masks that the model predicts, where it is even: masks then come at that size, and need no more than be
-            moved. 1 for masks of the image's size.
+        mask_stride: the masks are downsampled by this factor: the even stride of the masks that the model predicts, or 1 to keep
+            the image's size.
     """
 
-    def __init__(self, split: CocoSplit, config: DataConfig, seed: int, stride: int = 1) -> None:
+    def __init__(self, split: CocoSplit, config: DataConfig, seed: int, mask_stride: int = 1) -> None:
         self.split = split.with_instances()
         self.config = config
         self.seed = seed
-        self.stride = stride
+        self.mask_stride = mask_stride
         if not self.split.images:
             raise DataError(f"{split.file}: no image holds an instance to train on")
 
@@ -98,14 +105,18 @@ class TrainSet(Dataset[Example]):
                     raise DataError(f"{error}; data.on_bad_image=skip leaves such images out") from None
                 skipped.append(str(error))
                 continue
-            labels, masks = rasterise(sample, self.stride)
+            labels, masks = rasterise(sample, self.mask_stride)
             image = torch.from_numpy(sample.image).permute(2, 0, 1)
-            return Example(image, torch.from_numpy(labels), torch.from_numpy(masks), record, tuple(skipped))
+            return Example(image, torch.from_numpy(labels), torch.from_numpy(masks), record, tuple(skipped), self.mask_stride)
         raise DataError(f"{self.split.file}: not one of its {len(self)} images can be read, the first: {skipped[0]}")
 
 
 class EvalSet(Dataset[Example]):
-    """Images at their test size, without instances; of `parts` shares that together hold every image once, one."""
+    """Images at their test size, without instances.
+
+    Args:
+        part: which of the `parts` shares this is. The shares together hold every image once.
+    """
 
     def __init__(
         self, split: CocoSplit, config: DataConfig, inference: InferenceConfig, *, part: int = 0, parts: int = 1
@@ -127,14 +138,19 @@ class EvalSet(Dataset[Example]):
                 raise DataError(f"{error}; data.on_bad_image=skip leaves such images out") from None
             nothing = torch.zeros((3, 1, 1), dtype=torch.uint8)
             return Example(nothing, labels, nothing[:0], record, (str(error),))
-        size = short_side_size(image.height, image.width, *self.inference.sides())
-        pixels = torch.from_numpy(np.array(resize_image(image, size))).permute(2, 0, 1)
-        return Example(pixels, labels, torch.zeros((0, *size), dtype=torch.uint8), record, ())
+        pixels = at_test_size(image, self.inference)
+        return Example(pixels, labels, torch.zeros((0, *pixels.shape[1:]), dtype=torch.uint8), record, ())
 
 
 def read_sample(record: ImageRecord, split: CocoSplit) -> Sample:
-    """An image with its instances, crowds left out. Raises `DataError`."""
+    """Read an image and its instances without crowds. Raises `DataError`."""
     image = read_image(record.path, (record.height, record.width))
+    segments, labels = read_segments(record, split)
+    return Sample(np.array(image), segments, labels)
+
+
+def read_segments(record: ImageRecord, split: CocoSplit) -> tuple[list[list[Polygon] | Mask], NDArray[np.int64]]:
+    """Return an image's instances and their labels (K,), without crowds. Raises `DataError`."""
     annotations = [annotation for annotation in record.annotations if not annotation.crowd]
     segments = []
     for annotation in annotations:
@@ -142,46 +158,52 @@ def read_sample(record: ImageRecord, split: CocoSplit) -> Sample:
             segments.append(as_segment(annotation.segmentation, record.height, record.width))
         except (ValueError, TypeError) as error:
             raise DataError(f"{split.file}: annotation {annotation.id}: segmentation: {error}") from None
-    return Sample(np.array(image), segments, np.array([a.label for a in annotations], dtype=np.int64))
+    return segments, np.array([a.label for a in annotations], dtype=np.int64)
 
 
 class BatchOrder(Sampler[list[Draw]]):
-    """The parts of batches that one process takes, from optimiser step `start` on.
+    """The parts of batches that one process uses, from optimiser step `start` on.
 
-    Each epoch is shuffled anew; images are gathered with those of like orientation, so that little is padded. The order
-    depends on the seed and the batch alone: not on the workers, and not on the number of processes. A batch is cut into as many
-    parts as there are processes x accumulated passes, the same parts whoever takes them.
+    Each epoch is shuffled anew. A batch holds wide images only or tall images only, so that little is padded. The order depends
+    only on the seed and the batch size, not on the number of workers or processes.
+
+    Args:
+        parts: the number of parts into which each batch is split, whichever process uses them.
+
+    Raises:
+        DataError: a batch cannot be split into so many parts, or these cannot be divided among the processes.
     """
 
     def __init__(
         self,
         split: CocoSplit,
-        config: TrainConfig,
+        config: OptimizerConfig,
         *,
         start: int = 0,
-        accumulate: int | None = None,
+        parts: int = 1,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.wide = [image.width > image.height for image in split.images]
         self.config = config
         self.start, self.rank = start, rank
-        self.accumulate = accumulate or config.accumulate
-        self.parts = world_size * self.accumulate
-        if config.batch_size % self.parts:
+        self.parts = parts
+        self.passes = parts // world_size
+        """The number of parts that each process computes in one optimiser step."""
+        if parts % world_size or config.batch_size % parts:
             raise DataError(
-                f"train.batch_size={config.batch_size} cannot be shared by {world_size} processes x "
-                f"{self.accumulate} accumulated parts"
+                f"a batch of {config.batch_size} images cannot be split into {parts} parts "
+                f"that {world_size} processes share equally"
             )
 
     def __len__(self) -> int:
-        return (self.config.iterations - self.start) * self.accumulate
+        return (self.config.iterations - self.start) * self.passes
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for step, batch in zip(range(self.config.iterations), self._batches(), strict=False):
             if step < self.start:
                 continue
-            for part in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
+            for part in range(self.rank * self.passes, (self.rank + 1) * self.passes):
                 yield batch[part :: self.parts]
 
     def _batches(self) -> Iterator[list[Draw]]:
@@ -199,19 +221,19 @@ class BatchOrder(Sampler[list[Draw]]):
 
 
 class Loader:
-    """A `DataLoader` whose workers hand over what went wrong instead of raising it: `DataError` arrives as it is.
+    """A `DataLoader` whose workers return their errors as values; the loader then raises them in the main process.
 
-    What torch raises anew keeps its iterator alive, and with it the workers, which are deaf (see `_settle`): the process would
-    never end.
+    An error that torch itself raises again keeps its iterator alive, and with it the workers, which ignore signals (see
+    `_start_worker`). The process would then never end.
     """
 
     def __init__(self, dataset: Dataset[Example], workers: int, pin_memory: bool, **kwargs: Any) -> None:
         self._loader: DataLoader[Any] = DataLoader(
-            _Handing(dataset),
-            collate_fn=_collate_or_hand,
+            _ErrorReturningSet(dataset),
+            collate_fn=_collate_or_return_error,
             num_workers=workers,
             pin_memory=pin_memory,
-            worker_init_fn=_settle,
+            worker_init_fn=_start_worker,
             prefetch_factor=PREFETCH if workers else None,
             **kwargs,
         )
@@ -220,13 +242,21 @@ class Loader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
+        for batch in self._start():  # no name refers to the iterator, so an error does not keep it alive
             if isinstance(batch, Exception):
                 raise batch
             yield batch
 
+    def _start(self) -> Iterator[Any]:
+        """Start the workers, which inherit the main process's signal handlers, with signals blocked until they ignore them."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SCHEDULER_SIGNALS)
+        try:
+            return iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-class _Handing(Dataset[Example | Exception]):
+
+class _ErrorReturningSet(Dataset[Example | Exception]):
     def __init__(self, dataset: Dataset[Example]) -> None:
         self.dataset = dataset
 
@@ -242,7 +272,7 @@ class _Handing(Dataset[Example | Exception]):
             return RuntimeError("".join(traceback.format_exception(error)))
 
 
-def _collate_or_hand(examples: Sequence[Example | Exception]) -> Batch | Exception:
+def _collate_or_return_error(examples: Sequence[Example | Exception]) -> Batch | Exception:
     for example in examples:
         if isinstance(example, Exception):
             return example
@@ -250,34 +280,38 @@ def _collate_or_hand(examples: Sequence[Example | Exception]) -> Batch | Excepti
 
 
 def collate(examples: Sequence[Example]) -> Batch:
+    """Return examples of one mask stride as a batch."""
     sizes = [(example.image.shape[1], example.image.shape[2]) for example in examples]
-    height, width = (-(-max(side) // SIZE_DIVISOR) * SIZE_DIVISOR for side in zip(*sizes, strict=True))
-    images = torch.zeros((len(examples), 3, height, width), dtype=torch.uint8)
-    for image, example, (h, w) in zip(images, examples, sizes, strict=True):
-        image[:, :h, :w] = example.image
     return Batch(
-        images,
+        pad([example.image for example in examples]),
         sizes,
         [example.labels for example in examples],
         [example.masks for example in examples],
         [example.record for example in examples],
         [reason for example in examples for reason in example.skipped],
+        examples[0].mask_stride,
     )
 
 
 def train_loader(dataset: TrainSet, order: BatchOrder, *, pin_memory: bool) -> Loader:
-    """Batches in the order given; each item is one part of one optimiser step."""
+    """Load batches in the given order. Each item is one part of one optimiser step."""
     return Loader(dataset, dataset.config.workers, pin_memory, batch_sampler=order)
 
 
 def eval_loader(dataset: EvalSet, workers: int, *, pin_memory: bool) -> Loader:
-    """One image at a time, as the reference evaluates: padding would change what the network sees."""
+    """Load one image at a time, as the reference evaluates: the padding of a batch would change the network's input."""
     return Loader(dataset, workers, pin_memory, batch_size=1)
 
 
-def _settle(_: int) -> None:
-    """One thread; and deaf: a scheduler sends its warnings to every process of a job, and which of them ends it is not a
-    worker's to say. A worker ends when its loader does, or its parent."""
+_SCHEDULER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT, signal.SIGTERM)
+
+
+def _start_worker(_: int) -> None:
+    """Use one thread, and ignore the scheduler's signals, which the main process handles.
+
+    A worker ends when its loader or its parent process ends.
+    """
     torch.set_num_threads(1)
-    for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT, signal.SIGTERM):
+    for name in _SCHEDULER_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SCHEDULER_SIGNALS)

@@ -1,6 +1,8 @@
-"""Composed scenes as a data set in COCO format: objects laid over each other, and the masks of what stays visible. No torch.
+"""Compose scenes of objects that lie over each other, and write them as a data set in COCO format. Imports no torch.
 
-H W height and width of an image in pixels, h w of the box around one object.
+Each mask holds the visible part of its object.
+
+H W height and width of an image in pixels, h w height and width of the box around one object.
 """
 
 from __future__ import annotations
@@ -22,39 +24,60 @@ from sparseinst.errors import UserError
 
 Mask = NDArray[np.bool_]
 Owner = NDArray[np.int64]
-"""(H, W): the index of the object that is visible there, -1 for none."""
+"""(H, W): the index of the object that is visible at each pixel, -1 for none."""
 
 SPLITS = ("train", "val")
 
-_MIN_VISIBLE_AREA, _MIN_VISIBLE = 12, 0.3  # pixels, fraction of the whole object
+_MIN_VISIBLE_AREA = 12  # pixels
 
 
 @dataclass(frozen=True)
 class Item:
-    """One object or, as a crowd, a cluster of tiny ones."""
+    """One object, or a crowd: a cluster of tiny objects."""
 
     category_id: int
     crowd: bool
     box: tuple[slice, slice]
     mask: Mask
-    """(h, w), the object inside the image, also where it is hidden."""
+    """(h, w): the part of the object that lies inside the image, hidden pixels included."""
     whole_area: int
-    """Pixels, with those outside the image."""
+    """The object's area in pixels, including the part outside the image."""
 
 
 class Scene(NamedTuple):
     pixels: NDArray[np.uint8]
     """(H, W, 3)"""
     objects: list[Item]
-    """From back to front."""
+    """The objects from back to front."""
     owner: Owner
 
 
+class Annotated(NamedTuple):
+    """The COCO entry of an image, and the entries of its objects, which have no ids yet."""
+
+    image: dict[str, Any]
+    entries: list[dict[str, Any]]
+
+
 def place(
-    rng: Generator, mask: Mask, size: tuple[int, ...], category_id: int, *, crowd: bool = False
+    rng: Generator,
+    mask: Mask,
+    size: tuple[int, ...],
+    category_id: int,
+    *,
+    crowd: bool = False,
+    centre: tuple[float, float] | None = None,
 ) -> tuple[Item, tuple[slice, slice]]:
-    """An object somewhere in an image of `size`, its centre inside; and which part of its mask (h, w) is inside."""
-    corner = [int(rng.integers(length)) - extent // 2 for length, extent in zip(size, mask.shape, strict=True)]
+    """Place an object in an image of `size`. Return it, and the part of its mask (h, w) that lies inside the image.
+
+    Args:
+        centre: row and column of the object's centre, moved into the image if they lie outside; None for a random position.
+    """
+    if centre is None:
+        position = [int(rng.integers(length)) for length in size]
+    else:
+        position = [min(max(round(coordinate), 0), length - 1) for coordinate, length in zip(centre, size, strict=True)]
+    corner = [coordinate - extent // 2 for coordinate, extent in zip(position, mask.shape, strict=True)]
     rows, columns = (
         slice(max(0, start), min(length, start + extent)) for start, length, extent in zip(corner, size, mask.shape, strict=True)
     )
@@ -63,34 +86,37 @@ def place(
     return Item(category_id, crowd, (rows, columns), mask[part], int(mask.sum())), part
 
 
-def leaves_enough(item: Item, objects: list[Item], owner: Owner) -> bool:
-    """Whether the object and all that it would partly hide can still be seen well enough to be annotated."""
-    below = owner[item.box][item.mask]
-    if len(below) < max(_MIN_VISIBLE_AREA, _MIN_VISIBLE * item.whole_area):
+def leaves_enough(item: Item, objects: list[Item], owner: Owner, share: float = 0.3) -> bool:
+    """Return whether the new object, and each object that it would partly hide, stays visible enough to be annotated.
+
+    Args:
+        share: the fraction of a whole object that must stay visible.
+    """
+    covered = owner[item.box][item.mask]  # the object that each pixel of the new one would cover
+    if len(covered) < max(_MIN_VISIBLE_AREA, share * item.whole_area):
         return False
-    hidden = np.bincount(below + 1, minlength=len(objects) + 1)[1:]
+    hidden = np.bincount(covered + 1, minlength=len(objects) + 1)[1:]
     return all(
-        (owner[objects[index].box] == index).sum() - hidden[index]
-        >= max(_MIN_VISIBLE_AREA, _MIN_VISIBLE * objects[index].whole_area)
+        (owner[objects[index].box] == index).sum() - hidden[index] >= max(_MIN_VISIBLE_AREA, share * objects[index].whole_area)
         for index in np.flatnonzero(hidden)
     )
 
 
 def annotate(objects: list[Item], owner: Owner) -> list[dict[str, Any]]:
-    """COCO entries, still without ids, of what is visible of each object."""
+    """Return the COCO entries, without ids, of the visible parts of the objects."""
     from pycocotools import mask as coco_mask
 
-    runs: Any = coco_mask  # its functions carry no annotations
+    rle: Any = coco_mask  # its functions carry no type annotations
     entries: list[dict[str, Any]] = []
     for index, item in enumerate(objects):
         visible = np.asfortranarray(owner == index)
-        encoded = runs.encode(visible.view(np.uint8))
+        encoded = rle.encode(visible.view(np.uint8))
         counts: str | list[int] = encoded["counts"].decode("ascii")
-        if item.crowd:  # as in COCO: lengths of runs in column order, beginning with the background's
+        if item.crowd:  # as in COCO: uncompressed run lengths in column order, starting with the background
             edges = np.flatnonzero(np.diff(visible.ravel(order="F"), prepend=False))
             counts = np.diff(edges, prepend=0, append=visible.size).tolist()
-        entry = {"category_id": item.category_id, "iscrowd": int(item.crowd), "area": float(runs.area(encoded))}
-        entry["bbox"] = runs.toBbox(encoded).tolist()
+        entry = {"category_id": item.category_id, "iscrowd": int(item.crowd), "area": float(rle.area(encoded))}
+        entry["bbox"] = rle.toBbox(encoded).tolist()
         entries.append({**entry, "segmentation": {"size": list(owner.shape), "counts": counts}})
     return entries
 
@@ -111,23 +137,44 @@ def write_split(
     info: dict[str, Any],
     licence: tuple[str, str],
 ) -> None:
-    """Images as PNG, and their annotations.
+    """Write the images of a split as PNG files, and its annotation file.
 
     Args:
-        licence: name and address.
+        licence: name and URL.
     """
-    file, folder = annotation_file(root, split), image_folder(root, split)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir()
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image_id, scene in enumerate(scenes, start=1):
+    image_folder(root, split).mkdir(parents=True)
+    write_annotations(root, split, write_images(image_folder(root, split), scenes), categories, info, licence)
+
+
+def write_images(folder: Path, scenes: Iterable[Scene], first: int = 1) -> list[Annotated]:
+    """Write scenes as PNG files and return their COCO entries. Ids and file names count from `first`."""
+    written = []
+    for image_id, scene in enumerate(scenes, start=first):
         name = f"{image_id:012}.png"
         Image.fromarray(scene.pixels).save(folder / name, compress_type=zlib.Z_HUFFMAN_ONLY)
         height, width = scene.owner.shape
-        images.append({"id": image_id, "file_name": name, "height": height, "width": width, "license": 1})
-        for entry in annotate(scene.objects, scene.owner):
-            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **entry})
+        image = {"id": image_id, "file_name": name, "height": height, "width": width, "license": 1}
+        written.append(Annotated(image, annotate(scene.objects, scene.owner)))
+    return written
+
+
+def write_annotations(
+    root: Path,
+    split: str,
+    written: Iterable[Annotated],
+    categories: list[dict[str, Any]],
+    info: dict[str, Any],
+    licence: tuple[str, str],
+) -> None:
+    """Write the annotation file of a split whose images `write_images` wrote."""
+    file = annotation_file(root, split)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image, entries in written:
+        images.append(image)
+        for entry in entries:
+            annotations.append({"id": len(annotations) + 1, "image_id": image["id"], **entry})
     data = {
         "info": info,
         "licenses": [{"id": 1, "name": licence[0], "url": licence[1]}],
@@ -139,28 +186,28 @@ def write_split(
 
 
 def write_new(root: Path, write: Callable[[Path], None], what: str, is_complete: Callable[[Path], bool]) -> None:
-    """Call `write` on a scratch folder and give the result its name: all of it appears at once or nothing does.
+    """Call `write` with a temporary path, then rename the result to `root`: all of it appears at once or nothing does.
 
-    Two processes may write the same root at the same time: one result is kept.
+    Two processes may write the same root at the same time; one result is kept.
 
     Args:
-        what: in words, with its article.
-        is_complete: whether such a thing is at a path.
+        what: names the result in messages, with its article ("a collage").
+        is_complete: returns whether a complete result is at a path.
 
     Raises:
-        UserError: something else is at `root`, or it cannot be written.
+        UserError: `root` is in use or cannot be written.
     """
     root = root.resolve()
     try:
         if root.exists() and not (root.is_dir() and next(root.iterdir(), None) is None):
-            found = f"{what} already" if is_complete(root) else f"something other than {what}"
-            raise UserError(f"{root}: holds {found}; name another folder or delete this one")
+            content = f"{what} already" if is_complete(root) else f"something other than {what}"
+            raise UserError(f"{root}: holds {content}; name another folder or delete this one")
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
-            made = Path(scratch) / root.name  # a folder in the scratch folder, whose mode 0700 root shall not get
-            write(made)
+            new_root = Path(scratch) / root.name  # not the scratch folder itself, because of its mode 0700
+            write(new_root)
             try:
-                made.rename(root)
+                new_root.rename(root)
             except OSError:
                 if not is_complete(root):
                     raise

@@ -1,4 +1,4 @@
-"""`sparseinst data speed`: how many training images a second the loader decodes, augments and draws."""
+"""Measure how many training images per second the data loader delivers (`sparseinst data speed`)."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from sparseinst.data.coco import CocoSplit
 from sparseinst.data.loader import PREFETCH, BatchOrder, TrainSet, train_loader
 
 STRIDE = 4
-"""Of the masks that the models of the paper predict."""
+"""The stride of the masks that the paper's models predict."""
 
 
 def loading_speed(split: CocoSplit, config: Config, *, workers: int, images: int, batch: int = 8) -> float:
-    """Images a second, once the workers have begun.
+    """Return the training images per second that the loader decodes, augments and rasterises, after its workers have started.
 
     Args:
-        workers: processes; with 0 this one does it itself.
-        images: how many are timed, at least; more with many workers. The split begins anew where it has fewer.
+        workers: the number of worker processes; with 0, this process does the work.
+        images: the smallest number of images to time; more are timed with many workers. A split with fewer images is repeated.
 
     Raises:
-        DataError: an image or annotation that cannot be read.
+        DataError: an image or annotation cannot be read.
     """
-    # What is under way when the clock starts counts for nothing: that is waited for first, and little of what is timed.
-    under_way = workers * PREFETCH
-    first = max(1, under_way)
-    steps = first + max(1, images // batch, 4 * under_way)
+    # The workers load some batches before the clock starts. Skip as many, and time far more, so that they matter little.
+    prefetched = workers * PREFETCH
+    skipped = max(1, prefetched)
+    steps = skipped + max(1, images // batch, 4 * prefetched)
     config = config.replace(
         {"data.workers": workers, "train.batch_size": batch, "train.accumulate": 1, "train.iterations": steps}
         | {"train.warmup_iterations": 0}
     )
     dataset = TrainSet(split, config.data, config.train.seed, STRIDE)
-    batches = iter(train_loader(dataset, BatchOrder(dataset.split, config.train), pin_memory=False))
-    for _ in range(first):
+    order = BatchOrder(dataset.split, config.train)
+    batches = iter(train_loader(dataset, order, pin_memory=False))
+    for _ in range(skipped):
         next(batches)
     began = time.perf_counter()
-    for _ in range(steps - first):  # and not to the end, where the workers are waited for
+    for _ in range(steps - skipped):  # Do not exhaust the loader: it would wait for its workers to stop.
         next(batches)
-    return (steps - first) * batch / (time.perf_counter() - began)
+    return (steps - skipped) * batch / (time.perf_counter() - began)
 
 
 def doubled(most: int) -> Sequence[int]:
-    """0, 1, 2, 4, ... up to `most`, which comes last."""
+    """Return 0, 1, 2, 4, ... up to `most`, which is always the last value."""
     return sorted({0, most, *(2**power for power in range(most.bit_length()))})

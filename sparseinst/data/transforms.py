@@ -1,10 +1,13 @@
-"""Augmentation and sizes (paper section 4; the reference implementation's mapper). Imports no torch but to move pixels.
+"""Augment and resize images and their instances (paper section 4; the reference implementation's mapper).
+
+Only the functions that resize and flip training images import torch.
 
 K instances, H W height and width in pixels, x right and y down from the image's corner.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,19 +26,19 @@ Polygon = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and its instances on their way through the augmentations.
+    """An image and its instances during augmentation.
 
-    Polygons stay polygons until the end, so that small objects are drawn once, at the final size; run lengths are masks.
+    Polygons stay polygons until the end, so that small objects are rasterised once, at the final size. Run lengths become masks.
     """
 
     image: Pixels
-    """To be written to: torch takes no other."""
+    """A writable array, because torch warns about any other."""
     segments: list[list[Polygon] | Mask]
     labels: NDArray[np.int64]
 
 
 def as_segment(segmentation: Any, height: int, width: int) -> list[Polygon] | Mask:
-    """An annotation's segmentation as `Sample` holds it. Raises `ValueError` for what is neither polygons nor run lengths."""
+    """Return an annotation's segmentation as `Sample` holds it. Raises `ValueError` if it is neither polygons nor run lengths."""
     if isinstance(segmentation, list):
         polygons = [np.asarray(points, dtype=np.float64).reshape(-1, 2) for points in segmentation]
         if not polygons or min(len(points) for points in polygons) < 3:
@@ -45,7 +48,7 @@ def as_segment(segmentation: Any, height: int, width: int) -> list[Polygon] | Ma
 
 
 def short_side_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """Height and width when the shorter side becomes `short` and the longer stays within `long`."""
+    """Return the height and width after scaling the shorter side to `short`, with the longer side at most `long`."""
     scale = short / min(height, width)
     new = (float(short), scale * width) if height < width else (scale * height, float(short))
     if max(new) > long:
@@ -55,26 +58,37 @@ def short_side_size(height: int, width: int, short: int, long: int) -> tuple[int
 
 
 def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Pillow's bilinear (which averages when it shrinks) to (height, width), on 8 bits as the reference does."""
+    """Resize the image to (height, width) with Pillow's bilinear filter on 8 bits, as the reference does.
+
+    The filter is antialiased when the image becomes smaller.
+    """
     return image.resize(size[::-1], Image.Resampling.BILINEAR)
 
 
 def resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    """To (height, width), as `resize_image` but for single grey levels here and there: three times as fast, for training."""
+    """Resize the sample to (height, width), three times as fast as `resize_image`; some pixels differ by one grey level."""
     import torch
     from torch.nn import functional as F
 
     height, width = sample.image.shape[:2]
     if size == (height, width):
-        return Sample(sample.image.copy(), sample.segments, sample.labels)  # of its own, no view
-    pixels = torch.from_numpy(sample.image).permute(2, 0, 1)[None]  # 1 3 h w, pixel after pixel, as its kernel is fastest
+        return Sample(sample.image.copy(), sample.segments, sample.labels)  # a copy, not a view
+    pixels = torch.from_numpy(sample.image).permute(2, 0, 1)[None]  # (1, 3, h, w), channels-last in memory, which is fastest
     image = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
-    scale = np.array([size[1] / width, size[0] / height])
-    segments: list[list[Polygon] | Mask] = [
+    return Sample(image, resize_segments(sample.segments, (height, width), size), sample.labels)
+
+
+def resize_segments(
+    segments: Sequence[list[Polygon] | Mask], before: tuple[int, int], size: tuple[int, int]
+) -> list[list[Polygon] | Mask]:
+    """Return the segments of an image of size `before`, scaled to `size`; both are (height, width)."""
+    if before == size:
+        return list(segments)
+    scale = np.array([size[1] / before[1], size[0] / before[0]])
+    return [
         [points * scale for points in segment] if isinstance(segment, list) else _resize_mask(segment, size)
-        for segment in sample.segments
+        for segment in segments
     ]
-    return Sample(image, segments, sample.labels)
 
 
 def _resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
@@ -82,7 +96,7 @@ def _resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
 
 
 def flip(sample: Sample) -> Sample:
-    """Left to right."""
+    """Return the sample mirrored left to right."""
     import torch
 
     width = sample.image.shape[1]
@@ -92,11 +106,12 @@ def flip(sample: Sample) -> Sample:
         else segment[:, ::-1]
         for segment in sample.segments
     ]
-    image = torch.from_numpy(sample.image).flip(1).numpy()  # many times as fast as a copy by numpy, which goes byte after byte
+    image = torch.from_numpy(sample.image).flip(1).numpy()  # many times faster than numpy, which copies byte by byte
     return Sample(image, segments, sample.labels)
 
 
 def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
+    """Return the part of the sample inside a box, which is given in pixels."""
     offset = np.array([left, top], dtype=np.float64)
     inside = (slice(top, top + height), slice(left, left + width))
     segments: list[list[Polygon] | Mask] = [
@@ -106,7 +121,7 @@ def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample
 
 
 def augment(sample: Sample, config: DataConfig, random: np.random.Generator) -> Sample:
-    """The training augmentation: crop (Table 1 only), flip, jitter of the shorter side."""
+    """Return the augmented training sample: random crop (Table 1 only), flip, and size of the shorter side."""
     if random.random() < config.crop:
         sample = _resize_short(sample, int(random.choice(config.crop_short_sides)), config.long_side)
         smallest, largest = config.crop_sizes
@@ -127,15 +142,16 @@ def _resize_short(sample: Sample, short: int, long: int) -> Sample:
 
 
 def rasterise(sample: Sample, stride: int = 1) -> tuple[NDArray[np.int64], Mask]:
-    """Labels (K,) and masks of the instances that still have a pixel in the image.
+    """Return the labels (K,) and masks of the instances that still have a pixel in the image.
 
     Args:
-        stride: 1 for masks (K, H, W) of 0 and 1; an even one for `shrink`'s, (K, ceil(H / stride), ceil(W / stride)).
+        stride: 1 returns masks (K, H, W) of 0 and 1. An even stride returns the masks of `shrink`, (K, ceil(H / stride),
+            ceil(W / stride)).
     """
     height, width = sample.image.shape[:2]
     kept, masks = [], []
     for index, segment in enumerate(sample.segments):
-        mask, bounds = _drawn(segment, height, width) if isinstance(segment, list) else (segment, _bounds(segment))
+        mask, bounds = _draw_polygons(segment, height, width) if isinstance(segment, list) else (segment, _mask_bounds(segment))
         if bounds.bottom > bounds.top:
             kept.append(index)
             masks.append(mask if stride == 1 else shrink(mask, stride, bounds))
@@ -144,36 +160,41 @@ def rasterise(sample: Sample, stride: int = 1) -> tuple[NDArray[np.int64], Mask]
     return sample.labels[kept], np.ascontiguousarray(stacked)
 
 
-def _drawn(polygons: list[Polygon], height: int, width: int) -> tuple[Mask, Bounds]:
+def as_mask(segment: list[Polygon] | Mask, size: tuple[int, int]) -> Mask:
+    """Return a segment as a mask (height, width) of 0 and 1."""
+    return _draw_polygons(segment, *size)[0] if isinstance(segment, list) else segment
+
+
+def _draw_polygons(polygons: list[Polygon], height: int, width: int) -> tuple[Mask, Bounds]:
     return decode_with_bounds([points.ravel().tolist() for points in polygons], height, width)
 
 
-def _bounds(mask: Mask) -> Bounds:
+def _mask_bounds(mask: Mask) -> Bounds:
     rows, columns = (np.flatnonzero(mask.any(axis)).tolist() or [0, -1] for axis in (1, 0))
     return Bounds(rows[0], columns[0], rows[-1] + 1, columns[-1] + 1)
 
 
 def shrink(mask: Mask, stride: int, bounds: Bounds | None = None) -> Mask:
-    """What bilinear interpolation to 1 / stride makes of a mask, in quarters: (H, W) to (ceil(H / stride), ceil(W / stride)).
+    """Downsample a mask by bilinear interpolation: (H, W) to (ceil(H / stride), ceil(W / stride)), in quarters, 0 to 4.
 
-    For an even stride a new pixel lies in the middle between four, so that it is their mean: 0, 1, 2, 3 or 4 quarters, without
-    any rounding. What lies outside the mask is 0, as in a padded image.
+    For an even stride, a new pixel lies in the middle of four old ones and is their mean: 0, 1, 2, 3 or 4 quarters, without
+    rounding. Pixels outside the mask count as 0, as in a padded image.
 
     Args:
-        bounds: of what is not 0; no more is looked at.
+        bounds: a box that holds all pixels that are not 0. Only this box is read.
     """
     height, width = mask.shape
-    whole = np.zeros((-(-height // stride), -(-width // stride)), np.uint8)
+    shrunk = np.zeros((-(-height // stride), -(-width // stride)), np.uint8)
     top, left, bottom, right = bounds or Bounds(0, 0, height, width)
     top, left, bottom, right = top // stride, left // stride, -(-bottom // stride), -(-right // stride)
     part = mask[top * stride : bottom * stride, left * stride : right * stride]
-    by_column = _pairs(part.T, stride)  # decoded masks lie column after column
-    whole[top:bottom, left:right] = _pairs(by_column.T, stride)
-    return whole
+    by_column = _middle_sums(part.T, stride)  # decoded masks are stored column by column
+    shrunk[top:bottom, left:right] = _middle_sums(by_column.T, stride)
+    return shrunk
 
 
-def _pairs(lines: Mask, stride: int) -> Mask:
-    """The sums of the two lines in the middle of every `stride`."""
+def _middle_sums(lines: Mask, stride: int) -> Mask:
+    """Return the sum of the two middle lines of each group of `stride` lines."""
     before, after = lines[stride // 2 - 1 :: stride], lines[stride // 2 :: stride]
     count = -(-len(lines) // stride)
     if len(after) == count:

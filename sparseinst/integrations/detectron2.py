@@ -1,4 +1,4 @@
-"""SparseInst in detectron2: the reference's configs and checkpoints, built, trained and used on today's torch.
+"""Use SparseInst in detectron2 with the reference implementation's configs and checkpoints, on a current torch.
 
     from sparseinst.integrations.detectron2 import Trainer, add_sparseinst_config
 
@@ -6,8 +6,9 @@
     add_sparseinst_config(cfg)
     cfg.merge_from_file("sparse_inst_r50_giam.yaml")
 
-registers the meta-architecture `SparseInst`. Its state dict has the reference's names, so that checkpoints go both ways and
-detectron2's ImageNet weights find their places. detectron2 is optional; nothing else of this package imports this module.
+This code registers the meta-architecture `SparseInst`. Its state dict uses the reference's names, so that each side loads the
+other's checkpoints, and detectron2's ImageNet weights load as well. detectron2 is optional; no other module of this package
+imports this one.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from sparseinst.models.sparseinst import build_model
 from sparseinst.postprocess import ImageSize, postprocess
 
 _BACKBONES = {
-    "build_resnet_backbone": None,  # by MODEL.RESNETS
+    "build_resnet_backbone": None,  # MODEL.RESNETS decides
     "build_resnet_vd_backbone": "resnet50d.ra2_in1k",
-    "build_cspnet_backbone": None,  # by MODEL.CSPNET.NAME
-    "build_pyramid_vision_transformer": None,  # by MODEL.PVT
+    "build_cspnet_backbone": None,  # MODEL.CSPNET.NAME decides
+    "build_pyramid_vision_transformer": None,  # MODEL.PVT decides
 }
 
 
 def add_sparseinst_config(cfg: CfgNode) -> None:
-    """The keys that the reference adds to detectron2's, with its values."""
+    """Add to a detectron2 config the keys that the reference adds, with the reference's values."""
     cfg.MODEL.MASK_ON = True
     node = cfg.MODEL.SPARSE_INST = CfgNode()
     node.CLS_THRESHOLD = 0.005
@@ -69,21 +70,23 @@ def add_sparseinst_config(cfg: CfgNode) -> None:
 
 
 def from_detectron2(cfg: CfgNode) -> Config:
-    """What a detectron2 config of the reference says, as ours.
+    """Translate a detectron2 config of the reference into a config of this package.
 
     Raises:
-        UserError: something that the reference had no meaning for either, or that was never released.
+        UserError: the config holds a value that the reference does not know either, or a model that was never released.
     """
     node = cfg.MODEL.SPARSE_INST
     decoder = node.DECODER
     names = {"BaseIAMDecoder": {}, "GroupIAMDecoder": {"groups": decoder.GROUPS}}
     names["GroupIAMSoftDecoder"] = {"groups": decoder.GROUPS, "activation": "softmax"}
     if decoder.NAME not in names:
-        raise UserError(f"MODEL.SPARSE_INST.DECODER.NAME: {decoder.NAME!r} is none of {', '.join(names)}")
+        raise UserError(f"MODEL.SPARSE_INST.DECODER.NAME: {decoder.NAME!r} is not one of {', '.join(names)}")
     if (decoder.INST.DIM, decoder.INST.CONVS) != (decoder.MASK.DIM, decoder.MASK.CONVS):
-        raise UserError("MODEL.SPARSE_INST.DECODER: INST and MASK of different DIM or CONVS: here both branches have the same")
+        raise UserError(
+            "MODEL.SPARSE_INST.DECODER: INST and MASK differ in DIM or CONVS; this package needs the same values in both"
+        )
     if cfg.INPUT.FORMAT != "RGB":
-        raise UserError(f"INPUT.FORMAT: {cfg.INPUT.FORMAT!r}: the models take RGB")
+        raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, but the models take RGB")
     sides, longest = tuple(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
     milestones = [step / cfg.SOLVER.MAX_ITER for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER]
     return Config().replace(
@@ -124,9 +127,10 @@ def from_detectron2(cfg: CfgNode) -> Config:
 
 
 def _backbone(cfg: CfgNode) -> dict[str, Any]:
+    """Return the settings below `model.backbone`."""
     kind, resnets = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS
     if kind not in _BACKBONES:
-        raise UserError(f"MODEL.BACKBONE.NAME: {kind!r} is none of {', '.join(_BACKBONES)}")
+        raise UserError(f"MODEL.BACKBONE.NAME: {kind!r} is not one of {', '.join(_BACKBONES)}")
     found: dict[str, Any] = {"model.backbone.pretrained": False, "model.backbone.freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT}
     if kind == "build_cspnet_backbone":
         csp = {"darknet53": "darknet53.c2ns_in1k", "cspdarknet53": "cspdarknet53.ra_in1k"}
@@ -138,7 +142,7 @@ def _backbone(cfg: CfgNode) -> dict[str, Any]:
             "model.backbone.name": _choice("MODEL.PVT", name, {"b1": "pvt_v2_b1.in1k", "b2_li": "pvt_v2_b2_li.in1k"}),
         }
     if resnets.STRIDE_IN_1X1:
-        raise UserError("MODEL.RESNETS.STRIDE_IN_1X1: the released models stride in the 3x3: set it to False")
+        raise UserError("MODEL.RESNETS.STRIDE_IN_1X1 must be False: the released models have the stride in the 3x3 convolution")
     stages = [stage for stage, on in enumerate(resnets.DEFORM_ON_PER_STAGE, 2) if on]
     depths = {50: "resnet50.tv_in1k", 101: "resnet101.tv_in1k"}
     return {
@@ -152,13 +156,16 @@ def _backbone(cfg: CfgNode) -> dict[str, Any]:
 
 def _choice(key: str, value: Any, choices: Mapping[Any, str]) -> str:
     if value not in choices:
-        raise UserError(f"{key}: {value!r} is none of {', '.join(map(str, choices))}")
+        raise UserError(f"{key}: {value!r} is not one of {', '.join(map(str, choices))}")
     return choices[value]
 
 
 @META_ARCH_REGISTRY.register()
 class SparseInst(nn.Module):
-    """detectron2's view of the model: dictionaries in; losses, or `Instances` with scores, pred_classes and pred_masks, out."""
+    """The model with detectron2's interface.
+
+    It takes dictionaries. In training it returns losses, else `Instances` with scores, pred_classes and pred_masks.
+    """
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
@@ -168,8 +175,8 @@ class SparseInst(nn.Module):
         mean, std = (torch.tensor(values)[:, None, None] for values in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
         self.model.pixel_mean, self.model.pixel_std = mean, std
         self.input_format = cfg.INPUT.FORMAT
-        self.register_state_dict_post_hook(_name_as_theirs)
-        self.register_load_state_dict_pre_hook(_name_as_ours)
+        self.register_state_dict_post_hook(_use_reference_names)
+        self.register_load_state_dict_pre_hook(_use_our_names)
         self.to(cfg.MODEL.DEVICE)
 
     @property
@@ -177,7 +184,11 @@ class SparseInst(nn.Module):
         return self.model.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
-        """As detectron2 calls it: `image` (3, H, W) RGB of 0-255 each, and in training `instances` with their truth."""
+        """Return the losses in training, else the instances of each image.
+
+        Args:
+            batched_inputs: a dictionary an image: `image` (3, H, W) RGB of 0-255, and in training `instances` with the truth.
+        """
         images = [entry["image"].to(self.device) for entry in batched_inputs]
         batch = ImageList.from_tensors(images, SIZE_DIVISOR)
         sizes = [(int(height), int(width)) for height, width in batch.image_sizes]
@@ -208,7 +219,7 @@ class SparseInst(nn.Module):
 
 
 def _masks(instances: Instances, size: tuple[int, int]) -> Tensor:
-    """The truth's masks, (K, H, W)."""
+    """Return the masks of K annotated instances, (K, H, W)."""
     if not len(instances):
         return torch.zeros((0, *size), dtype=torch.uint8)
     masks = instances.gt_masks
@@ -219,27 +230,32 @@ def _masks(instances: Instances, size: tuple[int, int]) -> Tensor:
     return masks.to(torch.uint8)
 
 
-def _name_as_theirs(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+def _use_reference_names(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Rename the tensors of a state dict that is being written, in place."""
     ours = {key: state.pop(key) for key in [key for key in state if key.startswith(f"{prefix}model.")]}
     names = to_reference_names([key.removeprefix(f"{prefix}model.") for key in ours])
     state.update({prefix + names[key.removeprefix(f"{prefix}model.")]: tensor for key, tensor in ours.items()})
 
 
-def _name_as_ours(_module: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
+def _use_our_names(_module: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
+    """Rename the tensors of a state dict that is being loaded, in place."""
     theirs = {key.removeprefix(prefix): state.pop(key) for key in [key for key in state if key.startswith(prefix)]}
     state.update({f"{prefix}model.{ours}": theirs[key] for key, ours in to_our_names(theirs).items()})
 
 
 class Trainer(DefaultTrainer):  # type: ignore[misc] # detectron2 has no types
-    """detectron2's trainer with the reference's optimiser: AdamW, nothing decayed whose name holds norm or patch_embed."""
+    """detectron2's trainer with the reference's optimiser: AdamW without weight decay for names with `norm` or `patch_embed`."""
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         if cfg.SOLVER.OPTIMIZER != "ADAMW":
-            raise UserError(f"SOLVER.OPTIMIZER: {cfg.SOLVER.OPTIMIZER!r}: the models were trained with ADAMW")
-        from sparseinst.engine.schedule import parameter_groups
+            raise UserError(
+                f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, but only ADAMW is supported; the models were trained with it"
+            )
+        from sparseinst.training.schedule import parameter_groups
 
         adapter = getattr(model, "module", model)  # the trainer may have wrapped it for several processes
         assert isinstance(adapter, SparseInst)
-        groups = parameter_groups(adapter.model, from_detectron2(cfg).train)
+        train = from_detectron2(cfg).train
+        groups = parameter_groups(adapter.model, train, train.backbone_multiplier)
         return torch.optim.AdamW(groups, lr=cfg.SOLVER.BASE_LR, amsgrad=cfg.SOLVER.AMSGRAD)

@@ -1,6 +1,8 @@
-"""Other instance segmenters, timed and evaluated as ours are: torchvision's Mask R-CNN, and models of detectron2's zoo.
+"""Build other instance segmentation models, so that they are timed and evaluated as ours are.
 
-K instances of one image, H W its height and width in pixels.
+These *peers* are torchvision's Mask R-CNN and the models of detectron2's model zoo.
+
+Shapes: H W height and width of an image in pixels.
 """
 
 from __future__ import annotations
@@ -20,35 +22,37 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from sparseinst.data.coco import CocoSplit, category_names, read_image
 from sparseinst.data.transforms import resize_image, short_side_size
-from sparseinst.engine.evaluate import Engine, Evaluation, coco_figures, in_coco_format, write_predictions
-from sparseinst.engine.monitor import progress_bar
 from sparseinst.errors import UserError
+from sparseinst.evaluation.coco_metrics import Engine, coco_figures
+from sparseinst.evaluation.evaluate import Evaluation, in_coco_format, write_predictions
 from sparseinst.models.backbone import read_tensors
-from sparseinst.overrides import nearest
+from sparseinst.nested import nearest
 from sparseinst.postprocess import Instances
+from sparseinst.progress import progress_bar
 
 MASK_RCNN = "mask-rcnn-r50-fpn"
-"""torchvision's, with a ResNet-50."""
+"""The name of torchvision's Mask R-CNN with a ResNet-50."""
 DETECTRON2 = "detectron2:"
-"""Before a config of detectron2's model zoo, or a path of one."""
+"""The prefix of a peer's name; a config of detectron2's model zoo, or the path of a config, follows it."""
 SIDES = (800, 1333)
-"""Shorter and longer side that both were trained for."""
+"""Shorter and longer side, in pixels, for which both kinds of peers were trained."""
 _MASK_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A segmenter of another kind, in evaluation mode."""
+    """An instance segmentation model of another kind, in evaluation mode."""
 
     name: str
     categories: tuple[str, ...]
-    """Names by label."""
+    """Category names, indexed by label."""
     prepare: Callable[[NDArray[np.uint8]], Any]
-    """An (H, W, 3) RGB photo to the network's input on its device: resized, padded, normalised where the network leaves that
-    to its caller."""
+    """Turn an (H, W, 3) RGB photo into the network's input on its device: resized and, unless the network does that itself,
+    padded and normalised."""
     segment: Callable[[Any], Instances]
-    """That input to the instances at the photo's own size; the path that is timed."""
+    """Turn that input into the instances at the photo's own size. This part is timed."""
     parameters: int
+    """Number of parameters."""
 
 
 def is_peer(name: str) -> bool:
@@ -58,22 +62,22 @@ def is_peer(name: str) -> bool:
 def build_peer(
     name: str, *, device: torch.device, sides: tuple[int, int] = SIDES, weights: Path | None = None, pretrained: bool = True
 ) -> Peer:
-    """A peer by name.
+    """Build a peer.
 
     Args:
-        name: `MASK_RCNN`, or `detectron2:` with a config of its model zoo or a file.
-        sides: shorter side of the network's input, and most pixels of the longer one.
-        weights: a file; None for the published ones, which are fetched where they are not in the cache.
-        pretrained: False for random weights: all detections are kept, so that timing sees the most work.
+        name: `MASK_RCNN`, or `detectron2:` followed by a config of its model zoo or by a file.
+        sides: the shorter side of the network's input, and the limit of the longer side, in pixels.
+        weights: a file; None takes the published weights, which are downloaded unless they are in the cache.
+        pretrained: False gives random weights and keeps all detections, so that timing includes the largest amount of work.
 
     Raises:
-        UserError: no such peer, detectron2 is missing, or weights that cannot be had or do not fit.
+        UserError: there is no such peer, detectron2 is missing, or the weights cannot be downloaded or do not fit.
     """
     if name == MASK_RCNN:
         return _torchvision(device, sides, weights, pretrained)
     if name.startswith(DETECTRON2):
         return _detectron2(name.removeprefix(DETECTRON2), device, sides, weights, pretrained)
-    raise UserError(f"no peer is called {name!r}: {MASK_RCNN}, or {DETECTRON2} and a config{nearest(name, [MASK_RCNN])}")
+    raise UserError(f"no peer is called {name!r}; give {MASK_RCNN}, or {DETECTRON2} and a config{nearest(name, [MASK_RCNN])}")
 
 
 def _torchvision(device: torch.device, sides: tuple[int, int], weights: Path | None, pretrained: bool) -> Peer:
@@ -82,7 +86,7 @@ def _torchvision(device: torch.device, sides: tuple[int, int], weights: Path | N
 
     torch.manual_seed(0)
     published = MaskRCNN_ResNet50_FPN_Weights.COCO_V1
-    # As torchvision's own function builds it, but for its published weights alone: frozen norms without epsilon.
+    # torchvision sets the epsilon of frozen norms to 0 for its published weights only; here it is always 0.
     backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
     for module in backbone.modules():
         if isinstance(module, FrozenBatchNorm2d):
@@ -94,9 +98,9 @@ def _torchvision(device: torch.device, sides: tuple[int, int], weights: Path | N
         try:
             model.load_state_dict(read_tensors(weights) if weights is not None else published.get_state_dict(check_hash=True))
         except OSError as error:
-            raise UserError(f"{MASK_RCNN}: its weights cannot be fetched ({error}): name a file with --weights") from None
+            raise UserError(f"{MASK_RCNN}: the weights cannot be downloaded ({error}); name a file with --weights") from None
         except RuntimeError as error:
-            raise UserError(f"{weights or MASK_RCNN}: does not fit {MASK_RCNN}: {str(error).splitlines()[1].strip()}") from None
+            raise UserError(f"{weights or MASK_RCNN} does not fit {MASK_RCNN}: {str(error).splitlines()[1].strip()}") from None
     model = model.to(device).eval()
 
     def prepare(photo: NDArray[np.uint8]) -> Any:
@@ -104,7 +108,7 @@ def _torchvision(device: torch.device, sides: tuple[int, int], weights: Path | N
         return model.transform([image])[0], photo.shape[:2]
 
     def segment(inputs: Any) -> Instances:
-        # GeneralizedRCNN.forward, without its transform, which resizes and normalises.
+        # This is GeneralizedRCNN.forward without the transform, which resizes and normalises.
         images, size = inputs
         features = model.backbone(images.tensors)
         proposals, _ = model.rpn(images, features)
@@ -123,13 +127,15 @@ def _detectron2(config: str, device: torch.device, sides: tuple[int, int], weigh
         from detectron2.data import MetadataCatalog
         from detectron2.modeling import build_model
     except ImportError as error:
-        raise UserError(f"{DETECTRON2}{config} needs detectron2 ({error}): see the README, 'In detectron2'") from None
+        raise UserError(f"{DETECTRON2}{config} needs detectron2 ({error}); see 'In detectron2' in docs/weights.md") from None
 
     cfg = get_cfg()
     try:
         cfg.merge_from_file(config if Path(config).exists() else model_zoo.get_config_file(config))
     except (RuntimeError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{DETECTRON2}{config}: no config of detectron2's model zoo, nor a file of one ({error})") from None
+        raise UserError(
+            f"{DETECTRON2}{config}: {config} is no config of detectron2's model zoo and no config file ({error})"
+        ) from None
     cfg.MODEL.DEVICE = str(device)
     if not pretrained:
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
@@ -140,7 +146,7 @@ def _detectron2(config: str, device: torch.device, sides: tuple[int, int], weigh
             source = str(weights) if weights is not None else model_zoo.get_checkpoint_url(config)
             DetectionCheckpointer(model).load(source)
         except (RuntimeError, OSError, AssertionError) as error:
-            raise UserError(f"{DETECTRON2}{config}: its weights cannot be had ({error}): name a file with --weights") from None
+            raise UserError(f"{DETECTRON2}{config}: the weights cannot be loaded ({error}); name a file with --weights") from None
     names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes") if cfg.DATASETS.TEST else None
     order = slice(None, None, -1 if cfg.INPUT.FORMAT == "BGR" else 1)
 
@@ -151,7 +157,7 @@ def _detectron2(config: str, device: torch.device, sides: tuple[int, int], weigh
         return [{"image": torch.from_numpy(pixels).to(device), "height": height, "width": width}]
 
     def segment(inputs: Any) -> Instances:
-        found = model(inputs)[0]["instances"]  # it normalises in here
+        found = model(inputs)[0]["instances"]  # the model normalises its input itself
         return _instances(found.scores, found.pred_classes, found.pred_masks)
 
     return Peer(f"{DETECTRON2}{config}", tuple(names or ()), prepare, segment, _parameters(model))
@@ -169,13 +175,13 @@ def _parameters(model: torch.nn.Module) -> int:
 def evaluate_peer(
     peer: Peer, split: CocoSplit, *, predictions: Path | None = None, engine: Engine = "hotcoco", progress: bool = True
 ) -> Evaluation:
-    """Segment every image of the split and compare, as `evaluate` does with ours.
+    """Segment every image of the split and compute the metrics, as `evaluate` does for our models.
 
-    Its classes are found by their names; instances of classes that the split has not are left out.
+    Categories are matched by name. Instances of categories that the split lacks are left out.
 
     Raises:
-        UserError: not one class of the peer is in the split, or no classes are known of it.
-        DataError: an image that cannot be read.
+        UserError: the split has none of the peer's categories, or the peer's categories are unknown.
+        DataError: an image cannot be read.
     """
     began = time.perf_counter()
     ids = category_ids(peer.categories, split)
@@ -192,10 +198,12 @@ def evaluate_peer(
 
 
 def category_ids(names: Sequence[str], split: CocoSplit) -> list[int | None]:
-    """The split's category id of each name; None where it has none. Raises `UserError` where it has none of them."""
+    """Return the split's category id for each name, or None if the split lacks it. Raises `UserError` if it lacks all of them."""
     known = {category.name: category.id for category in split.categories}
     ids = [known.get(name) for name in names]
     if not any(identifier is not None for identifier in ids):
         some = ", ".join(category_names(split.categories)[:3])
-        raise UserError(f"{split.file}: the peer knows not one of its categories ({some}, ...): it was trained on other data")
+        raise UserError(
+            f"{split.file}: the peer knows none of the categories ({some}, ...), because it was trained on other data"
+        )
     return ids

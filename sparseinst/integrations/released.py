@@ -1,7 +1,7 @@
-"""The authors' released checkpoints, and detectron2's ImageNet backbones, as weights of ours.
+"""Convert the authors' released checkpoints, and detectron2's ImageNet backbones, to weights of this package.
 
-Which model it is, the tensors themselves tell: their names the backbone, their shapes everything else. All of them are accounted
-for, or the import is refused.
+The model is inferred from the tensors: their names give the backbone, their shapes everything else. The import is refused unless
+every tensor has its place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from sparseinst.models.backbone import read_tensors
 from sparseinst.models.sparseinst import PIXEL_MEAN, PIXEL_STD, build_model
 
 _Names = tuple[tuple[str, str], ...]
-"""Parts of their names and of ours. One that begins with a dot is found anywhere in a name, others at its beginning."""
+"""Pairs of a part of their names and the same part of our names. A part that begins with a dot is replaced anywhere in a name,
+other parts only at its beginning."""
 
 _HEADS: _Names = (
     ("encoder.fpn_laterals.", "encoder.laterals."),
@@ -61,7 +62,7 @@ _PVT: _Names = (
     (".dwconv.dwconv.", ".dwconv."),
 )
 _SOFTMAX_BIAS = "decoder.inst_branch.softmax_bias"
-"""A scalar added before a softmax over positions: it changes nothing, but tells that there is a softmax."""
+"""A scalar that is added before a softmax over positions. It changes nothing, but it shows that there is a softmax."""
 _WITHOUT_EFFECT = re.compile(rf"^{re.escape(_SOFTMAX_BIAS)}$|\.num_batches_tracked$|^pixel_(mean|std)$")
 
 
@@ -73,20 +74,20 @@ class Imported:
     config: Config
     categories: tuple[Category, ...]
     name: str
-    """Of the model as `sparseinst.config.MODELS` has it, or what it resembles most."""
+    """The model's name in `sparseinst.config.MODELS`, or the backbone's name if the model is not there."""
     renamed: dict[str, str]
-    """Their names to ours."""
+    """Our name for each of their names."""
     dropped: list[str] = field(default_factory=list)
-    """What has no effect."""
+    """The tensors that were left out, because they have no effect."""
 
 
 def rename_encoder_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's and decoder's tensors under our names; other keys are left as they are."""
+    """Return the tensors with the encoder's and the decoder's renamed to our names. Other keys stay as they are."""
     return {_rename(key, _HEADS): tensor for key, tensor in state.items() if not _WITHOUT_EFFECT.search(key)}
 
 
 def to_our_names(theirs: Iterable[str]) -> dict[str, str]:
-    """Ours by theirs, for all that has an effect. Which backbone it is, its names tell."""
+    """Map each of their names to ours, except tensors without effect. The backbone is inferred from the names."""
     kept = [key for key in theirs if not _WITHOUT_EFFECT.search(key)]
     bodies = {key: _without_wrapper(key) for key in kept if key.startswith("backbone.")}
     body = _backbone_names(bodies.values())
@@ -94,7 +95,7 @@ def to_our_names(theirs: Iterable[str]) -> dict[str, str]:
 
 
 def to_reference_names(ours: Iterable[str]) -> dict[str, str]:
-    """Theirs by ours; the inverse of `to_our_names`."""
+    """Map each of our names to theirs; the inverse of `to_our_names`."""
     names = list(ours)
     plain_resnet = "backbone.body.conv1.weight" in names
     body = _DETECTRON2 if plain_resnet else _PVT if any("patch_embed" in name for name in names) else _TIMM_2021
@@ -117,42 +118,43 @@ def _backbone_names(body: Iterable[str]) -> _Names:
 
 
 def import_released(path: Path) -> Imported:
-    """Read a checkpoint of the reference implementation; nothing in it is executed.
+    """Read a checkpoint of the reference implementation. Nothing in the file is executed.
 
     Raises:
-        UserError: no such file, no model of the reference, one of a kind that was never released, or tensors that are missing
-            or left over; the message lists them.
+        UserError: there is no such file, it holds no model of the reference or one of a kind that was never released, or tensors
+            are missing or left over; the message lists them.
     """
     theirs = _read(path)
     parts = [key for key in theirs if key.startswith(("encoder.", "decoder."))]
     if not parts:
         raise UserError(
-            f"{path}: holds no encoder.* and decoder.*, so it is no SparseInst checkpoint (for a backbone: --backbone)"
+            f"{path} holds no encoder.* and decoder.*, so it is no SparseInst checkpoint (use --backbone to import a backbone)"
         )
-    _same_pixels(theirs, path)
+    _check_normalisation(theirs, path)
     backbone = _recognise_backbone({_without_wrapper(key): theirs[key] for key in theirs if key.startswith("backbone.")}, path)
     renamed = to_our_names(theirs)
     state = {ours: theirs[key] for key, ours in renamed.items()}
     settings = PRESETS["release"] | backbone | _settings(state, softmax=_SOFTMAX_BIAS in theirs, path=path)
     config = Config().replace({**settings, "model.backbone.pretrained": False})
-    _fits(state, config, {ours: key for key, ours in renamed.items()}, path)
+    _check_fit(state, config, {ours: key for key, ours in renamed.items()}, path)
     dropped = sorted(key for key in theirs if _WITHOUT_EFFECT.search(key))
     return Imported(state, config, _categories(config.model.num_classes), _name_of(config), renamed, dropped)
 
 
 def import_backbone(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """detectron2's ImageNet weights of a ResNet (`.pkl` or `.pth`) under timm's names, for `model.backbone.weights`.
+    """Read detectron2's ImageNet weights of a ResNet (`.pkl` or `.pth`) and give them timm's names, for `model.backbone.weights`.
 
     Returns:
-        The tensors, and the names that were dropped: those of the classifier.
+        The tensors, and the names of the tensors that were left out: the classifier's and those without effect.
 
     Raises:
-        UserError: none of detectron2's names in it.
+        UserError: the file holds none of detectron2's names.
     """
     theirs = _read(path)
     if not any(key.startswith("stem.conv1.") for key in theirs):
         raise UserError(
-            f"{path}: has none of detectron2's names of a ResNet (stem.conv1.weight, ...); Caffe2's expect other pixels"
+            f"{path} has none of detectron2's names of a ResNet (stem.conv1.weight, ...); Caffe2's weights are no substitute, "
+            "because they expect other pixels"
         )
     dropped = sorted(key for key in theirs if key.startswith(("fc.", "linear.")) or _WITHOUT_EFFECT.search(key))
     return {_rename(key, _DETECTRON2): tensor for key, tensor in theirs.items() if key not in dropped}, dropped
@@ -163,7 +165,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles numbers, strings, containers and numpy arrays; anything else is refused, so that nothing can be executed."""
+    """Unpickle numbers, strings, containers and numpy arrays only, so that nothing in the file can be executed."""
 
     ALLOWED = (
         ("numpy", "ndarray"),
@@ -179,20 +181,21 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """The arrays that detectron2 keeps under `model`."""
+    """Return the arrays that detectron2 stores under `model`."""
     try:
         data = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, AttributeError, ImportError, TypeError) as error:
-        raise UserError(f"{path}: no readable weights ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(f"{path} holds no readable weights ({str(error).splitlines()[0][:120]})") from None
     state = data.get("model", data) if isinstance(data, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, np.ndarray) for value in state.values()):
-        raise UserError(f"{path}: holds no dictionary of arrays")
+        raise UserError(f"{path} holds no dictionary of arrays")
     return {str(name): torch.from_numpy(np.ascontiguousarray(value)) for name, value in state.items()}
 
 
 def _rename(key: str, names: _Names) -> str:
+    """Apply the first pair that fits the beginning of a name, then every pair that begins with a dot."""
     for before, after in names:
         if not before.startswith(".") and key.startswith(before):
             key = after + key.removeprefix(before)
@@ -204,21 +207,22 @@ def _rename(key: str, names: _Names) -> str:
 
 
 def _without_wrapper(key: str) -> str:
-    """The backbone's own name of a tensor: some classes keep the network in a field."""
+    """Return a tensor's name within the backbone. Some classes of the reference wrap the network in an attribute."""
     return re.sub(r"^backbone\.((backbone|body|model)\.)?", "", key)
 
 
-def _same_pixels(theirs: Mapping[str, Tensor], path: Path) -> None:
+def _check_normalisation(theirs: Mapping[str, Tensor], path: Path) -> None:
+    """Raise `UserError` if the checkpoint normalises pixels with another mean or deviation."""
     for key, expected in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
         if key in theirs and not torch.allclose(theirs[key].flatten().float(), torch.tensor(expected), atol=1e-2):
             raise UserError(
-                f"{path}: {key} is {[round(v, 3) for v in theirs[key].flatten().tolist()]}, here it is {list(expected)} (RGB): "
+                f"{path}: {key} is {[round(v, 3) for v in theirs[key].flatten().tolist()]} instead of {list(expected)} (RGB), so "
                 "the weights were trained on other pixels"
             )
 
 
 def _recognise_backbone(body: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """The settings that its names and shapes ask for."""
+    """Return the backbone's settings, inferred from the names and shapes of the tensors."""
     if "stem.conv1.weight" in body:
         names = {6: "resnet50.tv_in1k", 23: "resnet101.tv_in1k"}
         return {"model.backbone.name": _by_depth(names, body, r"res4\.(\d+)\.", path), **_deformable(body, "res", 0)}
@@ -236,18 +240,19 @@ def _recognise_backbone(body: Mapping[str, Tensor], path: Path) -> dict[str, Any
         name = "cspdarknet53.ra_in1k" if any("conv_transition" in key for key in body) else "darknet53.c2ns_in1k"
         return {"model.backbone.name": name}
     first = ", ".join(sorted(body)[:3]) or "none"
-    raise UserError(f"{path}: no backbone of a released model (its tensors: {first}, ...)")
+    raise UserError(f"{path} holds no backbone of a released model (the first tensors are {first})")
 
 
 def _by_depth(names: Mapping[int, str], body: Mapping[str, Tensor], pattern: str, path: Path) -> str:
+    """Return the name that belongs to the number of blocks whose tensors match the pattern."""
     blocks = 1 + max((int(match[1]) for key in body if (match := re.match(pattern, key))), default=-1)
     if blocks not in names:
-        raise UserError(f"{path}: a backbone with {blocks} blocks where the released ones have {' or '.join(map(str, names))}")
+        raise UserError(f"{path}: the backbone has {blocks} blocks where the released ones have {' or '.join(map(str, names))}")
     return names[blocks]
 
 
 def _deformable(body: Mapping[str, Tensor], stage: str, offset: int) -> dict[str, Any]:
-    """detectron2 keeps a deformable convolution's offsets beside it."""
+    """Return the settings of deformable convolutions, which detectron2 marks by tensors named `conv2_offset`."""
     found = {
         int(match[1]) + offset: tensor.shape[0]
         for key, tensor in body.items()
@@ -256,12 +261,12 @@ def _deformable(body: Mapping[str, Tensor], stage: str, offset: int) -> dict[str
     if not found:
         return {}
     if set(found.values()) != {18}:
-        raise UserError(f"its deformable convolutions have {max(found.values())} offset channels; the released ones have 18 (v1)")
+        raise UserError(f"the deformable convolutions have {max(found.values())} offset channels; the released ones have 18 (v1)")
     return {"model.backbone.deformable_stages": sorted(found)}
 
 
 def _settings(state: Mapping[str, Tensor], *, softmax: bool, path: Path) -> dict[str, Any]:
-    """Encoder and decoder, from the shapes of their tensors."""
+    """Return the settings of the encoder and the decoder, inferred from the shapes of their tensors."""
     branch = "decoder.instance_branch"
     try:
         channels = state["encoder.laterals.0.weight"].shape[0]
@@ -284,12 +289,14 @@ def _settings(state: Mapping[str, Tensor], *, softmax: bool, path: Path) -> dict
             "model.decoder.iam.activation": "softmax" if softmax else "sigmoid",
         }
     except KeyError as missing:
-        raise UserError(f"{path}: {missing.args[0]} (our name) is missing, so what the model is cannot be told") from None
+        raise UserError(
+            f"{path}: the model's settings cannot be inferred, because {missing.args[0]} (our name) is missing"
+        ) from None
     return found
 
 
-def _fits(state: Mapping[str, Tensor], config: Config, theirs: Mapping[str, str], path: Path) -> None:
-    """Every tensor has its place and every place its tensor, of the same shape. Raises `UserError` with the lists."""
+def _check_fit(state: Mapping[str, Tensor], config: Config, theirs: Mapping[str, str], path: Path) -> None:
+    """Raise `UserError`, with lists, unless file and model have the same tensors with the same shapes."""
     with torch.device("meta"):
         expected = {key: tensor.shape for key, tensor in build_model(config.model, load_pretrained=False).state_dict().items()}
     missing = sorted(expected.keys() - state.keys())
@@ -304,11 +311,11 @@ def _fits(state: Mapping[str, Tensor], config: Config, theirs: Mapping[str, str]
         told = "; ".join(
             f"{len(keys)} {what}: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}" for what, keys in lists if keys
         )
-        raise UserError(f"{path}: does not fit {_name_of(config)}: {told}")
+        raise UserError(f"{path} does not fit {_name_of(config)}: {told}")
 
 
 def _name_of(config: Config) -> str:
-    """The named model with the same settings, else the backbone's name."""
+    """Return the name of the released model with these settings, or else the backbone's name."""
     for name, settings in MODELS.items():
         named = Config().replace(settings).model
         if named.content("latency") == config.model.content("latency"):
@@ -317,7 +324,7 @@ def _name_of(config: Config) -> str:
 
 
 def _categories(count: int) -> tuple[Category, ...]:
-    """COCO's, with the ids of its files; numbered ones where there are not 80."""
+    """Return COCO's categories with the ids of its files, or numbered ones if there are not 80."""
     if count != 80:
         return tuple(Category(number, f"class {number}") for number in range(1, count + 1))
     from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights

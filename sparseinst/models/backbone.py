@@ -1,6 +1,6 @@
-"""The backbone: any timm model with features at strides 8, 16 and 32 (paper section 4; DCN after section 4.1).
+"""Build the backbone from any timm model with features at strides 8, 16 and 32 (paper section 4; DCN as in section 4.1).
 
-B images, C channels, H W padded height and width.
+Shapes: B images, C channels, H W padded height and width.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from torch import Tensor, nn
 
 from sparseinst.config import STRIDES, BackboneConfig
 from sparseinst.errors import UserError
+from sparseinst.models import small  # noqa: F401 (the import registers its models in timm)
 from sparseinst.models.layers import DeformableConv2d
-from sparseinst.overrides import nearest
+from sparseinst.nested import nearest
+from sparseinst.paths import SHIPPED
 
 
 class Backbone(nn.Module):
-    """(B, 3, H, W) to [C3, C4, C5] of (B, C, H/8, W/8), (B, C, H/16, W/16), (B, C, H/32, W/32).
+    """Map images (B, 3, H, W) to [C3, C4, C5]: (B, C, H/8, W/8), (B, C, H/16, W/16) and (B, C, H/32, W/32).
 
     Attributes:
-        channels: of C3, C4, C5.
+        channels: the channel counts of C3, C4 and C5.
+        channels_last: whether the timm model returns (B, H, W, C).
 
     Raises:
         UserError: see `build_model`.
@@ -44,7 +47,7 @@ class Backbone(nn.Module):
             _make_deformable(_stage(body, config.name, stage), config.deformable_version)
         if config.freeze_at:
             _freeze_stem_and_stages(body, config)
-        # Frozen norms are fixed affine maps, whose tensors are buffers and so no parameters.
+        # A frozen norm is a fixed affine map. Its tensors are buffers, not parameters.
         self.body: nn.Module = freeze_batch_norm_2d(body) if config.frozen_norm else body
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -53,30 +56,34 @@ class Backbone(nn.Module):
 
 
 def _level_indices(name: str) -> tuple[int, ...]:
-    """Which of timm's feature levels have the strides 8, 16 and 32."""
+    """Return the indices of timm's feature levels with the strides 8, 16 and 32."""
     try:
         model: Any = timm.create_model(name, features_only=True)
         reductions = model.feature_info.reduction()
     except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
-        # timm names neither the family of its errors nor the valid names.
+        # timm's errors have no common class, and they do not list the valid names.
         hint = nearest(name, timm.list_models() + timm.list_models(pretrained=True))
         reason = str(error).splitlines()[0] if timm.is_model(name) else "timm has no such model"
         raise UserError(f"model.backbone.name: {name!r}: {reason}{hint}") from None
     missing = set(STRIDES) - set(reductions)
     if missing:
-        raise UserError(f"model.backbone.name: {name!r} has features at strides {list(reductions)}; 8, 16 and 32 are needed")
+        raise UserError(f"model.backbone.name: {name!r} has features at strides {list(reductions)}, but 8, 16 and 32 are needed")
     return tuple(reductions.index(stride) for stride in STRIDES)
 
 
 def _load(body: nn.Module, config: BackboneConfig) -> None:
-    """ImageNet weights into the feature model; every one of its tensors must be found, with its shape."""
+    """Load ImageNet weights into the feature model.
+
+    Raises:
+        UserError: a tensor of the model is missing or has another shape, or a tensor of the weights is unknown.
+    """
     with torch.device("meta"):
         whole = set(timm.create_model(config.name).state_dict())
     if config.weights is not None:
-        source, state = config.weights, read_tensors(Path(config.weights))
+        source, state = config.weights, read_tensors(_weights_file(config.weights))
     else:
         source, state = f"timm's {config.name}", _from_timm(config.name)
-    # timm's feature models write `stages_0` for `stages.0`; nothing else differs.
+    # timm's feature models write `stages_0` for `stages.0`. Their names are otherwise equal.
     found = {key.replace(".", "_"): (key, value) for key, value in state.items()}
     loaded, problems = {}, []
     for key, tensor in body.state_dict().items():
@@ -89,7 +96,8 @@ def _load(body: nn.Module, config: BackboneConfig) -> None:
             loaded[key] = tensor
         else:
             problems.append(f"{key} is missing")
-    problems += [f"{key} is not part of the model" for key in sorted(set(state) - whole)]
+    names = {key.replace(".", "_") for key in whole}
+    problems += [f"{key} is not part of the model" for key in sorted(state) if key.replace(".", "_") not in names]
     if problems:
         raise UserError(
             f"{source} does not fit the backbone {config.name}: {'; '.join(problems[:3])}"
@@ -98,13 +106,20 @@ def _load(body: nn.Module, config: BackboneConfig) -> None:
     body.load_state_dict(loaded)
 
 
+def _weights_file(name: str) -> Path:
+    """Return the file with this name, or else the package's own file with this key."""
+    shipped = SHIPPED / f"{name}.safetensors"
+    return shipped if shipped.exists() and not Path(name).exists() else Path(name)
+
+
 def _from_timm(name: str) -> dict[str, Tensor]:
+    """Return timm's pretrained weights. Raises `UserError` if they are not in its cache and cannot be downloaded."""
     try:
         return _from_hub(name)
     except Exception as error:
         raise UserError(
-            f"pretrained weights of {name} are neither in timm's cache nor to be had ({type(error).__name__}): go online once, "
-            "or set model.backbone.weights=FILE, or model.backbone.pretrained=false"
+            f"the pretrained weights of {name} are not in timm's cache, and the download failed ({type(error).__name__}); go "
+            "online once, or set model.backbone.weights=FILE, or set model.backbone.pretrained=false"
         ) from error
 
 
@@ -114,10 +129,12 @@ def _from_hub(name: str) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a torch checkpoint (bare, or under `model` or `state_dict`); nothing is executed.
+    """Return the tensors of a .safetensors file or of a torch checkpoint. Nothing in the file is executed.
+
+    A checkpoint holds the tensors at its top level, under `model` or under `state_dict`.
 
     Raises:
-        UserError: no such file, or none of these.
+        UserError: there is no such file, or it has another format.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -129,24 +146,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        raise UserError(f"{path}: no readable weights ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(f"{path} holds no readable weights ({str(error).splitlines()[0][:120]})") from None
     for key in ("model", "state_dict"):
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
     if not isinstance(data, Mapping) or not all(isinstance(value, Tensor) for value in data.values()):
-        raise UserError(f"{path}: holds no state dict")
+        raise UserError(f"{path} holds no state dict")
     return dict(data)
 
 
 def _stage(body: nn.Module, name: str, stage: int) -> nn.Module:
-    """ResNet's stage 2-5 (res2 to res5); timm counts its layers from 1."""
+    """Return a ResNet's stage by its number from 2 to 5 (res2 to res5). timm numbers its layers from 1."""
     layer = getattr(body, f"layer{stage - 1}", None)
     if not isinstance(layer, nn.Module):
-        raise UserError(f"model.backbone: {name} has no stage res{stage}: deformable_stages and freeze_at need a ResNet")
+        raise UserError(f"model.backbone: {name} has no stage res{stage}; deformable_stages and freeze_at need a ResNet")
     return layer
 
 
 def _make_deformable(stage: nn.Module, version: int) -> None:
+    """Replace the 3x3 convolution of each block by a deformable one."""
     for block in stage.children():
         conv = getattr(block, "conv2", None)
         if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (3, 3) or conv.groups != 1:
@@ -155,6 +173,7 @@ def _make_deformable(stage: nn.Module, version: int) -> None:
 
 
 def _freeze_stem_and_stages(body: nn.Module, config: BackboneConfig) -> None:
+    """Freeze the stem and the stages from res2 to `freeze_at`; `freeze_at=1` freezes the stem only."""
     stages = [_stage(body, config.name, stage) for stage in range(2, config.freeze_at + 1)]
     first = _stage(body, config.name, 2)
     later = {id(p) for number in range(2, 6) for p in getattr(body, f"layer{number - 1}", first).parameters()}

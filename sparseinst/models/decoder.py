@@ -1,6 +1,6 @@
-"""The IAM-based segmentation decoder (paper section 3.4): features to instances and their masks.
+"""Define the IAM-based segmentation decoder, which predicts instances and their masks from features (paper section 3.4).
 
-B images, N instance maps, G groups, E encoder channels, D branch channels, K kernel_dim, H W height and width at 1/8.
+Shapes: B images, N instance maps, G groups, E encoder channels, D branch channels, K kernel_dim, H W height and width at 1/8.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class Predictions(NamedTuple):
     class_logits: Tensor
     """(B, N, classes)."""
     objectness_logits: Tensor
-    """(B, N): the predicted mask IoU, before the sigmoid."""
+    """(B, N): the predicted mask IoU before the sigmoid."""
     mask_logits: Tensor
-    """(B, N, s H, s W), s = `mask_scale`: with the default, 1/4 of the padded input."""
+    """(B, N, s H, s W) with s = `mask_scale`: by default, 1/4 of the padded input."""
     responses: Tensor
-    """(B, G N, H, W): non-negative instance activation maps before their normalisation."""
+    """(B, G N, H, W): the instance activation maps before their normalisation; they are not negative."""
 
 
 class Coordinates(nn.Module):
-    """Forward takes (B, C, H, W) and puts x, then y, each from -1 to 1 over the padded map, before it: (B, 2 + C, H, W)."""
+    """Put the coordinates x and y, each from -1 to 1 over the padded map, before the features (B, C, H, W): (B, 2 + C, H, W)."""
 
     def forward(self, like: Tensor) -> Tensor:
         batch, _, height, width = like.shape
@@ -43,7 +43,7 @@ class Coordinates(nn.Module):
 
 
 def branch(config: DecoderConfig, in_channels: int) -> nn.Sequential:
-    """`depth` times 3x3 convolution and ReLU; the last one deformable where the config says so."""
+    """Return `depth` pairs of 3x3 convolution and ReLU. The last convolution is deformable if the config says so."""
     layers: list[nn.Module] = []
     for index in range(config.depth):
         conv = conv3x3(in_channels if index == 0 else config.width, config.width)
@@ -54,10 +54,10 @@ def branch(config: DecoderConfig, in_channels: int) -> nn.Sequential:
 
 
 class InstanceBranch(nn.Module):
-    """Features to instances: maps gather one feature an instance, from which three linear heads read.
+    """Predict instances: the maps gather one feature per instance, and three linear heads read it.
 
-    Forward takes (B, E [+ 2], H, W) and gives class logits (B, N, classes), objectness logits (B, N), mask kernels
-    (B, N, K) and the map responses (B, G N, H, W).
+    `forward` takes (B, E, H, W), or E + 2 channels with coordinates. It returns class logits (B, N, classes), objectness logits
+    (B, N), mask kernels (B, N, K) and map responses (B, G N, H, W).
     """
 
     def __init__(self, config: DecoderConfig, in_channels: int, num_classes: int) -> None:
@@ -76,9 +76,9 @@ class InstanceBranch(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Instance branch and mask branch; a mask is the product of an instance's kernel and the mask features.
+    """Combine the instance branch and the mask branch: a mask is the product of an instance's kernel and the mask features.
 
-    Forward takes the encoder's (B, E, H, W) and gives `Predictions`.
+    `forward` takes the encoder's features (B, E, H, W) and returns `Predictions`.
     """
 
     def __init__(self, config: DecoderConfig, in_channels: int, num_classes: int) -> None:

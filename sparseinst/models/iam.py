@@ -1,6 +1,6 @@
-"""F_iam: from features to instance activation maps and the features they gather (paper sections 3.1, 3.4 and 4.4).
+"""Define F_iam, which computes instance activation maps and gathers instance features (paper sections 3.1, 3.4 and 4.4).
 
-B images, N instance maps, G groups, D channels, H W height and width at 1/8.
+Shapes: B images, N instance maps, G groups, D channels, H W height and width at 1/8.
 """
 
 from __future__ import annotations
@@ -16,34 +16,36 @@ from sparseinst.models.layers import FOCAL_PRIOR_BIAS, kaiming_normal, kaiming_u
 
 
 class Activated(NamedTuple):
+    """The output of F_iam."""
+
     features: Tensor
-    """(B, N, out_channels) instance features."""
+    """(B, N, out_channels): the instance features."""
     responses: Tensor
-    """(B, G N, H, W) non-negative responses, group-major: map g N + i belongs to instance i."""
+    """(B, G N, H, W): the maps before normalisation. They are not negative. Map g N + i belongs to group g of instance i."""
 
 
 def _exponential(logits: Tensor) -> Tensor:
-    # Up to a factor that the normalisation removes; so does any bias, as the reference's learned scalar.
+    """Return exp(logits) up to a factor for each map. The normalisation removes this factor, and the reference's learned bias."""
     return (logits - logits.amax(dim=(-2, -1), keepdim=True)).exp()
 
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softmax": _exponential}
-"""f of the paper's section 4.2: a map is f(x_i) / sum_k f(x_k) over the positions k. (B, M, H, W) to the same shape."""
+"""The function f of the paper's section 4.2: a map is f(x_i) / sum_k f(x_k) over positions k. It keeps the shape (B, M, H, W)."""
 
 
 def normalise(responses: Tensor) -> Tensor:
-    """Maps of sum 1 over their positions, (B, M, H, W) to (B, M, HW).
+    """Return maps (B, M, HW) whose sum over the positions is 1, from responses (B, M, H, W).
 
-    To be done before the product with the features: the sum of products overflows in half precision, their mean does not.
+    This must come before the product with the features. In half precision a sum of products can overflow; a mean does not.
     """
     flat = responses.flatten(2)
     return flat / flat.sum(dim=-1, keepdim=True).clamp(min=1e-6)
 
 
 class ConvIAM(nn.Module):
-    """Maps by convolution: 3x3 or 1x1, one or two layers, one map an instance or a group of them (Table 4).
+    """Compute the maps by one or two convolutions, 3x3 or 1x1, with one map or a group of maps per instance (Table 4).
 
-    In Group-IAM the features of an instance's groups are concatenated and mixed by a fully connected layer.
+    In Group-IAM, the features of an instance's groups are concatenated and mixed by a fully connected layer.
     """
 
     def __init__(self, config: IAMConfig, channels: int) -> None:
@@ -72,7 +74,7 @@ class ConvIAM(nn.Module):
 
 
 class CrossAttentionIAM(nn.Module):
-    """N learned queries in one multi-head attention over the features (Table 7); its attention weights are the maps."""
+    """Let N learned queries attend to the features in one multi-head attention, whose weights are the maps (Table 7)."""
 
     def __init__(self, config: IAMConfig, channels: int) -> None:
         super().__init__()

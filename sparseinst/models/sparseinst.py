@@ -1,6 +1,6 @@
-"""SparseInst: backbone, encoder and decoder in a row (paper section 3.2, Figure 3).
+"""Define SparseInst, a sequence of backbone, encoder and decoder (paper section 3.2, Figure 3).
 
-B images, H W padded height and width in pixels.
+Shapes: B images, H W padded height and width in pixels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PIXEL_STD = (58.395, 57.120, 57.375)
 
 
 class SparseInst(nn.Module):
-    """Padded, normalised images (B, 3, H, W) to raw `Predictions`; H and W are multiples of `SIZE_DIVISOR`."""
+    """Compute raw `Predictions` from padded, normalised images (B, 3, H, W); H and W are multiples of `SIZE_DIVISOR`."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -37,32 +37,46 @@ class SparseInst(nn.Module):
         return self.decoder(self.encoder(self.backbone(images)))
 
     def mask_size(self, padded: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the predicted masks for a padded input of (height, width)."""
+        """Return the height and width of the predicted masks for a padded input of (height, width)."""
         height, width = (math.floor(side // STRIDES[0] * self.decoder.mask_scale) for side in padded)
         return height, width
 
     def mask_stride(self) -> int:
-        """Input pixels a pixel of the predicted masks, where that is an even number; 1 where it is not."""
+        """Return the input pixels per side of a mask pixel if they are an even divisor of `SIZE_DIVISOR`; 1 otherwise."""
         stride = STRIDES[0] / self.decoder.mask_scale
         return int(stride) if stride % 2 == 0 and SIZE_DIVISOR % stride == 0 else 1
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-        """RGB of 0-255, (B, 3, H, W) of any type, to the network's input; all outside each image's (h, w) becomes zero."""
-        normalised = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
-        for image, (height, width) in zip(normalised, sizes, strict=True):
-            image[:, height:].zero_()
-            image[:, :, width:].zero_()
-        return normalised
+        """Return the model's input for RGB images, as the function `normalise` does with the model's mean and deviation."""
+        return normalise(images, sizes, self.pixel_mean, self.pixel_std)
+
+
+def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+    """Return the input of a network (B, 3, H, W) for RGB images of the same shape, of any type, with values from 0 to 255.
+
+    Args:
+        sizes: the height and width of each image. The padding outside becomes zero.
+        mean: the mean of each channel (3, 1, 1) on the images' device; by default, ImageNet's.
+        std: the standard deviation of each channel, likewise.
+    """
+    mean = images.new_tensor(PIXEL_MEAN, dtype=torch.float32)[:, None, None] if mean is None else mean
+    std = images.new_tensor(PIXEL_STD, dtype=torch.float32)[:, None, None] if std is None else std
+    normalised = (images.to(mean.dtype) - mean) / std
+    for image, (height, width) in zip(normalised, sizes, strict=True):
+        image[:, height:].zero_()
+        image[:, :, width:].zero_()
+    return normalised
 
 
 def build_model(config: ModelConfig, *, load_pretrained: bool = True) -> SparseInst:
-    """The model a config describes, with fresh heads.
+    """Return the model that a config describes, with newly initialised encoder and decoder.
 
     Args:
-        load_pretrained: False leaves out the ImageNet weights, for a model whose weights are about to be loaded.
+        load_pretrained: load the backbone's pretrained weights, if the config has any. False is for a model whose weights the
+            caller loads next.
 
     Raises:
-        UserError: an unknown backbone, one without features at 1/8, 1/16, 1/32, or pretrained weights that cannot be had.
+        UserError: the backbone is unknown, it lacks features at 1/8, 1/16 or 1/32, or its pretrained weights cannot be loaded.
     """
     config = config.scaled()
     backbone = Backbone(config.backbone, load_pretrained=load_pretrained)

@@ -1,1 +1,1 @@
-"""Tables, plots and pages from records alone. Imports no torch."""
+"""Make tables, plots and web pages from records alone. Imports no torch."""

@@ -1,4 +1,4 @@
-"""Training curves, from what runs wrote while they went. Imports no torch."""
+"""Draw training curves from the metrics that runs write during training. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,21 +19,27 @@ _PANELS = {
     "loss": "training loss (weighted sum)",
     "learning_rate": "learning rate",
     "AP": "mask AP (%)",
+    "prefers_own": "maps that prefer their own object",
+    "own": "mass of the maps on their own object",
+    "border": "mass of the maps on the border",
     "matching_stability": "objects matched as before (%)",
 }
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """What a run wrote, one entry a line. A last line that is not finished yet is left out.
+    """Return the entries of a run's metrics file, one for each line. An unfinished last line is left out.
+
+    Args:
+        run: the run's folder.
 
     Raises:
-        UserError: no run is there, or a line is broken.
+        UserError: the folder has no metrics file, a line is broken, or no step is recorded yet.
     """
     path = RunPaths(run).metrics
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{run}: no run's folder, {path.name} is missing") from None
+        raise UserError(f"{run}: this is not the folder of a run, because {path.name} is missing") from None
     entries = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -45,16 +51,16 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is broken") from None
     if not any("loss" in entry for entry in entries):
-        raise UserError(f"{path}: no step is noted yet")
+        raise UserError(f"{path}: no step is recorded yet")
     return entries
 
 
 @style.styled
 def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Panels side by side: the loss, each of its parts, the learning rate, and what evaluations told; a line a run.
+    """Draw the loss, its parts, the learning rate and the metrics of evaluations in panels, with a line for each run.
 
     Args:
-        runs: by name, entries as `read_metrics` gives them.
+        runs: the entries of each run as `read_metrics` returns them, by the run's name.
     """
     parts = list(
         dict.fromkeys(name for entries in runs.values() for entry in entries for name in entry if name.startswith("loss_"))
@@ -67,7 +73,7 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     grid = figure.subplots(rows, 3, squeeze=False).flatten()
     for axes, (name, text) in zip(grid, panels.items(), strict=False):
         for index, entries in enumerate(runs.values()):
-            _line(axes, entries, name, index)
+            _draw_line(axes, entries, name, index)
         axes.set(ylabel=text, xlabel="step")
         axes.grid()
         axes.set_ylim(bottom=0)
@@ -78,9 +84,9 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def _line(axes: Axes, entries: Sequence[Mapping[str, Any]], name: str, index: int) -> None:
-    known = [(entry["iteration"], entry[name]) for entry in entries if entry.get(name) is not None]
-    few = len(known) < 30
+def _draw_line(axes: Axes, entries: Sequence[Mapping[str, Any]], name: str, index: int) -> None:
+    points = [(entry["iteration"], entry[name]) for entry in entries if entry.get(name) is not None]
+    few = len(points) < 30
     colour, dashes = style.COLOURS[index % len(style.COLOURS)], _LINES[index // len(style.COLOURS) % len(_LINES)]
     look: dict[str, Any] = {"color": colour, "ls": dashes}
-    axes.plot([x for x, _ in known], [y for _, y in known], marker="o" if few else "", ms=3, lw=1.2, **look)
+    axes.plot([x for x, _ in points], [y for _, y in points], marker="o" if few else "", ms=3, lw=1.2, **look)

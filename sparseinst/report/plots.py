@@ -1,4 +1,4 @@
-"""Figures from a table's results. Pure functions of them; import no torch."""
+"""Draw the plots of a table's results. The functions change nothing and read no files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,31 +22,35 @@ MODULES: tuple[LatencyFigure, ...] = ("backbone", "encoder", "decoder", "post")
 _QUOTED_MARKS = "s^v<>*"
 _PEER_MARKS = "PXhd"
 _DEVICE_LOOKS: tuple[dict[str, Any], ...] = ({}, {"fillstyle": "left"}, {"fillstyle": "bottom"}, {"fillstyle": "none"})
-"""One a device, on top of a system's own."""
+"""One look for each device, added to the look of the system."""
 _THE_PAPER = "The paper: SparseInst, CVPR 2022"
 
-_STEPS = 300
-"""Of moving names apart: a number, as a time would make a slow machine draw another picture."""
+_LABEL_STEPS = 300
+"""The number of steps that move labels apart. With a time limit instead, a slow machine would draw another plot."""
 
 Point = tuple[float, float, str]
-"""x, y and a name."""
+"""x, y and a label."""
 
 
 @style.styled
 def speed_accuracy(result: TableResult) -> Figure | None:
-    """AP over milliseconds an image: the paper's, measured and quoted points, a mark for each protocol (Figure 1)."""
+    """Draw AP over milliseconds per image (Figure 1): the paper's, measured and quoted points, with a mark for each protocol.
+
+    Returns:
+        None if there is no point.
+    """
     figure, axes = style.new(7.5, 6)
-    texts: list[Any] = []
+    labels: list[Any] = []
     paper = [
         (ms, entry.row.paper["AP"], entry.row.name)
         for entry in result.rows
         if "AP" in entry.row.paper and (ms := _milliseconds(entry.row.paper)) is not None
     ]
     if paper:
-        texts += _points(axes, paper, "SparseInst, the paper: RTX 2080 Ti, PyTorch FP32", **style.PAPER)
-    timed = [column for column in result.columns if column.device is not None and column.figure in ("FPS", "ms")]
+        labels += _draw_points(axes, paper, "SparseInst, the paper: RTX 2080 Ti, PyTorch FP32", **style.PAPER)
+    timed = [column for column in result.columns if column.device is not None and column.metric in ("FPS", "ms")]
     for look, column in zip(cycle(_DEVICE_LOOKS), timed, strict=False):
-        texts += _measured(axes, result, column, look)
+        labels += _draw_measured(axes, result, column, look)
     quoted = zip(cycle(_QUOTED_MARKS), cycle(style.COLOURS[1:]), result.table.spec.protocols.items(), strict=False)
     for mark, colour, (name, protocol) in quoted:
         points = [
@@ -56,7 +60,7 @@ def speed_accuracy(result: TableResult) -> Figure | None:
         ]
         if points:
             label = f"quoted: {protocol.device}, {protocol.description}"
-            texts += _points(axes, points, label, marker=mark, color=colour, ls="", alpha=0.7, ms=5)
+            labels += _draw_points(axes, points, label, marker=mark, color=colour, ls="", alpha=0.7, ms=5)
     if not axes.lines:
         return None
     axes.set(xlabel="time of an image (ms, log scale); other devices and engines are no comparison", ylabel="mask AP (%)")
@@ -67,45 +71,51 @@ def speed_accuracy(result: TableResult) -> Figure | None:
     axes.margins(x=0.12)
     axes.grid()
     style.finish(axes, result.table.spec.title, sources(result))
-    _keep_apart(axes, texts)
+    _separate_labels(axes, labels)
     return figure
 
 
-def _measured(axes: mpl.axes.Axes, result: TableResult, column: Column, look: dict[str, Any]) -> list[Any]:
-    """Our own points on one device, and those of peers; their names."""
+def _draw_measured(axes: mpl.axes.Axes, result: TableResult, column: Column, look: dict[str, Any]) -> list[Any]:
+    """Draw the measured points of SparseInst and of other systems on one device; return their labels."""
     points = []
     for row in result.rows:
         speed, ap = row.cells[column].measured, row.cells.get(Column("AP"))
         if speed is not None and ap is not None and ap.measured is not None:
-            points.append((1000 / speed.mean if column.figure == "FPS" else speed.mean, ap.measured.mean, row.row.name))
+            points.append((1000 / speed.mean if column.metric == "FPS" else speed.mean, ap.measured.mean, row.row.name))
     other_data = "" if result.profile == "coco" else " (other data: compare no heights)"
     label = f"SparseInst, measured at {result.profile} scale{other_data}: {column.device}"
-    texts = _points(axes, points, label, **{**style.MEASURED, **look}) if points else []
-    known = [p for p in result.peers if column.device in p.whole_ms and p.figures.get("AP") is not None]
-    for name, mark in zip(dict.fromkeys(peer.name for peer in known), cycle(_PEER_MARKS), strict=False):
-        at = [(p.whole_ms[str(column.device)], p.figures["AP"] or 0.0, str(p.short_side)) for p in known if p.name == name]
-        texts += _points(axes, at, f"{name}, measured here: {column.device}", marker=mark, color="0.3", **{"ls": ":", **look})
-    return texts
+    labels = _draw_points(axes, points, label, **{**style.MEASURED, **look}) if points else []
+    peers = [p for p in result.peers if column.device in p.whole_ms and p.figures.get("AP") is not None]
+    for name, mark in zip(dict.fromkeys(peer.name for peer in peers), cycle(_PEER_MARKS), strict=False):
+        points = [(p.whole_ms[str(column.device)], p.figures["AP"] or 0.0, str(p.short_side)) for p in peers if p.name == name]
+        peer_look = {"marker": mark, "color": "0.3", "ls": ":", **look}
+        labels += _draw_points(axes, points, f"{name}, measured here: {column.device}", **peer_look)
+    return labels
 
 
-def _points(axes: mpl.axes.Axes, points: list[Point], label: str, **more: Any) -> list[Any]:
-    """Points, and their names as texts to be kept apart; more of matplotlib's options for their line."""
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], label=label, **more)
-    return [axes.text(x, y, text, fontsize=6.5 if more.get("ls") == "" else 8) for x, y, text in points]
+def _draw_points(axes: mpl.axes.Axes, points: list[Point], legend: str, **look: Any) -> list[Any]:
+    """Draw points as one line and return their labels as matplotlib's texts.
+
+    Args:
+        legend: the name of the line in the legend.
+        look: matplotlib's options for the line.
+    """
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], label=legend, **look)
+    return [axes.text(x, y, text, fontsize=6.5 if look.get("ls") == "" else 8) for x, y, text in points]
 
 
-def _keep_apart(axes: mpl.axes.Axes, texts: list[Any]) -> None:
-    """Move names off each other and off the points, a thin line to what they name."""
-    # The axes must have their last size before places are looked for.
+def _separate_labels(axes: mpl.axes.Axes, labels: list[Any]) -> None:
+    """Move labels off each other and off the points, and draw a thin line from each label to its point."""
+    # The axes must have their final size before labels are moved.
     axes.figure.canvas.draw()
     points = np.concatenate([np.asarray(line.get_xydata()) for line in axes.lines])
     leader = {"arrowstyle": "-", "color": "0.6", "lw": 0.5}
-    adjust_text(texts, points[:, 0], points[:, 1], ax=axes, expand=(1.15, 1.4), iter_lim=_STEPS, arrowprops=leader)
+    adjust_text(labels, points[:, 0], points[:, 1], ax=axes, expand=(1.15, 1.4), iter_lim=_LABEL_STEPS, arrowprops=leader)
 
 
 @style.styled
 def module_times(result: TableResult) -> Figure | None:
-    """Milliseconds by module, a bar for each size and device (Table 8)."""
+    """Draw the milliseconds of each module, in one bar for each row and device (Table 8). None if there is no bar."""
     devices = sorted({column.device for column in result.columns if column.device is not None})
     bars: list[tuple[str, list[float]]] = []
     for row in result.rows:
@@ -135,7 +145,11 @@ def module_times(result: TableResult) -> Figure | None:
 
 @style.styled
 def differences(result: TableResult) -> Figure | None:
-    """Each row's difference in AP from the reference row: measured with its interval, and the paper's."""
+    """Draw each row's difference in AP from the reference row: measured with its interval, and the paper's.
+
+    Returns:
+        None if no difference is measured.
+    """
     rows = [row for row in result.rows if (ap := row.cells.get(Column("AP"))) is not None and ap.difference is not None]
     if not rows:
         return None
@@ -148,13 +162,13 @@ def differences(result: TableResult) -> Figure | None:
         return label if first else None
 
     for index, row in enumerate(rows):
-        found = row.cells[Column("AP")].difference
-        assert found is not None
-        errors = [[found.value - found.low], [found.high - found.value]]
-        look = style.MEASURED if found.seeds_known else style.IMAGES_ALONE
-        what = "over seeds and images" if found.seeds_known else "over images alone"
-        label = once(f"measured at {result.profile} scale, 95 % {what}")
-        axes.errorbar([found.value], [index - 0.12], xerr=errors, capsize=3, label=label, **look)
+        measured = row.cells[Column("AP")].difference
+        assert measured is not None
+        errors = [[measured.value - measured.low], [measured.high - measured.value]]
+        look = style.MEASURED if measured.seeds_known else style.IMAGES_ALONE
+        noise = "over seeds and images" if measured.seeds_known else "over images alone"
+        label = once(f"measured at {result.profile} scale, 95 % {noise}")
+        axes.errorbar([measured.value], [index - 0.12], xerr=errors, capsize=3, label=label, **look)
         if row.paper_difference is not None:
             axes.plot([row.paper_difference], [index + 0.12], label=once("the paper, on COCO"), **{**style.PAPER, "ls": ""})
     axes.axvline(0, color="0.5", lw=0.8)
@@ -167,7 +181,7 @@ def differences(result: TableResult) -> Figure | None:
 
 
 def sources(result: TableResult) -> list[str]:
-    """Where the numbers of a figure come from, for its caption."""
+    """Return the sources of a plot's values, for its caption."""
     lines = []
     if result.provenance:
         lines.append(f"Measured at {result.profile} scale: " + "; ".join(result.provenance) + ".")
@@ -180,28 +194,28 @@ def sources(result: TableResult) -> list[str]:
     return lines
 
 
-def _milliseconds(figures: Mapping[Any, float]) -> float | None:
-    """An image, from figures that state it or images a second."""
-    if "ms" in figures:
-        return figures["ms"]
-    return 1000 / figures["FPS"] if "FPS" in figures else None
+def _milliseconds(values: Mapping[Any, float]) -> float | None:
+    """Return the milliseconds per image from values that contain `ms` or `FPS`; None if they contain neither."""
+    if "ms" in values:
+        return values["ms"]
+    return 1000 / values["FPS"] if "FPS" in values else None
 
 
 @dataclass(frozen=True)
 class Plot:
     draw: Callable[[TableResult], Figure | None]
-    """None where there is nothing to show."""
+    """The function that draws the plot; it returns None if there is nothing to show."""
     shows: str
-    """In words, for those who cannot see it."""
+    """The content of the plot in words, for readers who cannot see it."""
 
 
 def plots(result: TableResult) -> dict[str, Plot]:
-    """The figures that fit a table, by name."""
-    figures = set(result.table.spec.figures)
+    """Return the plots that fit a table, by name."""
+    metrics = set(result.table.spec.figures)
     chosen: dict[str, Plot] = {}
-    if {"FPS", "AP"} <= figures:
+    if {"FPS", "AP"} <= metrics:
         chosen["speed-accuracy"] = Plot(speed_accuracy, "mask AP over milliseconds an image")
-    if set(MODULES) <= figures:
+    if set(MODULES) <= metrics:
         chosen["modules"] = Plot(module_times, "milliseconds of each module")
     if result.table.spec.reference is not None:
         shows = "differences in AP from the reference row, measured with intervals and the paper's"
@@ -210,5 +224,5 @@ def plots(result: TableResult) -> dict[str, Plot]:
 
 
 def figure_file(result: TableResult, name: str) -> str:
-    """The name of a figure's files, without their endings."""
+    """Return the name of a plot's files, without suffix."""
     return f"{result.name}-{name}"

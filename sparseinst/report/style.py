@@ -1,6 +1,7 @@
-"""One style for every plot: colours that all eyes tell apart, a mark as well as a colour for each source, sources in the caption.
+"""Define the style that all plots share. Imports no torch.
 
-Imports no torch.
+The colours are distinct for every kind of colour vision. Each source of values has its own mark and its own colour, and the
+caption names the sources.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import matplotlib.axes
 from cycler import cycler
 from matplotlib.figure import Figure
 
-from sparseinst.paths import atomic
+from sparseinst.files import atomic
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Of Okabe and Ito (2008), who chose them for every kind of colour vision."""
+"""The colours of Okabe and Ito (2008), chosen for every kind of colour vision."""
 HATCHES = ("", "///", "...", "xx")
 MEASURED: dict[str, Any] = {"color": COLOURS[0], "marker": "o", "ls": "-", "ms": 6.5}
 IMAGES_ALONE: dict[str, Any] = {**MEASURED, "markerfacecolor": "white"}
-"""Measured with one seed only, so that its interval says less than the others'."""
+"""The look of a measured value whose interval covers the noise of images alone, because no row has several seeds."""
 PAPER: dict[str, Any] = {"color": "black", "marker": "D", "markerfacecolor": "white", "ls": "--", "ms": 6, "lw": 1}
 
 _STYLE: Any = {
@@ -36,7 +37,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "axes.prop_cycle": cycler(color=COLOURS),
-    # Ids that do not change; text that stays text.
+    # The ids in an SVG are the same each time, and its text stays text.
     "svg.hashsalt": "sparseinst",
     "svg.fonttype": "none",
 }
@@ -47,24 +48,24 @@ R = TypeVar("R")
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """A function that draws, in this style."""
+    """Return a function that calls `draw` with this style set."""
 
     @functools.wraps(draw)
-    def within(*args: P.args, **kwargs: P.kwargs) -> R:
+    def draw_in_style(*args: P.args, **kwargs: P.kwargs) -> R:
         with mpl.rc_context(_STYLE):
             return draw(*args, **kwargs)
 
-    return within
+    return draw_in_style
 
 
 def new(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
-    """An empty figure of this size in inches, and its axes."""
+    """Return an empty figure of this size in inches, and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def finish(axes: mpl.axes.Axes, title: str, sources: Sequence[str], *, columns: int = 1) -> None:
-    """Title and legend above the axes, where the numbers come from below."""
+    """Add the title and the legend above the axes, and the sources of the values below."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
@@ -76,7 +77,11 @@ def finish(axes: mpl.axes.Axes, title: str, sources: Sequence[str], *, columns: 
 
 @styled
 def save(figure: Figure, path: Path) -> None:
-    """As PNG and SVG, with the same bytes for the same figure."""
+    """Write a plot as PNG and as SVG; the same plot gives the same bytes.
+
+    Args:
+        path: its suffix is replaced.
+    """
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         with atomic(path.with_suffix(suffix)) as temporary:
             figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=metadata)

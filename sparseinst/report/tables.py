@@ -1,4 +1,4 @@
-"""A table's results as Markdown, CSV, LaTeX and HTML. Pure functions; import no torch."""
+"""Format a table's results as Markdown, CSV, LaTeX and HTML. The functions change nothing and read no files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pandas as pd
 from sparseinst.ablation.peers import PeerResult
 from sparseinst.ablation.statistics import Difference
 from sparseinst.ablation.study import Figure
-from sparseinst.report.collect import ACCURACY, Cell, Column, TableResult
+from sparseinst.report.collect import EVALUATED, Cell, Column, TableResult
 
 NOISE = "≈"
-"""Marks a cell whose difference from the reference row lies within noise."""
+"""This sign marks a cell whose difference from the reference row lies within noise."""
 IMAGES_ALONE = "†"
-"""Marks an interval that does not hold the spread over seeds, as no row has several."""
+"""This sign marks an interval that covers the noise of images alone, because no row has several seeds."""
 
 
 def frame(result: TableResult) -> pd.DataFrame:
-    """The table as people read it: text, one row a row."""
+    """Return the table as people read it: its cells are texts, and each row of the table is one row of the frame."""
     spec = result.table.spec
     compares = spec.reference is not None and Column("AP") in result.columns
     rows = []
     for entry in result.rows:
         cells = {name: str(entry.row.labels.get(name, "")) for name in spec.columns}
-        cells |= {column.title: _cell(entry.cells[column], entry.state_of(column.figure), column) for column in result.columns}
+        cells |= {column.title: _cell(entry.cells[column], entry.state_of(column.metric), column) for column in result.columns}
         if compares:
             ap = entry.cells[Column("AP")]
             cells["difference in AP"] = _interval(ap.difference) if entry.row.name != spec.reference else "reference"
@@ -39,15 +39,15 @@ def frame(result: TableResult) -> pd.DataFrame:
     for quoted in spec.quoted:
         cells = {name: str(quoted.labels.get(name, "")) for name in spec.columns}
         for column in result.columns:
-            value = _quoted(quoted.figures, column.figure)
-            mark = f" [{quoted.protocol}]" if column.figure not in ACCURACY else ""
+            value = _quoted_value(quoted.figures, column.metric)
+            mark = f" [{quoted.protocol}]" if column.metric not in EVALUATED else ""
             cells[column.title] = f"quoted {value:.1f}{mark}" if value is not None else ""
         rows.append(cells)
     return pd.DataFrame(rows).fillna("")
 
 
 def _cell(cell: Cell, state: str, column: Column) -> str:
-    digits = 1 if column.figure in (*ACCURACY, "FPS") else 2
+    digits = 1 if column.metric in (*EVALUATED, "FPS") else 2
     if cell.measured is None:
         measured = "-" if state == "done" else state
     else:
@@ -60,33 +60,33 @@ def _cell(cell: Cell, state: str, column: Column) -> str:
 
 
 def _peer_cell(peer: PeerResult, column: Column) -> str:
-    if column.figure in ACCURACY:
-        value = peer.figures.get(column.figure)
+    if column.metric in EVALUATED:
+        value = peer.figures.get(column.metric)
     else:
         median = peer.whole_ms.get(column.device or "")
-        value = {"ms": median, "FPS": 1000 / median if median else None}.get(column.figure)
+        value = {"ms": median, "FPS": 1000 / median if median else None}.get(column.metric)
     return f"measured {value:.1f}" if value is not None else ""
 
 
-def _quoted(figures: Mapping[Figure, float], figure: Figure) -> float | None:
-    """A quoted figure; images a second and milliseconds are one figure."""
-    known = dict(figures)
-    if "ms" in figures:
-        known.setdefault("FPS", 1000 / figures["ms"])
-    if "FPS" in figures:
-        known.setdefault("ms", 1000 / figures["FPS"])
-    return known.get(figure)
+def _quoted_value(values: Mapping[Figure, float], metric: Figure) -> float | None:
+    """Return a quoted value; milliseconds and images per second are computed from each other. None if it is not quoted."""
+    known = dict(values)
+    if "ms" in values:
+        known.setdefault("FPS", 1000 / values["ms"])
+    if "FPS" in values:
+        known.setdefault("ms", 1000 / values["FPS"])
+    return known.get(metric)
 
 
-def _interval(found: Difference | None) -> str:
-    if found is None:
+def _interval(difference: Difference | None) -> str:
+    if difference is None:
         return ""
-    text = f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
-    return text if found.seeds_known else f"{text} {IMAGES_ALONE}"
+    text = f"{difference.value:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
+    return text if difference.seeds_known else f"{text} {IMAGES_ALONE}"
 
 
 def notes(result: TableResult) -> list[str]:
-    """What stands below the table."""
+    """Return the notes below the table."""
     scale = f"Measured at {result.profile} scale | the paper's, on COCO: compare signs and sizes of differences, not values."
     lines = ["Measured | the paper's." if result.profile == "coco" else scale]
     if any(cell.measured and cell.measured.deviation is not None for row in result.rows for cell in row.cells.values()):
@@ -111,16 +111,20 @@ def notes(result: TableResult) -> list[str]:
 
 
 def _same_runs(result: TableResult) -> list[str]:
-    """Rows that are one run at this scale, as where a profile has a backbone of its own: their equality tells nothing."""
+    """Return a note for each group of rows that are the same run at this scale, so that their equal values are no finding.
+
+    This happens if a profile replaces the paper's backbones.
+    """
     rows: dict[tuple[str, ...], list[str]] = {}
     for entry in result.rows:
-        if own := tuple(sorted(set(entry.keys))):
-            rows.setdefault(own, []).append(f"'{entry.row.name}'")
-    together = [names for names in rows.values() if len(names) > 1]
-    return [f"At {result.profile} scale {' and '.join(names)} are one and the same run." for names in together]
+        if keys := tuple(sorted(set(entry.keys))):
+            rows.setdefault(keys, []).append(f"'{entry.row.name}'")
+    same = [names for names in rows.values() if len(names) > 1]
+    return [f"At {result.profile} scale {' and '.join(names)} are one and the same run." for names in same]
 
 
 def markdown(result: TableResult) -> str:
+    """Return the table and its notes as Markdown."""
     data = frame(result)
 
     def line(cells: list[str]) -> str:
@@ -132,35 +136,35 @@ def markdown(result: TableResult) -> str:
 
 
 def csv(result: TableResult) -> str:
-    """Long format, one line a number, unrounded: for scripts and notebooks."""
+    """Return the values in long format, one line for each, with four decimals, for scripts and notebooks."""
     lines = []
     for entry in result.rows:
         for column, cell in entry.cells.items():
-            gap = cell.difference
+            difference = cell.difference
             lines.append(
                 {
                     "table": result.table.name,
                     "profile": result.profile,
                     "row": entry.row.name,
                     **{name: entry.row.labels.get(name, "") for name in result.table.spec.columns},
-                    "figure": column.figure,
+                    "figure": column.metric,
                     "device": column.device or "",
                     "state": entry.state,
                     "measured": cell.measured.mean if cell.measured else None,
                     "deviation": cell.measured.deviation if cell.measured else None,
                     "seeds": len(cell.measured.values) if cell.measured else 0,
                     "paper": cell.paper,
-                    "difference": gap.value if gap else None,
-                    "low": gap.low if gap else None,
-                    "high": gap.high if gap else None,
-                    "verdict": (entry.verdict or "") if column.figure == "AP" else "",
+                    "difference": difference.value if difference else None,
+                    "low": difference.low if difference else None,
+                    "high": difference.high if difference else None,
+                    "verdict": (entry.verdict or "") if column.metric == "AP" else "",
                 }
             )
     return pd.DataFrame(lines).to_csv(index=False, float_format="%.4f", lineterminator="\n")
 
 
 def latex(result: TableResult) -> str:
-    """A table environment for booktabs."""
+    """Return the table and its notes as a LaTeX table environment; it needs the package booktabs."""
     data = frame(result)
     data.columns = data.columns.map(_tex)
     styled = data.map(_tex).style.hide(axis="index")
@@ -187,7 +191,7 @@ def _tex(text: str) -> str:
 
 
 def html(result: TableResult) -> str:
-    """A page of its own."""
+    """Return an HTML page with this table and its notes alone."""
     data = frame(result)
     title = _escape(result.table.spec.title)
     below = "".join(f"<li>{_escape(note)}</li>\n" for note in notes(result))

@@ -1,4 +1,4 @@
-"""A table's results on the terminal."""
+"""Print a table's results on the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparseinst.report.tables import frame, notes
 
 
 def print_table(result: TableResult) -> None:
-    """Print the table and what stands below it."""
+    """Print the table and its notes."""
     data = frame(result)
     table = Table(title=f"{result.table.spec.title} ({result.profile})", title_justify="left", show_lines=False)
     labels = len(result.table.spec.columns)
@@ -22,6 +22,6 @@ def print_table(result: TableResult) -> None:
         table.add_row(*(escape(str(cell)) for cell in row))
     console = Console()
     width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    Console(width=max(console.width, width)).print(table)  # a narrow terminal wraps lines, not cells
+    Console(width=max(console.width, width)).print(table)  # a narrow terminal then wraps whole lines, not cells
     for note in notes(result):
         print(f"- {note}")

@@ -1,4 +1,4 @@
-"""All results on one page that needs nothing but itself. Imports no torch."""
+"""Show all results on one web page that loads no other file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from sparseinst.ablation.store import Record, Store
 from sparseinst.config import Config
-from sparseinst.overrides import flatten
+from sparseinst.nested import flatten
 from sparseinst.report.collect import ACCURACY, Cell, Column, RowResult, TableResult
 from sparseinst.report.plots import figure_file, plots
 from sparseinst.report.tables import frame, notes
@@ -30,10 +30,10 @@ _COUNTED = {
 
 
 def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str:
-    """These tables with their figures, and every record of the store, as HTML.
+    """Return an HTML page with these tables, their plots, and every record of the store.
 
     Args:
-        figures: the folder that holds the figures, as `write_report` left them.
+        figures: the folder in which `write_report` wrote the plots.
     """
     profile = results[0].profile
     loaded = [record for key in sorted(store.keys()) if (record := store.load(key)) is not None]
@@ -60,7 +60,7 @@ def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str
         counts=counts,
         tables=[_table(result, figures, {record.key for record in loaded}) for result in results],
         gaps=gaps,
-        records=[_line(record, rows.get(record.key, "")) for record in loaded],
+        records=[_record_line(record, rows.get(record.key, "")) for record in loaded],
         data=_as_script({record.key: _details(record) for record in loaded}),
         css=Markup((folder / "page.css").read_text(encoding="utf-8")),
         js=Markup((folder / "page.js").read_text(encoding="utf-8")),
@@ -68,7 +68,7 @@ def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str
 
 
 def _as_script(data: Any) -> Markup:
-    """JSON that no text within can end early."""
+    """Return the data as JSON for a script element; `<` is escaped, so that no text in the data can close the element."""
     return Markup(json.dumps(data, sort_keys=True, allow_nan=False).replace("<", "\\u003c"))
 
 
@@ -108,21 +108,21 @@ def _table(result: TableResult, figures: Path, loaded: Container[str]) -> dict[s
 
 
 def _distinct(keys: Sequence[str], loaded: Container[str]) -> list[str]:
-    """Each once; without those whose record turned out to be damaged."""
+    """Return each key once, without the keys of damaged records."""
     return [key for key in dict.fromkeys(keys) if key in loaded]
 
 
 def _cell(title: str, text: str, entry: RowResult | None, result: TableResult) -> dict[str, Any]:
-    """What one cell shows, and by what it is sorted."""
+    """Return what a cell shows and the value by which it is sorted."""
     cell = {"text": text, "sort": text, "paper": "", "chip": "", "note": ""}
     column = next((column for column in result.columns if column.title == title), None)
     if entry is None:
         return cell | ({"sort": "".join(part for part in text.split() if _is_number(part))} if column is not None else {})
     if column is not None:
-        return cell | _number(entry.cells[column], column, entry.state_of(column.figure), text)
+        return cell | _metric_cell(entry.cells[column], column, entry.state_of(column.metric), text)
     if title == "difference in AP":
-        found = entry.cells[Column("AP")].difference
-        return cell | {"sort": found.value if found is not None else 0.0 if text == "reference" else ""}
+        difference = entry.cells[Column("AP")].difference
+        return cell | {"sort": difference.value if difference is not None else 0.0 if text == "reference" else ""}
     return cell | {"chip": _CHIPS.get(text, "") if title == "verdict" else ""}
 
 
@@ -130,19 +130,24 @@ def _is_number(text: str) -> bool:
     return text.replace(".", "", 1).isdigit()
 
 
-def _number(cell: Cell, column: Column, state: str, text: str) -> dict[str, Any]:
+def _metric_cell(cell: Cell, column: Column, state: str, text: str) -> dict[str, Any]:
     measured, _, _ = text.partition(" | ")
-    about: dict[str, Any] = {"text": measured, "sort": cell.measured.mean if cell.measured is not None else ""}
+    shown: dict[str, Any] = {"text": measured, "sort": cell.measured.mean if cell.measured is not None else ""}
     if cell.paper is not None:
-        about["paper"] = f"{cell.paper:.1f}"
+        shown["paper"] = f"{cell.paper:.1f}"
     if cell.measured is None and state != "done":
-        about["chip"] = "gap"
-    elif cell.measured is not None and column.figure in ACCURACY and len(cell.measured.values) > 1:
-        about["note"] = "by seed: " + ", ".join(f"{value:.2f}" for value in cell.measured.values)
-    return about
+        shown["chip"] = "gap"
+    elif cell.measured is not None and column.metric in ACCURACY and len(cell.measured.values) > 1:
+        shown["note"] = "by seed: " + ", ".join(f"{value:.2f}" for value in cell.measured.values)
+    return shown
 
 
-def _line(record: Record, row: str) -> dict[str, Any]:
+def _record_line(record: Record, row: str) -> dict[str, Any]:
+    """Return a record's line in the list of all records.
+
+    Args:
+        row: the table and row that show the record; empty if none does.
+    """
     about = record.provenance
     values = (
         record.kind,
@@ -159,6 +164,7 @@ def _line(record: Record, row: str) -> dict[str, Any]:
 
 
 def _headline(record: Record) -> str:
+    """Return the main result of a record as a text; empty if it has none."""
     result = record.result
     if record.kind == "evaluate":
         return f"AP {result['figures']['AP']:.1f}" if result["figures"].get("AP") is not None else ""
@@ -173,6 +179,7 @@ def _headline(record: Record) -> str:
 
 
 def _details(record: Record) -> dict[str, Any]:
+    """Return a record's result, its provenance, and the settings that differ from the defaults."""
     defaults = flatten(Config().model_dump(mode="json"))
     changed = {path: value for path, value in flatten(record.config).items() if defaults.get(path) != value}
     content = {"result": record.result, "config": changed, "provenance": record.provenance}
@@ -180,7 +187,7 @@ def _details(record: Record) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """To four digits; what is no number becomes null, since JSON has no word for it."""
+    """Return a value with its floats rounded to four decimals; NaN and infinity become None, because JSON cannot express them."""
     if isinstance(value, float):
         return round(value, 4) if math.isfinite(value) else None
     if isinstance(value, Mapping):

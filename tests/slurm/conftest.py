@@ -1,4 +1,4 @@
-"""A private SLURM cluster, and a project folder on it."""
+"""Provide fixtures: a private SLURM cluster, and a project folder on it."""
 
 import os
 import shutil
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from .lab import ROOT, SCRIPTS, slurm, wait_for
+from .lab import ROOT, SCRIPTS, StartUndisturbed, Undisturbed, slurm, wait_for
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Path]:
-    """A running cluster; its folder."""
-    folder = Path(tempfile.mkdtemp(prefix="cluster-"))  # not in pytest's own, which others may not enter: munge wants that
+    """Start a cluster and return its folder."""
+    folder = Path(tempfile.mkdtemp(prefix="cluster-"))  # munge needs a folder that other users may enter; pytest's is private
     subprocess.run([SCRIPTS / "start.sh", folder, "2", "4"], check=True, timeout=60)
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     yield folder
@@ -26,7 +26,7 @@ def cluster() -> Iterator[Path]:
 
 @pytest.fixture
 def project(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty project folder on a cluster whose nodes are up and whose queue is empty."""
+    """Return an empty project folder on a cluster whose nodes are idle and whose queue is empty."""
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     (tmp_path / "slurm").symlink_to(ROOT / "slurm")
     monkeypatch.chdir(tmp_path)
@@ -35,3 +35,17 @@ def project(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     yield tmp_path
     slurm("scancel", "--me")
     wait_for(lambda: not slurm("squeue", "--noheader"), 60, "an empty queue")
+
+
+@pytest.fixture
+def undisturbed(project: Path) -> Iterator[StartUndisturbed]:
+    """Return a function that starts a reference run, which ends with the test."""
+    runs: list[Undisturbed] = []
+
+    def start(*arguments: str) -> Undisturbed:
+        runs.append(Undisturbed(*arguments))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.end()

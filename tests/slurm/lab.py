@@ -1,7 +1,8 @@
-"""What the tests on a SLURM cluster share: how to send, watch, disturb and compare runs."""
+"""Send, watch, disturb and compare runs on a SLURM cluster."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,20 +15,21 @@ import torch
 from safetensors.torch import load_file
 
 from sparseinst.ablation.plan import Plan, StageRun, make_plan
-from sparseinst.ablation.status import Status, plan_status
 from sparseinst.ablation.store import Store
 from sparseinst.ablation.study import read_profile, read_tables
-from sparseinst.ablation.submission import read_submission
-from sparseinst.ablation.work import run_folder
-from sparseinst.attempts import latest
+from sparseinst.attempts import latest_attempt
 from sparseinst.cli import run_cli
+from sparseinst.launch.status import State, Status, plan_status
+from sparseinst.launch.submission import read_submission
+from sparseinst.paths import run_folder
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "slurm" / "local-cluster"
 
-# A training of a minute or two in all, so that things can happen to it; a checkpoint a second.
+# A training of one or two minutes, so that tests can disturb it, with about one checkpoint per second.
 SLOW = """
-data: {source: shapes, root: runs/data/shapes, short_sides: [64], long_side: 64, train_limit: 64, val_limit: 4, workers: 1}
+data:
+  {source: shapes, root: runs/data/shapes, shapes: {train: 64, val: 4, side: 64}, short_sides: [64], long_side: 64, workers: 1}
 model:
   num_classes: 6
   width_factor: 0.125
@@ -50,8 +52,13 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str, every: flo
         if found:
             return found
         time.sleep(every)
+    raise AssertionError(f"no {what} within {seconds:g} s\n{outputs()}")
+
+
+def outputs() -> str:
+    """Return SLURM's queue and the end of every job's output."""
     logs = "\n".join(f"== {path}\n{path.read_text()[-1500:]}" for path in Path("runs/jobs").glob("*.err"))
-    raise AssertionError(f"no {what} within {seconds:g} s\n{slurm('squeue')}\n{logs}")
+    return f"{slurm('squeue')}\n{logs}"
 
 
 def profile_file(name: str, text: str) -> str:
@@ -60,12 +67,12 @@ def profile_file(name: str, text: str) -> str:
     return str(path)
 
 
-def slow(steps: int) -> str:
+def slow_profile(steps: int) -> str:
     return profile_file("slow", SLOW.replace("STEPS", str(steps)))
 
 
-def tasks(count: int, nodes: int = 1, **more: Any) -> str:
-    """A cluster profile of `count` processes a node."""
+def cluster_profile(count: int, nodes: int = 1, **more: Any) -> str:
+    """Write a cluster profile with `count` processes per node, and return its path."""
     train = {"nodes": nodes, "tasks_per_node": count, "cpus_per_task": 1, "time": more.pop("time", 10)}
     content = {"partition": "main", "train": train, "latency": {"cpus_per_task": 1, "time": 10}, "signal_delay": 5, **more}
     return profile_file(f"cluster-{count}-{nodes}", json.dumps(content))
@@ -81,6 +88,14 @@ def launch(table: str, profile: str, cluster: str, *more: str) -> None:
 
 def state_of(run: StageRun, plan: Plan) -> Status:
     return next(status for status in plan_status(plan) if status.run.key == run.key)
+
+
+def wait_for_state(run: StageRun, plan: Plan, state: State, seconds: float, attempts: int | None = None) -> None:
+    """Wait until a stage is in a state, and in its `attempts`-th attempt if that is given."""
+    until = time.monotonic() + seconds
+    while (status := state_of(run, plan)).state != state or attempts not in (None, status.attempts):
+        assert time.monotonic() < until, f"{status} is not {state} within {seconds:g} s\n{outputs()}"
+        time.sleep(0.3)
 
 
 def training(plan: Plan) -> StageRun:
@@ -99,7 +114,7 @@ def steps_done(run: StageRun) -> int:
 
 
 def process_of(run: StageRun, rank: int) -> int:
-    last = latest(run_folder(run.key))
+    last = latest_attempt(run_folder(run.key))
     assert last is not None
     return int(last.beats[rank][1]["pid"])
 
@@ -109,7 +124,7 @@ def done(plan: Plan, results: str = "results") -> bool:
 
 
 class Undisturbed:
-    """What `run` makes of the same rows, in a folder of its own; it begins at once and is waited for when it is asked."""
+    """A reference run: `run` does the same rows in another folder. It starts at once, and `weights` waits for its end."""
 
     def __init__(self, profile: str, *more: str) -> None:
         self.folder = Path("undisturbed")
@@ -122,9 +137,28 @@ class Undisturbed:
             command, cwd=self.folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
 
+    def end(self) -> None:
+        """End the run if it still works, as after a failed test."""
+        self.process.kill()
+        self.process.wait()
+
     def weights(self, run: StageRun) -> Path:
         assert self.process.wait(timeout=300) == 0
         return self.folder / "runs" / run.key / "model.safetensors"
+
+
+StartUndisturbed = Callable[..., Undisturbed]
+
+
+def slow_scontrol(folder: Path) -> str:
+    """Write a `scontrol` that ends a second after SLURM has done what it asks, and return a PATH that finds it first.
+
+    It is a bash script, since dash unblocks all signals.
+    """
+    script = folder / "scontrol"
+    script.write_text(f'#!/bin/bash\n{shutil.which("scontrol")} "$@"\ncode=$?\nsleep 1\nexit $code\n')
+    script.chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
 def assert_same_bits(ours: Path, theirs: Path) -> None:

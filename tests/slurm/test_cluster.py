@@ -1,6 +1,7 @@
-"""Launch, survive, resume: on a real SLURM cluster of two make-believe nodes on this machine.
+"""Check launching, failing and resuming on a real SLURM cluster, whose two nodes are simulated on this machine.
 
-`make test-slurm` runs these; they need Debian's slurm-wlm and munge. There is no accounting, so `status` tells from files alone.
+`make test-slurm` runs these tests. They need the Debian packages slurm-wlm and munge.
+The cluster has no accounting, so `status` uses files only.
 """
 
 import json
@@ -15,29 +16,31 @@ from pathlib import Path
 
 import pytest
 
-from sparseinst.ablation.status import plan_status
 from sparseinst.ablation.store import Record, Store
-from sparseinst.ablation.work import run_folder
-from sparseinst.attempts import latest
+from sparseinst.attempts import latest_attempt
 from sparseinst.cli import run_cli
-from sparseinst.engine.checkpoint import load_weights
+from sparseinst.inference.weights import load_weights
+from sparseinst.launch.status import plan_status
+from sparseinst.paths import run_folder
 
 from .lab import (
-    Undisturbed,
+    StartUndisturbed,
     assert_close,
     assert_same_bits,
+    cluster_profile,
     done,
     job_of,
     launch,
     plan_of,
     process_of,
-    slow,
+    slow_profile,
+    slow_scontrol,
     slurm,
     state_of,
     steps_done,
-    tasks,
     training,
     wait_for,
+    wait_for_state,
 )
 
 pytestmark = [
@@ -46,8 +49,8 @@ pytestmark = [
 ]
 
 
-def test_a_table_over_two_nodes_ends_with_the_records_of_run(project: Path) -> None:
-    """An array of 2 x 2 processes a job, in global mode, against one process after the other here."""
+def test_two_nodes_write_the_same_results_as_run(project: Path) -> None:
+    """The test compares jobs of 2 x 2 processes with `run` in one process. It uses loss.reduction=global."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
@@ -68,10 +71,12 @@ def test_a_table_over_two_nodes_ends_with_the_records_of_run(project: Path) -> N
     launch("table5", "smoke", "local-cluster")
     plan = plan_of("table5")
     assert {status.state for status in plan_status(plan)} <= {"queued", "running"}
-    wait_for(lambda: done(plan), 240, "records")
+    wait_for(lambda: done(plan), 480, "records")
     assert {status.state for status in plan_status(plan_of("table5"))} == {"done"}
     trainings = [run for run in plan.runs.values() if run.stage == "train"]
-    assert {job_of(run).partition("_")[0] for run in trainings} == {job_of(trainings[0]).partition("_")[0]}, "one array"
+    assert {job_of(run).partition("_")[0] for run in trainings} == {job_of(trainings[0]).partition("_")[0]}, (
+        "all trainings are in one array"
+    )
     for run in plan.runs.values():
         ours, theirs = Store().load(run.key), Store(Path("by-run")).load(run.key)
         assert ours is not None
@@ -79,33 +84,32 @@ def test_a_table_over_two_nodes_ends_with_the_records_of_run(project: Path) -> N
         assert ours.provenance["world_size"] == 4
         assert ours.provenance["commit"] == theirs.provenance["commit"]
         assert ours.config == theirs.config
-        what = "losses" if run.stage == "train" else "figures"
-        assert_close(ours.result[what], theirs.result[what])
-    nodes = {latest(run_folder(run.key)).about["address"].partition(":")[0] for run in trainings}  # type: ignore[union-attr]
+        field = "figures" if run.stage == "evaluate" else "losses"
+        assert_close(ours.result[field], theirs.result[field])
+    nodes = {latest_attempt(run_folder(run.key)).about["address"].partition(":")[0] for run in trainings}  # type: ignore[union-attr]
     assert nodes <= {"0x7f000001", "0x7f000002"}
 
-    # Comparisons too, by whichever evaluation ended last.
+    # The last evaluation also writes the comparisons.
     def compared() -> bool:
         return sum(json.loads(path.read_text())["kind"] == "compare" for path in Store().folder.glob("*.json")) == 3
 
     wait_for(compared, 30, "comparisons")
 
 
-def test_a_job_put_back_ends_the_same_to_the_bit(project: Path) -> None:
-    """By `scontrol requeue`, in the middle."""
-    profile = slow(700)
-    reference = Undisturbed(profile, "--row", "dice alone")
-    launch("table5", profile, tasks(1), "--row", "dice alone")
+def test_a_requeued_job_gives_identical_weights(project: Path, undisturbed: StartUndisturbed) -> None:
+    """The test interrupts the training with `scontrol requeue`."""
+    profile = slow_profile(700)
+    reference = undisturbed(profile, "--row", "dice alone")
+    launch("table5", profile, cluster_profile(1), "--row", "dice alone")
     plan = plan_of("table5", profile=profile, row="dice alone")
     run = training(plan)
     wait_for(lambda: steps_done(run) > 20, 60, "20 steps")
     assert state_of(run, plan).state == "running"
     slurm("scontrol", "requeue", job_of(run))
-    wait_for(lambda: state_of(run, plan).state == "queued", 10, "state queued after the requeue")
-    wait_for(lambda: state_of(run, plan).state == "running", 60, "second attempt")
-    assert state_of(run, plan).attempts == 2
+    wait_for_state(run, plan, "queued", 30)
+    wait_for_state(run, plan, "running", 60, attempts=2)
     wait_for(lambda: done(plan), 300, "records")
-    last = latest(run_folder(run.key))
+    last = latest_attempt(run_folder(run.key))
     assert last is not None
     assert last.number >= 2
     assert "resuming after step" in run_folder(run.key).log.read_text()
@@ -115,16 +119,22 @@ def test_a_job_put_back_ends_the_same_to_the_bit(project: Path) -> None:
     assert record.provenance["attempts"] == last.number
 
 
-def test_a_job_out_of_time_goes_on_to_the_same_bits(project: Path) -> None:
-    """2 minutes less 50 s for the signal, which SLURM may send up to a minute early."""
-    profile = slow(1500)
-    reference = Undisturbed(profile, "--row", "dice alone")
-    launch("table5", profile, tasks(1, time=2, signal_delay=50), "--row", "dice alone")
+def test_a_job_over_its_time_limit_resumes_and_gives_identical_weights(
+    project: Path, undisturbed: StartUndisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time limit is 2 minutes. SLURM sends the signal 50 s before it, or up to a minute earlier.
+
+    The job's own `scontrol requeue` is slow, so that SLURM ends the job's processes while it still runs.
+    """
+    monkeypatch.setenv("PATH", slow_scontrol(tmp_path))
+    profile = slow_profile(1500)
+    reference = undisturbed(profile, "--row", "dice alone")
+    launch("table5", profile, cluster_profile(1, time=2, signal_delay=50), "--row", "dice alone")
     plan = plan_of("table5", profile=profile, row="dice alone")
     run = training(plan)
-    wait_for(lambda: (state_of(run, plan).attempts, state_of(run, plan).state) == (2, "running"), 150, "second attempt")
+    wait_for_state(run, plan, "running", 150, attempts=2)
     first = json.loads(run_folder(run.key).end(1, 0).read_text())
-    assert first["outcome"] == "interrupted"
+    assert first["outcome"] == "interrupted", first
     assert (
         "timed-out"
         in Path(f"runs/jobs/{job_of(run)}_0_log.out").read_text() + Path(f"runs/jobs/{job_of(run)}_0_log.err").read_text()
@@ -134,22 +144,24 @@ def test_a_job_out_of_time_goes_on_to_the_same_bits(project: Path) -> None:
     assert_same_bits(run_folder(run.key).weights, reference.weights(run))
 
 
-def test_cancel_takes_what_waits_along(project: Path) -> None:
-    profile = slow(4000)
-    launch("table5", profile, tasks(1), "--row", "dice alone")
+def test_cancel_includes_the_waiting_runs(project: Path) -> None:
+    profile = slow_profile(4000)
+    launch("table5", profile, cluster_profile(1), "--row", "dice alone")
     plan = plan_of("table5", profile=profile, row="dice alone")
     run = training(plan)
     wait_for(lambda: steps_done(run) > 5, 60, "5 steps")
     assert run_cli(["cancel", run.key, "--profile", profile]) == 0
     wait_for(lambda: {status.state for status in plan_status(plan)} == {"cancelled"}, 10, "state cancelled")
     wait_for(lambda: not slurm("squeue", "--noheader"), 30, "an empty queue")
-    launch("table5", profile, tasks(1), "--row", "dice alone")
-    assert {status.state for status in plan_status(plan)} == {"cancelled"}, "launch leaves it alone, retry would not"
+    launch("table5", profile, cluster_profile(1), "--row", "dice alone")
+    assert {status.state for status in plan_status(plan)} == {"cancelled"}, (
+        "launch does not send a cancelled run again; retry would"
+    )
 
 
-def test_a_killed_rank_ends_its_job_and_retry_finishes_it(project: Path) -> None:
-    profile = slow(400)
-    launch("table5", profile, tasks(2), "--row", "dice alone")
+def test_a_killed_rank_ends_its_job_and_retry_finishes_the_run(project: Path) -> None:
+    profile = slow_profile(400)
+    launch("table5", profile, cluster_profile(2), "--row", "dice alone")
     plan = plan_of("table5", profile=profile, row="dice alone")
     run = training(plan)
     wait_for(lambda: steps_done(run) > 15, 90, "15 steps")
@@ -159,18 +171,18 @@ def test_a_killed_rank_ends_its_job_and_retry_finishes_it(project: Path) -> None
     assert time.monotonic() - began < 30
     assert "rank 1 on 0x7f00000" in str(status.reason)
     assert "Killed" in str(status.reason)
-    wait_for(lambda: not slurm("squeue", "--noheader"), 30, "an empty queue: the evaluation that waited is gone, too")
-    assert run_cli(["launch", "table5", "--profile", profile, "--cluster", tasks(2), "--row", "dice alone"]) == 0
-    assert state_of(run, plan).state == "failed", "launch leaves what failed alone"
-    assert run_cli(["retry", "table5", "--profile", profile, "--cluster", tasks(2), "--row", "dice alone"]) == 0
-    wait_for(lambda: done(plan), 240, "records")
+    wait_for(lambda: not slurm("squeue", "--noheader"), 30, "empty queue (the waiting evaluation must be gone, too)")
+    assert run_cli(["launch", "table5", "--profile", profile, "--cluster", cluster_profile(2), "--row", "dice alone"]) == 0
+    assert state_of(run, plan).state == "failed", "launch does not send a failed run again"
+    assert run_cli(["retry", "table5", "--profile", profile, "--cluster", cluster_profile(2), "--row", "dice alone"]) == 0
+    wait_for(lambda: done(plan), 480, "records")
     assert "resuming after step" in run_folder(run.key).log.read_text()
 
 
 def test_a_stopped_rank_is_noticed(project: Path) -> None:
-    """SIGSTOP: alive, but it does nothing any more."""
-    profile = slow(2000)
-    launch("table5", profile, tasks(2, hang_seconds=15), "--row", "dice alone")
+    """After SIGSTOP the process is alive but does nothing."""
+    profile = slow_profile(2000)
+    launch("table5", profile, cluster_profile(2, hang_seconds=15), "--row", "dice alone")
     plan = plan_of("table5", profile=profile, row="dice alone")
     run = training(plan)
     wait_for(lambda: steps_done(run) > 10, 90, "10 steps")
@@ -179,14 +191,16 @@ def test_a_stopped_rank_is_noticed(project: Path) -> None:
     assert "rank 1 hung in" in str(status.reason)
     wait_for(lambda: not slurm("squeue", "--noheader"), 30, "an empty queue")
     status = state_of(run, plan)
-    assert (status.state, "rank 1 hung in" in str(status.reason)) == ("failed", True), "also once the job is over"
+    assert (status.state, "rank 1 hung in" in str(status.reason)) == ("failed", True), (
+        "the reason is still known after the job has ended"
+    )
 
 
-def test_a_lost_node_loses_nothing(project: Path, cluster: Path) -> None:
-    """slurmd is killed: the job starts again on the other node while its old copy runs on beside it, and is fenced off."""
-    profile = slow(1500)
-    reference = Undisturbed(profile, "--row", "dice alone")
-    launch("table5", profile, tasks(1), "--row", "dice alone")
+def test_a_lost_node_does_not_change_the_weights(project: Path, cluster: Path, undisturbed: StartUndisturbed) -> None:
+    """The test kills slurmd. SLURM starts the job again on the other node; the old copy still runs, and stops itself."""
+    profile = slow_profile(1500)
+    reference = undisturbed(profile, "--row", "dice alone")
+    launch("table5", profile, cluster_profile(1), "--row", "dice alone")
     plan = plan_of("table5", profile=profile, row="dice alone")
     run = training(plan)
     wait_for(lambda: steps_done(run) > 15, 60, "15 steps")
@@ -203,18 +217,18 @@ def test_a_lost_node_loses_nothing(project: Path, cluster: Path) -> None:
         wait_for(
             lambda: not Path(f"/proc/{old}").exists() or "Z" in Path(f"/proc/{old}/stat").read_text().split()[2], 30, "its end"
         )
-        wait_for(lambda: done(plan), 240, "records")
+        wait_for(lambda: done(plan), 480, "records")
     finally:
         subprocess.run(["/usr/sbin/slurmd", "-c", "-N", node, "-f", str(cluster / "slurm.conf")], check=True)
     assert_same_bits(run_folder(run.key).weights, reference.weights(run))
 
 
-def test_twenty_random_kills_change_no_record(project: Path) -> None:
-    """Over a table: processes killed, jobs put back. What failed is sent again, until all is done."""
-    profile = slow(100)
-    reference = Undisturbed(profile)
+def test_twenty_random_kills_do_not_change_the_records(project: Path, undisturbed: StartUndisturbed) -> None:
+    """While a table runs, the test kills processes and requeues jobs. It sends failed runs again until all are done."""
+    profile = slow_profile(100)
+    reference = undisturbed(profile)
     chance, kills = random.Random(0), 0
-    launch("table5", profile, tasks(1, parallelism=2))
+    launch("table5", profile, cluster_profile(1, parallelism=2))
     plan = plan_of("table5", profile=profile)
     until = time.monotonic() + 400
     while not done(plan) and time.monotonic() < until:
@@ -230,8 +244,8 @@ def test_twenty_random_kills_change_no_record(project: Path) -> None:
                 except (ProcessLookupError, KeyError):
                     continue
             kills += 1
-        # Whatever is not in the queue any more is sent again.
-        if run_cli(["retry", "table5", "--profile", profile, "--cluster", tasks(1, parallelism=2)]) != 0:
+        # retry sends the runs again that are no longer in the queue.
+        if run_cli(["retry", "table5", "--profile", profile, "--cluster", cluster_profile(1, parallelism=2)]) != 0:
             continue
         time.sleep(1.0)
     assert done(plan), f"after {kills} kills"
@@ -249,7 +263,7 @@ def test_twenty_random_kills_change_no_record(project: Path) -> None:
 
 
 def test_three_hundred_runs_are_sent_in_ten_seconds(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the scheduler is asked for its queue once, and told once an array."""
+    """launch asks the scheduler for its queue once, and calls sbatch once for each array."""
     spec = {
         "title": "many", "columns": ["n"], "figures": ["AP"],
         "rows": [
@@ -266,36 +280,38 @@ def test_three_hundred_runs_are_sent_in_ten_seconds(project: Path, monkeypatch: 
         (fakes / command).chmod(0o755)
     monkeypatch.setenv("PATH", f"{fakes}:{os.environ['PATH']}")
     began = time.monotonic()
-    launch("many.yaml", "smoke", tasks(1, parallelism=1))
+    launch("many.yaml", "smoke", cluster_profile(1, parallelism=1))
     assert time.monotonic() - began < 10
     asked = calls.read_text().split()
-    assert sorted(asked) == ["sbatch", "sbatch", "scontrol", "squeue"]
+    assert sorted(asked) == ["sbatch", "sbatch", "sbatch", "scontrol", "squeue"], (
+        "one sbatch call each for the pretraining, the trainings and the evaluations"
+    )
     plan = plan_of("many.yaml")
-    assert len(plan.runs) == 300
+    assert len(plan.runs) == 301
     for _ in range(5):
         assert run_cli(["status", "many.yaml", "--profile", "smoke", "--scheduler", "--device", "cpu"]) == 0
-    assert calls.read_text().split().count("squeue") == 1, "an answer serves for half a minute"
+    assert calls.read_text().split().count("squeue") == 1, "status reuses an answer for half a minute"
     calls.unlink()
     assert run_cli(["status", "many.yaml", "--profile", "smoke", "--device", "cpu"]) == 0
-    assert not calls.exists(), "status asks nobody"
+    assert not calls.exists(), "without --scheduler, status does not ask SLURM"
 
 
-def test_a_wrong_partition_is_one_line_and_nothing_is_queued(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_partition_gives_a_one_line_error_and_queues_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("wrong.yaml").write_text("partition: nowhere")
     assert run_cli(["launch", "table5", "--profile", "smoke", "--cluster", "wrong.yaml", "--row", "dice alone"]) == 1
     error = capsys.readouterr().err.strip().splitlines()
-    assert error[-1].startswith("error: slurm refused the train jobs")
+    assert error[-1].startswith("error: slurm refused the pretrain jobs")
     assert "partition" in error[-1]
     assert not list(Path("runs").glob("*/submitted.json"))
 
 
-def test_records_are_whole(project: Path) -> None:
-    """A job whose record is there already, because `run` made it meanwhile, ends well and leaves it."""
-    launch("table5", "smoke", tasks(1), "--row", "dice alone")
+def test_a_second_launch_does_not_change_the_records(project: Path) -> None:
+    """A launch of runs whose records exist succeeds, and the records stay the same."""
+    launch("table5", "smoke", cluster_profile(1), "--row", "dice alone")
     plan = plan_of("table5", row="dice alone")
     wait_for(lambda: done(plan), 120, "records")
     kept = {key: Store().path(key).read_bytes() for key in plan.runs}
     record = Store().load(training(plan).key)
     assert isinstance(record, Record)
-    launch("table5", "smoke", tasks(1), "--row", "dice alone")
+    launch("table5", "smoke", cluster_profile(1), "--row", "dice alone")
     assert {key: Store().path(key).read_bytes() for key in plan.runs} == kept

@@ -1,0 +1,196 @@
+"""Measure latency by the paper's protocol (section 4.3, Table 8).
+
+The clock covers the forward pass and post-processing. Decoding, resizing, normalisation and padding are not timed.
+The device is synchronised before the clock is read, and the warm-up is not timed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from sparseinst.bench.roofline import synchronised_time
+from sparseinst.bench.timed import Workload, network_workload
+from sparseinst.config import Config
+from sparseinst.errors import UserError
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The measured latency of a workload."""
+
+    whole_ms: dict[str, float]
+    """`median`, `mean`, `p5` and `p95` in milliseconds over the repetitions. The device is synchronised once per repetition."""
+    modules_ms: dict[str, float]
+    """Median of each module in milliseconds, empty if the modules cannot be timed separately. The device is synchronised after
+    each module, so the sum exceeds the median of the whole."""
+    size: tuple[int, int] | None
+    """Height and width of the padded input. None if they differ between batches."""
+    kept: int
+    """In inference, the instances that post-processing kept in the last batch. With random weights it keeps every map, which is
+    the slowest case. In training, the instances that the step learned from."""
+    repetitions: int
+    drift: float = 1.0
+    """Median of the last third of the repetitions, divided by the median of the first third. It is well above 1 if the device was
+    throttled."""
+    peak_memory_mb: int | None = None
+    """Peak memory of the GPU in MiB. None on a processor."""
+    clocks: str | None = None
+    """The GPU's clocks, temperature and throttling before and after, as its driver reports them. None on a processor."""
+
+
+@torch.no_grad()
+def measure(workload: Workload, *, device: torch.device, warmup: int = 10, repetitions: int = 50) -> Latency:
+    """Measure the latency of the whole workload and, in separate runs, of each module.
+
+    Args:
+        warmup: number of runs before the clock starts, raised to the number of batches.
+        repetitions: number of timed runs, rounded up so that each batch runs equally often.
+    """
+    warmup, repetitions = max(warmup, workload.num_batches), round_up_repetitions(workload, repetitions)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    modules: dict[str, list[float]] = {name: [] for name in workload.modules}
+    whole: list[float] = []
+    kept = 0
+    for number in range(warmup):
+        kept = workload.run(number, _ignore)
+    before = gpu_clocks(device)
+    for number in range(repetitions):
+        whole.append(_time_batch(workload, number, device))
+        if workload.modules:
+            for name, seconds in _time_modules(workload, number, device).items():
+                modules[name].append(seconds)
+    after = gpu_clocks(device)
+    return Latency(
+        percentiles(whole),
+        {name: round(1000 * statistics.median(values), 3) for name, values in modules.items()},
+        workload.size,
+        kept,
+        repetitions,
+        _drift(whole, workload.num_batches),
+        torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else None,
+        f"{before} | {after}" if before is not None else None,
+    )
+
+
+def measure_latency(config: Config, *, device: torch.device, warmup: int = 10, repetitions: int = 50) -> Latency:
+    """Measure the latency of a config's model with random weights, in mode `eager`. The stage `latency` calls this function."""
+    return measure(network_workload(config, device=device), device=device, warmup=warmup, repetitions=repetitions)
+
+
+def round_up_repetitions(workload: Workload | ComparedSide, repetitions: int) -> int:
+    """Return the next number of repetitions in which each batch runs equally often, and at least twice for the drift."""
+    return max(2, -(-repetitions // workload.num_batches)) * workload.num_batches
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The latencies of two sides that ran alternately, and their ratio."""
+
+    first_ms: dict[str, float]
+    """`median`, `mean`, `p5` and `p95` of the first side, in milliseconds."""
+    second_ms: dict[str, float]
+    """`median`, `mean`, `p5` and `p95` of the second side, in milliseconds."""
+    ratio: dict[str, float]
+    """`median`, `p5` and `p95` of the first side's time divided by the second's, pair by pair. Above 1 the second is faster."""
+    repetitions: int
+
+
+class ComparedSide(Protocol):
+    """One of the two sides of a comparison, in this process or in another one."""
+
+    num_batches: int
+    """Number of different batches. Batch `num_batches` is batch 0 again."""
+
+    def time_batch(self, number: int) -> float:
+        """Run batch number n, and return its time in seconds."""
+
+
+class LocalSide:
+    """A side of a comparison that runs in this process."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        self.num_batches = workload.num_batches
+        self._workload, self._device = workload, device
+
+    @torch.no_grad()
+    def time_batch(self, number: int) -> float:
+        return _time_batch(self._workload, number, self._device)
+
+
+def compare(first: ComparedSide, second: ComparedSide, *, warmup: int = 10, repetitions: int = 50) -> Comparison:
+    """Time two sides alternately, so that other work on the machine affects both alike.
+
+    Raises:
+        UserError: the sides have different numbers of batches.
+    """
+    if first.num_batches != second.num_batches:
+        raise UserError(
+            f"the sides have {first.num_batches} and {second.num_batches} batches: "
+            "a ratio needs the same images, and as many images at once"
+        )
+    repetitions = round_up_repetitions(first, repetitions)
+    for number in range(max(warmup, first.num_batches)):
+        for side in (first, second):
+            side.time_batch(number)
+    pairs = [tuple(side.time_batch(number) for side in (first, second)) for number in range(repetitions)]
+    ratios = np.percentile([a / b for a, b in pairs], (50, 5, 95))
+    return Comparison(
+        percentiles([a for a, _ in pairs]),
+        percentiles([b for _, b in pairs]),
+        {name: round(float(value), 3) for name, value in zip(("median", "p5", "p95"), ratios, strict=True)},
+        repetitions,
+    )
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Return `median`, `p5`, `p95` and `mean` in milliseconds."""
+    values = dict(zip(("median", "p5", "p95"), np.percentile(seconds, (50, 5, 95)), strict=True)) | {"mean": np.mean(seconds)}
+    return {name: round(1000 * float(value), 3) for name, value in values.items()}
+
+
+def gpu_clocks(device: torch.device) -> str | None:
+    """Return the GPU's clocks, temperature and active reasons for throttling. None without a GPU or without nvidia-smi."""
+    command = shutil.which("nvidia-smi") if device.type == "cuda" else None
+    if command is None:
+        return None
+    fields = "clocks.sm,clocks.mem,temperature.gpu,clocks_throttle_reasons.active"
+    query = [command, f"--query-gpu={fields}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    completed = subprocess.run(query, capture_output=True, text=True, check=False)
+    return completed.stdout.strip() if completed.returncode == 0 else None
+
+
+def _ignore(_module: str) -> None:
+    pass
+
+
+def _time_batch(workload: Workload, number: int, device: torch.device) -> float:
+    """Run a batch without synchronisation between its modules, and return its time in seconds."""
+    began = synchronised_time(device)
+    workload.run(number, _ignore)
+    return synchronised_time(device) - began
+
+
+def _time_modules(workload: Workload, number: int, device: torch.device) -> dict[str, float]:
+    """Run a batch with synchronisation after each module, and return the time of each module in seconds."""
+    marks = {"start": synchronised_time(device)}
+    workload.run(number, lambda name: marks.update({name: synchronised_time(device)}))
+    names = ("start", *workload.modules)
+    return {name: marks[name] - marks[earlier] for earlier, name in zip(names, workload.modules, strict=False)}
+
+
+def _drift(seconds: Sequence[float], num_batches: int) -> float:
+    """Return the median of the last third divided by the median of the first third.
+
+    Each third is shortened to a multiple of the number of batches, so that photos of different sizes do not count as drift.
+    """
+    third = max(1, len(seconds) // 3 // num_batches) * num_batches
+    return round(statistics.median(seconds[-third:]) / statistics.median(seconds[:third]), 3)

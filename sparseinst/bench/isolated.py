@@ -1,0 +1,118 @@
+"""Time each setting in a new process of its own.
+
+No state of an allocator, a compiler or earlier work in the process carries over from one setting to the next. Our models keep
+freed memory in their process, as our commands do. Mode `plain` and peers do not, because their users' processes do not either.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
+
+from sparseinst.bench.rows import Setting, Task, build_workload
+from sparseinst.errors import RunFailed
+from sparseinst.inference.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from sparseinst.bench.benchmark import Comparison, LocalSide
+
+
+def measure_isolated(setting: Setting, task: Task, device: Any, warmup: int, repetitions: int) -> dict[str, Any]:
+    """Measure one setting in a process of its own, and return the fields of `Latency`, `flops` and `parameters`.
+
+    Raises:
+        UserError, DataError: the workload cannot be built.
+        RunFailed: the process was killed.
+    """
+    with _start_process(setting) as process:
+        return _wait_for_result(process.submit(_measure, setting, task, device, warmup, repetitions), setting)
+
+
+def compare_isolated(pair: list[Setting], task: Task, device: Any, warmup: int, repetitions: int) -> Comparison:
+    """Time two settings alternately, each in a process of its own.
+
+    Raises:
+        UserError, DataError: a workload cannot be built, or the settings have different numbers of batches.
+        RunFailed: a process was killed.
+    """
+    from sparseinst.bench.benchmark import compare
+
+    with _start_process(pair[0]) as first, _start_process(pair[1]) as second:
+        # Both processes prepare at the same time, because compiling takes long.
+        pending = [
+            process.submit(_prepare, setting, task, device) for process, setting in zip((first, second), pair, strict=True)
+        ]
+        one, other = (
+            IsolatedSide(process, setting, _wait_for_result(num_batches, setting))
+            for process, setting, num_batches in zip((first, second), pair, pending, strict=True)
+        )
+        return compare(one, other, warmup=warmup, repetitions=repetitions)
+
+
+class IsolatedSide:
+    """A side of a comparison (`benchmark.ComparedSide`) that runs in another process."""
+
+    def __init__(self, process: ProcessPoolExecutor, setting: Setting, num_batches: int) -> None:
+        self.num_batches = num_batches
+        self._process, self._setting = process, setting
+
+    def time_batch(self, number: int) -> float:
+        seconds: float = _wait_for_result(self._process.submit(_time_batch, self._setting, number), self._setting)
+        return seconds
+
+
+@contextmanager
+def _start_process(setting: Setting) -> Iterator[ProcessPoolExecutor]:
+    """Start a new process for a setting, and end it when the context is left."""
+    from sparseinst.integrations.peers import is_peer
+
+    keep_memory = setting.mode != "plain" and not is_peer(setting.model)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_initialize_process, initargs=(keep_memory,)) as process:
+        yield process
+
+
+def _wait_for_result(future: Future[Any], setting: Setting) -> Any:
+    """Wait for a call in another process, and return its result. Raises `RunFailed` if the process was killed."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise RunFailed(f"{setting}: its process was killed; if memory is short, use a smaller --batch or --size") from None
+
+
+# The functions below run in the isolated process.
+
+_prepared_sides: dict[Setting, LocalSide] = {}
+
+
+def _initialize_process(keep_memory: bool) -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    if keep_memory:
+        keep_freed_memory()
+
+
+def _measure(setting: Setting, task: Task, device: Any, warmup: int, repetitions: int) -> dict[str, Any]:
+    """Build the workload of a setting, and measure it."""
+    from sparseinst.bench.benchmark import measure
+
+    workload, counts = build_workload(setting, task, device)
+    return asdict(measure(workload, device=device, warmup=warmup, repetitions=repetitions)) | counts
+
+
+def _prepare(setting: Setting, task: Task, device: Any) -> int:
+    """Build the workload of a setting, keep it in this process, and return its number of batches."""
+    from sparseinst.bench.benchmark import LocalSide
+
+    _prepared_sides[setting] = LocalSide(build_workload(setting, task, device)[0], device)
+    return _prepared_sides[setting].num_batches
+
+
+def _time_batch(setting: Setting, number: int) -> float:
+    """Run a batch of a prepared setting, and return its time in seconds."""
+    return _prepared_sides[setting].time_batch(number)

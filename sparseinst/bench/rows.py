@@ -1,0 +1,169 @@
+"""Turn the options of `bench` into workloads that can be timed. This file imports no torch before it builds one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from sparseinst.bench.modes import INFERENCE_MODES, TRAINING_MODES
+from sparseinst.config import MODELS, Precision
+from sparseinst.errors import UserError
+from sparseinst.nested import nearest
+
+if TYPE_CHECKING:
+    from sparseinst.bench.timed import Workload
+    from sparseinst.config import Config
+    from sparseinst.models.sparseinst import SparseInst
+
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+_ALL_MODES = tuple(dict.fromkeys(INFERENCE_MODES + TRAINING_MODES))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table: a model, and how it is run. Raises `UserError` for a value that is not valid."""
+
+    model: str = "r50-iam"
+    size: int = 640
+    """Length of the image's shorter side in pixels."""
+    batch: int = 1
+    precision: str = "fp32"
+    mode: str = "eager"
+
+    def __post_init__(self) -> None:
+        for what, value, known in (("precision", self.precision, PRECISIONS), ("mode", self.mode, _ALL_MODES)):
+            if value not in known:
+                raise UserError(f"{what} {value!r} is unknown: expected one of {', '.join(known)}{nearest(value, known)}")
+        if self.size < 32 or self.batch < 1:
+            raise UserError(f"size {self.size}, batch {self.batch}: the size must be at least 32, and the batch at least 1")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The shorter side, and the limit of the longer side in the paper's proportion of 853 to 640."""
+        return self.size, round(self.size * 853 / 640)
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.size} x{self.batch} {self.precision} {self.mode}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """The work that is timed, inference or training, and the images for it."""
+
+    train: bool = False
+    photos: tuple[Path, ...] = ()
+    """Photos for inference. If there are none, random images are used."""
+    data: Path | None = None
+    """A COCO-format folder to train on. If it is None, random images are used."""
+
+    def check(self, setting: Setting) -> None:
+        """Raise `UserError` if the setting cannot do this task."""
+        from sparseinst.integrations.peers import is_peer
+
+        modes = TRAINING_MODES if self.train else INFERENCE_MODES
+        if setting.mode not in modes:
+            raise UserError(f"{setting}: the modes {'of --train' if self.train else 'without --train'} are {', '.join(modes)}")
+        if is_peer(setting.model) and (self.train or setting != Setting(setting.model, setting.size)):
+            raise UserError(f"{setting}: a peer is timed as it is, in inference with batch 1, fp32 and mode eager")
+
+
+def apply_changes(setting: Setting, text: str, *, size_of_model: bool) -> Setting:
+    """Return the setting with the values of a text such as `mode=best,precision=bf16`.
+
+    Args:
+        size_of_model: if the text names another model but no size, use the size that this model is meant for.
+
+    Raises:
+        UserError: the text names an unknown field, or a value is not valid.
+    """
+    known = {field.name: type(getattr(setting, field.name)) for field in fields(setting)}
+    changes: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in known:
+            raise UserError(f"--compare: {part!r}: expected NAME=VALUE, with a name of {', '.join(known)}{nearest(name, known)}")
+        try:
+            changes[name] = known[name](value)
+        except ValueError:
+            raise UserError(f"--compare: {part!r}: expected a number") from None
+    if size_of_model and "model" in changes:
+        changes.setdefault("size", default_short_side(changes["model"]))
+    return replace(setting, **changes)
+
+
+def default_short_side(model: str) -> int:
+    """Return the image's shorter side that a model is meant for: the size of its weights' config, else 640."""
+    from sparseinst.inference.weights import load_weights
+
+    return load_weights(Path(model))[1].inference.sides()[0] if _is_weights_path(model) else 640
+
+
+def _is_weights_path(model: str) -> bool:
+    """Tell whether the text is a path of weights. A model's name takes precedence over a path of the same name."""
+    return model not in MODELS and Path(model).exists()
+
+
+def load_network(setting: Setting, data: Path | None = None) -> tuple[Config, SparseInst | None]:
+    """Return the config to time with, and the trained model if the setting names weights.
+
+    Args:
+        data: a COCO-format folder to train on, instead of the config's own data.
+
+    Raises:
+        UserError: the model's name is unknown, or its weights cannot be loaded.
+    """
+    from sparseinst.inference.weights import load_weights
+    from sparseinst.overrides import load_config
+
+    (short, long), trained = setting.sides, None
+    if _is_weights_path(setting.model):
+        trained, config, _ = load_weights(Path(setting.model))
+        own_short, own_long = config.inference.sides()
+        long = round(short * own_long / own_short)
+    else:
+        config = load_config(model=setting.model, overrides={"model.backbone.pretrained": False})
+    changes: dict[str, Any] = {
+        "inference.short_side": short,
+        "inference.long_side": long,
+        "inference.size_factor": 1.0,
+        "inference.precision": setting.precision,
+        "data.short_sides": [short],
+        "data.long_side": long,
+        "train.precision": setting.precision,
+        "train.batch_size": setting.batch,
+        "train.accumulate": 1,
+        # These values give every setting the same training images.
+        "train.seed": 0,
+        "data.flip": 0.5,
+        "data.crop": 0.0,
+        "data.train_limit": None,
+    }
+    if data is not None:
+        changes |= {"data.root": str(data), "data.source": "coco"}
+    return config.replace(changes), trained
+
+
+def build_workload(setting: Setting, task: Task, device: Any) -> tuple[Workload, dict[str, Any]]:
+    """Return the workload to time, with `flops` (one forward pass of one image; None for a peer) and `parameters`.
+
+    Raises:
+        UserError: the model is unknown or cannot do the task.
+        DataError: an image or the data set cannot be read.
+    """
+    from sparseinst.bench.roofline import count_network_cost, count_parameters
+    from sparseinst.bench.timed import network_workload, peer_workload
+    from sparseinst.bench.timed_training import training_workload
+    from sparseinst.data.coco import train_split
+    from sparseinst.integrations.peers import build_peer, is_peer
+
+    if is_peer(setting.model):
+        peer = build_peer(setting.model, device=device, sides=setting.sides, pretrained=False)
+        return peer_workload(peer, device, task.photos), {"flops": None, "parameters": peer.parameters}
+    config, trained = load_network(setting, task.data)
+    counts = {"flops": count_network_cost(config).flops, "parameters": count_parameters(config)}
+    mode: Any = setting.mode
+    if task.train:
+        split = train_split(config.data) if task.data is not None else None
+        return training_workload(config, device=device, model=trained, mode=mode, split=split), counts
+    return network_workload(config, device=device, model=trained, batch=setting.batch, mode=mode, photos=task.photos), counts

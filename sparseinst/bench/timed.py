@@ -1,0 +1,174 @@
+"""Build the inference workloads that are timed: a network or a peer, and the batches that it takes in turn.
+
+Decoding, resizing, normalisation and padding happen before the clock starts. `timed_training` builds the training workloads.
+B images, H W padded height and width in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparseinst.bench.baselines import paste_in_two_steps
+from sparseinst.bench.modes import InferenceMode
+from sparseinst.config import Config, InferenceConfig, OptimizeMode
+from sparseinst.data.coco import read_image
+from sparseinst.data.network_input import at_test_size, inference_size, pad, padded_size
+from sparseinst.data.transforms import Pixels
+from sparseinst.device import autocast
+from sparseinst.inference import optimize as optimizing
+from sparseinst.models.sparseinst import SparseInst, build_model
+from sparseinst.paste import paste
+from sparseinst.postprocess import ImageSize, postprocess
+
+PHOTO = (480, 640)
+"""Height and width of the random image that is timed without photos. Most COCO photos have this size."""
+RANDOM_BATCHES = 4
+"""Number of different random batches. One batch alone would stay in the device's caches."""
+MODULES = ("backbone", "encoder", "decoder", "post")
+
+OnModuleDone = Callable[[str], Any]
+"""A callback that receives a module's name as soon as the host has issued this module's work."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Work that can be timed, batch by batch."""
+
+    run: Callable[[int, OnModuleDone], int]
+    """Runs batch number n, and calls the callback after each module. Returns the number of instances that post-processing kept,
+    or that a training step learned from."""
+    modules: tuple[str, ...]
+    """The names that the callback receives. Empty if the modules cannot be timed separately."""
+    size: tuple[int, int] | None = None
+    """Height and width of the padded input. None if they differ between batches."""
+    num_batches: int = RANDOM_BATCHES
+    """Number of different batches. Batch `num_batches` is batch 0 again."""
+
+
+class InputBatch(NamedTuple):
+    """A batch of resized and padded images."""
+
+    pixels: Tensor
+    """(B, 3, H, W) uint8."""
+    sizes: list[ImageSize]
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        return self.pixels.shape[-2], self.pixels.shape[-1]
+
+
+def random_inputs(inference: InferenceConfig, batch: int) -> list[InputBatch]:
+    """Return batches of noise, in the size of most COCO photos."""
+    size = inference_size(PHOTO, inference)
+    height, width = padded_size([size])
+    pixels = torch.randint(0, 256, (RANDOM_BATCHES, batch, 3, height, width), dtype=torch.uint8)
+    return [InputBatch(each, [ImageSize(size, PHOTO)] * batch) for each in pixels]
+
+
+def photo_inputs(files: Sequence[Path], inference: InferenceConfig, batch: int) -> list[InputBatch]:
+    """Return photos in batches, each photo resized as in evaluation. The first photos also fill up the last batch.
+
+    Raises:
+        DataError: a file is not a readable image.
+    """
+    inputs = []
+    for first in range(0, len(files), batch):
+        photos = [read_image(files[index % len(files)]) for index in range(first, first + batch)]
+        originals = [(photo.height, photo.width) for photo in photos]
+        sizes = [ImageSize(inference_size(original, inference), original) for original in originals]
+        inputs.append(InputBatch(pad([at_test_size(photo, inference) for photo in photos]), sizes))
+    return inputs
+
+
+def network_workload(
+    config: Config,
+    *,
+    device: torch.device,
+    model: SparseInst | None = None,
+    batch: int = 1,
+    mode: InferenceMode = "eager",
+    photos: Sequence[Path] = (),
+) -> Workload:
+    """Return the workload of our model in inference: forward pass and post-processing.
+
+    Args:
+        model: a model with trained weights. Without it the weights are random, and post-processing keeps every map, which is the
+            slowest case.
+        photos: image files. Without them the images are random, in COCO's usual size.
+
+    Raises:
+        DataError: a photo cannot be read.
+    """
+    torch.manual_seed(0)
+    network = (model or build_model(config.model, load_pretrained=False)).to(device).eval()
+    inference = config.inference
+    layout = torch.contiguous_format if mode == "plain" else torch.channels_last
+    if mode not in ("plain", "eager"):
+        network = optimizing.optimize(network, device=device, mode=cast(OptimizeMode, mode), precision=inference.precision)
+    network = network.to(memory_format=layout)
+    resize = paste_in_two_steps if mode == "plain" else paste
+    inputs = photo_inputs(photos, inference, batch) if photos else random_inputs(inference, batch)
+    images = [
+        network.normalise(each.pixels.to(device), [size.resized for size in each.sizes]).contiguous(memory_format=layout)
+        for each in inputs
+    ]
+    separable = mode in ("plain", "eager", "folded")  # a compiled network and a CUDA graph run as one
+
+    def run(number: int, module_done: OnModuleDone) -> int:
+        index = number % len(inputs)
+        image = images[index]
+        with autocast(device, inference.precision):
+            predictions = _run_modules(network, image, module_done) if separable else network(image)
+        found = postprocess(predictions, inputs[index].padded, inputs[index].sizes, inference, resize)
+        module_done("post")
+        return sum(len(instances.scores) for instances in found)
+
+    shapes = {each.padded for each in inputs}
+    return Workload(run, MODULES if separable else (), shapes.pop() if len(shapes) == 1 else None, len(inputs))
+
+
+def _run_modules(network: SparseInst, image: Tensor, module_done: OnModuleDone) -> Any:
+    """Return the network's output, and call `module_done` after each of its three modules."""
+    network_input = image.to(network.dtype) if isinstance(network, optimizing.OptimizedSparseInst) else image
+    features = network.backbone(network_input)
+    module_done("backbone")
+    encoded = network.encoder(features)
+    module_done("encoder")
+    predictions = network.decoder(encoded)
+    module_done("decoder")
+    return predictions
+
+
+def peer_workload(peer: Any, device: torch.device, photos: Sequence[Path] = ()) -> Workload:
+    """Return the workload of another system (`integrations.peers.Peer`) in float32 without TF32.
+
+    Args:
+        photos: image files. Without them the images are random, in COCO's usual size.
+
+    Raises:
+        DataError: a photo cannot be read.
+    """
+    inputs = [peer.prepare(photo) for photo in _peer_photos(photos)]
+
+    def run(number: int, module_done: OnModuleDone) -> int:
+        with autocast(device, "fp32"):
+            found = peer.segment(inputs[number % len(inputs)])
+        module_done("whole")
+        return len(found.scores)
+
+    return Workload(run, (), num_batches=len(inputs))
+
+
+def _peer_photos(photos: Sequence[Path]) -> Iterator[Pixels]:
+    random = np.random.default_rng(0)
+    if not photos:
+        yield from (random.integers(0, 256, (*PHOTO, 3), dtype=np.uint8) for _ in range(RANDOM_BATCHES))
+    for photo in photos:
+        yield np.array(read_image(photo))

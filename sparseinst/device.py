@@ -1,0 +1,52 @@
+"""Select devices and precisions by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+import torch
+
+from sparseinst.config import Precision
+from sparseinst.errors import UserError
+
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The torch types of the half precisions."""
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device with this name; for None, the first GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Return the context in which a model computes in this precision. `fp32` also switches an outer autocast and TF32 off."""
+    cast = torch.autocast(device.type, dtype=DTYPES.get(precision, torch.float32), enabled=precision in DTYPES)
+    if device.type != "cuda":
+        return cast
+    contexts = ExitStack()
+    contexts.enter_context(tf32(precision == "tf32"))
+    contexts.enter_context(cast)
+    return contexts
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """Set whether a GPU may round the factors of float32 products to 10 bits. By default, torch allows it for convolutions."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

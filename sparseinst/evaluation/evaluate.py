@@ -1,0 +1,288 @@
+"""Evaluate a model on a split in COCO's format: predictions, COCO's twelve mask metrics, metrics of the activation maps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sparseinst.attempts import Attempt
+from sparseinst.config import Config, OptimizeMode
+from sparseinst.data.coco import CocoSplit, check_categories, encode, overlaps, val_annotations, val_split
+from sparseinst.data.loader import Batch, EvalSet, eval_loader, read_segments
+from sparseinst.data.transforms import as_mask, resize_segments
+from sparseinst.device import autocast
+from sparseinst.distributed import gather, rank, same_for_all, world_size
+from sparseinst.errors import DataError, UserError
+from sparseinst.evaluation.coco_metrics import Engine, coco_figures
+from sparseinst.evaluation.mechanism import Matches, Pairs, observe, summarise
+from sparseinst.files import atomic, file_digest
+from sparseinst.inference import optimize as optimizing
+from sparseinst.inference.weights import load_weights
+from sparseinst.models.decoder import Predictions
+from sparseinst.models.sparseinst import SparseInst
+from sparseinst.nested import flatten
+from sparseinst.paste import paste_by_column
+from sparseinst.paths import RunPaths
+from sparseinst.postprocess import ImageSize, Instances, postprocess
+from sparseinst.progress import progress_bar
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of one evaluation."""
+
+    figures: dict[str, float | None]
+    """COCO's mask metrics in percent; None if the data has no object of that size."""
+    images: int
+    """The number of evaluated images."""
+    skipped: list[str] = field(default_factory=list)
+    """The reasons why images were skipped; the objects of skipped images do not count as missed."""
+    seconds: float = 0.0
+    skipped_images: list[int] = field(default_factory=list)
+    """The ids of the skipped images."""
+    mechanism: dict[str, float | None] = field(default_factory=dict)
+    """The metrics of the instance activation maps; see `mechanism.METRICS`."""
+    matches: Matches = field(default_factory=dict, repr=False, compare=False)
+    """The map that the matching of the training assigns to each object."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all fields except the matches, which have an entry for every object."""
+        return {name: value for name, value in asdict(self).items() if name != "matches"}
+
+
+@torch.no_grad()
+def evaluate(
+    model: SparseInst,
+    split: CocoSplit,
+    config: Config,
+    *,
+    device: torch.device,
+    predictions: Path | None = None,
+    progress: bool = True,
+    engine: Engine = "hotcoco",
+    attempt: Attempt | None = None,
+) -> Evaluation:
+    """Segment every image of the split and compute the metrics.
+
+    All processes of a process group call this. Each segments its share of the images, and each returns the metrics of all
+    images. Every image counts once.
+
+    Args:
+        model: the model in evaluation mode, on `device`.
+        predictions: a file for the predictions in COCO's result format (without boxes); None writes none.
+        attempt: its heartbeat reports the current image.
+
+    Raises:
+        DataError: an image or an annotation cannot be read and `data.on_bad_image` is not `skip`, or no image can be read.
+    """
+    began = time.perf_counter()
+    dataset = EvalSet(split, config.data, config.inference, part=rank(), parts=world_size())
+    loader = eval_loader(dataset, config.data.workers, pin_memory=device.type == "cuda")
+    own: list[_SegmentedImage] = []
+    pending: deque[Future[_SegmentedImage]] = deque()
+
+    # A second thread encodes the masks while the network works on the next image; at most `_MOST_WAITING` images wait for it.
+    with progress_bar("images", visible=progress and rank() == 0) as bar, ThreadPoolExecutor(1) as encoder:
+        for number, batch in enumerate(bar.track(loader, total=len(dataset), description="evaluate")):
+            if attempt is not None:
+                attempt.at("image", number)
+            if batch.skipped:
+                pending.append(encoder.submit(_SegmentedImage, batch.records[0].id, [], batch.skipped, None))
+            else:
+                raw = forward_batch(model, batch, config, device)
+                [found] = segment(raw, batch, config)
+                # Copy the outputs: a CUDA graph writes those of the next image into the same memory.
+                raw = Predictions(*(tensor.cpu() if tensor.is_cuda else tensor for tensor in raw))
+                pending.append(encoder.submit(_examine, raw, batch, found, split, config, model.mask_size(batch.padded)))
+            if len(pending) > _MOST_WAITING:
+                own.append(pending.popleft().result())
+        own.extend(future.result() for future in pending)
+    if attempt is not None:
+        attempt.at("wait")
+    shares = gather(own)
+    result = _compare(shares, split, predictions, engine, attempt) if rank() == 0 else None
+    result = same_for_all(result)
+    assert result is not None
+    return replace(result, seconds=round(time.perf_counter() - began, 2))
+
+
+_MOST_WAITING = 4
+
+
+class _SegmentedImage(NamedTuple):
+    """The instances of one image and its activation maps' metrics."""
+
+    id: int
+    instances: list[dict[str, Any]]
+    skipped: list[str]
+    pairs: Pairs | None
+    """None if the image has no object, or if the image or its annotations cannot be read."""
+
+
+def _compare(
+    shares: list[list[_SegmentedImage]], split: CocoSplit, predictions: Path | None, engine: Engine, attempt: Attempt | None
+) -> Evaluation:
+    """Return the evaluation of the images of all processes, in the split's order."""
+    images = [image for group in itertools.zip_longest(*shares) for image in group if image is not None]
+    skipped = [reason for image in images for reason in image.skipped]
+    for reason in skipped:
+        _log.warning("skipped %s", reason)
+    image_ids = [image.id for image in images if not image.skipped]
+    if not image_ids:
+        raise DataError(f"{split.file}: none of its images can be read")
+    results = [instance for image in images for instance in image.instances]
+    if predictions is not None:
+        write_predictions(predictions, results, attempt.check if attempt is not None else None)
+    observed = [(image.id, image.pairs) for image in images if image.pairs is not None]
+    return Evaluation(
+        coco_figures(split.file, results, image_ids, engine),
+        len(image_ids),
+        skipped,
+        skipped_images=[image.id for image in images if image.skipped],
+        mechanism=summarise([pairs for _, pairs in observed]),
+        matches={f"{image}-{number}": index for image, pairs in observed for number, index in pairs.matched.items()},
+    )
+
+
+def write_predictions(file: Path, results: list[dict[str, Any]], check: Callable[[], None] | None = None) -> None:
+    """Write instances in COCO's result format. If `check` raises an error, the file is not written."""
+    with atomic(file, check) as temporary:
+        temporary.write_text(json.dumps(results), encoding="utf-8")
+
+
+def evaluate_run(folder: Path, config: Config, *, device: torch.device) -> Evaluation:
+    """Evaluate a finished run and keep the result in its folder.
+
+    A kept result for the same settings and the same annotation file is returned without a new evaluation.
+
+    Args:
+        config: only its `data` and `inference` are used; the other settings come with the weights.
+
+    Raises:
+        UserError: as in `evaluate_weights`.
+    """
+    paths = RunPaths(folder)
+    identity = {"key": config.evaluate_key(), "annotations": file_digest(val_annotations(config.data))}
+    kept = _read_kept(paths.evaluation, identity)
+    if kept is not None:
+        return kept
+    settings = config.model_dump(mode="json")
+    overrides = {**flatten(settings["data"], "data."), **flatten(settings["inference"], "inference.")}
+    result = evaluate_weights(paths.weights, overrides, device=device)
+    with atomic(paths.evaluation) as temporary:
+        temporary.write_text(json.dumps({"of": identity, **result.as_json()}, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def _read_kept(file: Path, identity: dict[str, str]) -> Evaluation | None:
+    """Return the evaluation in a file; None if there is none, it is damaged, or it has another identity."""
+    if not file.exists():
+        return None
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return Evaluation(**kept) if kept.pop("of", None) == identity else None
+    except (ValueError, TypeError, AttributeError) as error:
+        _log.warning("%s is damaged (%s); the run is evaluated again", file, error)
+        return None
+
+
+def evaluate_weights(
+    weights: Path,
+    overrides: Mapping[str, Any],
+    *,
+    device: torch.device,
+    predictions: Path | None = None,
+    engine: Engine = "hotcoco",
+    optimize: OptimizeMode | None = None,
+) -> Evaluation:
+    """Evaluate a weights file.
+
+    Args:
+        overrides: settings of `data` and `inference`, by dotted path; the other settings come with the weights.
+        optimize: see `inference.optimize`; None leaves the model as it is.
+
+    Raises:
+        UserError: an override of another setting, or the data has other categories than the weights were trained on.
+    """
+    model, config, categories = load_weights(weights)
+    refused = [path for path in overrides if path.split(".")[0] not in ("data", "inference")]
+    if refused:
+        raise UserError(f"{refused[0]}: belongs to the weights; an evaluation can only change data.* and inference.*")
+    config = config.replace(overrides)
+    split = val_split(config.data)
+    check_categories(split, categories, f"{weights}")
+    model = model.to(device)
+    if optimize is not None:
+        model = optimizing.optimize(model, device=device, mode=optimize, precision=config.inference.precision)
+    return evaluate(model, split, config, device=device, predictions=predictions, engine=engine)
+
+
+def forward_batch(model: SparseInst, batch: Batch, config: Config, device: torch.device) -> Predictions:
+    """Return the model's raw output for a batch."""
+    images = model.normalise(batch.images.to(device, non_blocking=True), batch.sizes)
+    with autocast(device, config.inference.precision):
+        raw: Predictions = model(images)
+    return raw
+
+
+def segment(raw: Predictions, batch: Batch, config: Config) -> list[Instances]:
+    """Return the instances of each image. Masks are stored column by column, because `encode` is fastest with that layout."""
+    sizes = [ImageSize(size, (record.height, record.width)) for size, record in zip(batch.sizes, batch.records, strict=True)]
+    return postprocess(raw, batch.padded, sizes, config.inference, paste_by_column)
+
+
+def _examine(
+    raw: Predictions, batch: Batch, found: Instances, split: CocoSplit, config: Config, mask_size: tuple[int, int]
+) -> _SegmentedImage:
+    """Return one image's instances in COCO's result format and the metrics of its activation maps.
+
+    Args:
+        raw: the model's output for this image, on the CPU.
+        found: the instances of the image.
+        mask_size: height and width of the predicted masks.
+
+    Raises:
+        DataError: an annotation cannot be read and `data.on_bad_image` is `error`.
+    """
+    [record], [size] = batch.records, batch.sizes
+    results = in_coco_format(record.id, found, [category.id for category in split.categories])
+    try:
+        segments, labels = read_segments(record, split)
+    except DataError:
+        if config.data.on_bad_image == "error":
+            raise
+        return _SegmentedImage(record.id, results, batch.skipped, None)
+    whole = (record.height, record.width)
+    labels_and_scores = found.labels.cpu().numpy(), found.scores.cpu().numpy()
+    truth = [annotation.segmentation for annotation in record.annotations if not annotation.crowd]
+    iou = overlaps([result["segmentation"] for result in results], truth, *whole)
+    small = [as_mask(segment, size) for segment in resize_segments(segments, whole, size)]
+    originals = [as_mask(segment, whole) for segment in segments]
+    pairs = observe(raw, batch.padded, labels, small, iou, labels_and_scores, originals, config, mask_size)
+    return _SegmentedImage(record.id, results, batch.skipped, pairs)
+
+
+def in_coco_format(image_id: int, instances: Instances, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
+    """Return the instances of one image in COCO's result format.
+
+    Args:
+        category_ids: the category id of each label; instances of a label whose id is None are left out.
+    """
+    runs = encode(instances.masks.cpu().numpy())
+    return [
+        {"image_id": image_id, "category_id": category, "score": score, "segmentation": run}
+        for label, score, run in zip(instances.labels.tolist(), instances.scores.tolist(), runs, strict=True)
+        if (category := category_ids[label]) is not None
+    ]

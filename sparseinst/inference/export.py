@@ -1,0 +1,180 @@
+"""Export the whole inference as one graph, for ONNX or torch.export.
+
+The graph takes one image of any size and returns scored masks. ONNX needs the extra `export`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparseinst.config import SIZE_DIVISOR, InferenceConfig
+from sparseinst.errors import UserError
+from sparseinst.models.decoder import Coordinates, Predictions
+from sparseinst.models.encoder import resize
+from sparseinst.models.layers import DeformableConv2d
+from sparseinst.models.sparseinst import SparseInst
+from sparseinst.postprocess import class_scores, maskness
+
+_log = logging.getLogger(__name__)
+
+OPSET = 18
+_EXAMPLE_SIZE = (250, 330)
+"""Height and width of the exporters' example image. They are no multiples of 32, so that the graph contains the padding."""
+OUTPUTS = ("scores", "labels", "masks")
+
+
+class Inference(nn.Module):
+    """Find the N instances of one image; the number of outputs never changes, because no instance is left out.
+
+    `forward` takes (1, 3, H, W) in float for any H and W: RGB of 0-255, or a normalised image if `normalise` is false. It returns
+    scores (N,), labels (N,) int64, and masks (N, H, W) as booleans or probabilities. `postprocess` leaves out the instances whose
+    score before maskness is at most `inference.score_threshold`; here their score is 0.
+    """
+
+    def __init__(self, model: SparseInst, config: InferenceConfig, *, normalise: bool, probabilities: bool) -> None:
+        super().__init__()
+        self.model = _exportable(model)
+        self.config, self.normalise, self.probabilities = config, normalise, probabilities
+        self.dtype = next(model.parameters()).dtype
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        height, width = image.shape[-2:]
+        if self.normalise:
+            image = (image - self.model.pixel_mean) / self.model.pixel_std
+        padded = _padded(_padded(image.to(self.dtype), 2), 3)
+        predictions: Predictions = self.model(padded)
+        scores, labels = class_scores(predictions, self.config)  # 1 N
+        kept = (scores > self.config.score_threshold).to(scores.dtype)
+        masks = predictions.mask_logits[0].float().sigmoid()  # N h w
+        scores = scores[0] * kept[0]
+        if self.config.maskness:
+            scores = scores * maskness(masks, self.config.mask_threshold)
+        # `paste` would resize twice. The second step would keep the size of an image that was not resized, so it is left out.
+        whole = resize(masks[None], padded.shape[-2:])[0]
+        rows, columns = (torch.arange(side, device=whole.device) for side in (height, width))
+        whole = whole.index_select(1, rows).index_select(2, columns)
+        return scores, labels[0], whole if self.probabilities else whole > self.config.mask_threshold
+
+
+def _padded(x: Tensor, dim: int) -> Tensor:
+    """Pad one dimension with zeros to the next multiple of 32.
+
+    Positions are selected by index, because with `F.pad` the exporters fix whether the image needs padding.
+    """
+    size = x.shape[dim]
+    positions = torch.arange((size + SIZE_DIVISOR - 1) // SIZE_DIVISOR * SIZE_DIVISOR, device=x.device)
+    inside = (positions < size).to(x.dtype)
+    return x.index_select(dim, positions.clamp(max=size - 1)) * inside.view(-1, *[1] * (3 - dim))
+
+
+class MatrixPool(nn.Module):
+    """Compute `nn.AdaptiveAvgPool2d` by two matrix products, which can be exported for any image size."""
+
+    def __init__(self, bins: int) -> None:
+        super().__init__()
+        self.bins = bins
+
+    def forward(self, x: Tensor) -> Tensor:  # B C H W
+        rows, columns = self._weights(x.shape[-2], x), self._weights(x.shape[-1], x)
+        return rows @ x @ columns.transpose(0, 1)  # B C bins bins
+
+    def _weights(self, size: int, like: Tensor) -> Tensor:
+        """Return the weights (bins, size): 1 / n for each of the n positions of a bin."""
+        position = torch.arange(size, device=like.device)
+        bins = torch.arange(self.bins, device=like.device)[:, None]
+        start = (bins * size) // self.bins
+        end = ((bins + 1) * size + self.bins - 1) // self.bins
+        inside = ((position >= start) & (position < end)).float()
+        return (inside / inside.sum(1, keepdim=True)).to(like.dtype)
+
+
+class CountedCoordinates(Coordinates):
+    """Compute the coordinates from `arange`, because the exporters turn the number of steps of `linspace` into a constant."""
+
+    def line(self, side: int, like: Tensor) -> Tensor:
+        positions = torch.arange(side, device=like.device).float()
+        return (positions * 2 / positions[-1] - 1).to(like.dtype)
+
+
+def _exportable(model: SparseInst) -> SparseInst:
+    """Return a copy whose pooling and coordinates can be exported for any image size."""
+    model = copy.deepcopy(model).eval()
+    if isinstance(model.decoder.coordinates, Coordinates):
+        model.decoder.coordinates = CountedCoordinates()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.AdaptiveAvgPool2d):
+                setattr(module, name, MatrixPool(int(child.output_size)))  # type: ignore[arg-type]
+    return model
+
+
+def export_model(
+    model: SparseInst,
+    config: InferenceConfig,
+    output: Path,
+    *,
+    form: Literal["onnx", "torch"] = "onnx",
+    normalise: bool = True,
+    probabilities: bool = False,
+    half: bool = False,
+) -> None:
+    """Write a trained model as a graph.
+
+    Args:
+        output: the file to write: `.onnx`, or `.pt2` for torch.export.
+        normalise: true if the graph takes pixels of 0-255 and normalises them; false if it takes normalised images.
+        probabilities: true if masks are probabilities; false if they are booleans.
+        half: true if weights and features are fp16; scores and masks stay float32.
+
+    Raises:
+        UserError: the ONNX operator set lacks an operator that the model needs, the extra `export` is not installed, or
+            `output` is a folder.
+    """
+    if form == "onnx":
+        _check_onnx(model)
+    inference = Inference(model.half() if half else model, config, normalise=normalise, probabilities=probabilities).eval()
+    example = torch.zeros(1, 3, *_EXAMPLE_SIZE)
+    dynamic = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; name a file in it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters warn about their own code
+        if form == "torch":
+            torch.export.save(torch.export.export(inference, (example,), dynamic_shapes=dynamic), output)
+            return
+        program: Any = torch.onnx.export(
+            inference,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=list(OUTPUTS),
+            dynamic_shapes=dynamic,
+            verbose=False,
+        )
+        program.save(output)
+
+
+def _check_onnx(model: SparseInst) -> None:
+    """Raise `UserError` if the model cannot be exported to ONNX."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"ONNX needs the extra `export` ({error.name} is missing); install it: pip install 'sparseinst[export]'"
+        ) from None
+    deformable = [name for name, module in model.named_modules() if isinstance(module, DeformableConv2d)]
+    if deformable:
+        raise UserError(
+            f"ONNX opset {OPSET} has no deformable convolutions, but the model has {len(deformable)} (first: {deformable[0]}); "
+            "export with --form torch, or export a model without deformable convolutions"
+        )

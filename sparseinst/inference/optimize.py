@@ -1,0 +1,166 @@
+"""Make a trained model fast on its device, with the same outputs. `load_model(..., optimize=...)` uses this module.
+
+Two layers are folded into one in two places. A frozen norm is a scale and a shift, so the preceding convolution takes it over.
+The encoder's last 3x3 convolutions and the following 1x1 fusion have no activation between them, so they become one 3x3
+convolution a level. docs/performance.md lists the gain of each step.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from sparseinst.config import OptimizeMode, Precision
+from sparseinst.device import DTYPES
+from sparseinst.inference.memory import keep_freed_memory
+from sparseinst.inference.winograd import WinogradConv2d
+from sparseinst.models.backbone import Backbone
+from sparseinst.models.decoder import Predictions
+from sparseinst.models.encoder import Encoder, resize
+from sparseinst.models.norms import nearly_equal, norms_after_convolutions, probe_image
+from sparseinst.models.sparseinst import SparseInst
+
+_log = logging.getLogger(__name__)
+
+
+class OptimizedSparseInst(SparseInst):
+    """A copy of a model for inference only, made by `optimize`. It has the model's inputs and outputs.
+
+    Outputs that are sensitive to rounding are float32, so that `postprocess` returns scores and masks of the usual types.
+    """
+
+    def __init__(self, model: SparseInst, precision: Precision, compile_with: dict[str, Any] | None) -> None:
+        super().__init__(model.backbone, model.encoder, model.decoder)
+        self.dtype = DTYPES.get(precision, torch.float32)
+        self._compiled: Callable[[Tensor], Predictions] | None = None
+        if compile_with is not None:
+            self._compiled = torch.compile(super().forward, **compile_with)
+
+    def forward(self, images: Tensor) -> Predictions:
+        images = images.to(self.dtype, memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, enabled=False):
+            if self._compiled is not None:
+                try:
+                    return self._compiled(images)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    _log.warning("torch.compile fails (%s); the model runs without it", str(error).strip().splitlines()[0])
+                    self._compiled = None
+            return super().forward(images)
+
+
+@torch.no_grad()
+def optimize(
+    model: SparseInst, *, device: torch.device, mode: OptimizeMode = "best", precision: Precision = "fp32"
+) -> OptimizedSparseInst:
+    """Return a fast copy of a model, in evaluation mode on the device.
+
+    With fp32 and tf32 the raw outputs differ by rounding only. With bf16 and fp16 the weights and features have that type. The
+    maps are still normalised in float32, and the scores and masks are computed in float32.
+
+    The first image compiles the model, which takes from seconds to a minute (minutes with `best`). The second image size compiles
+    it again; that version serves all sizes. If the device or the machine lacks something, a warning says so and the step is left
+    out. On a CPU the process keeps freed memory from then on (see `inference.memory`).
+    """
+    if device.type == "cpu":
+        keep_freed_memory()
+    fast = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
+    fold_norms(fast.backbone)
+    if fast.encoder.fusion is not None:
+        fast.encoder = MergedEncoder(fast.encoder)  # type: ignore[assignment] # has the same forward
+    options = _compile_options(device, mode)
+    # The sums of the Winograd convolution are up to 22 times as large as its inputs, so that fp16 may overflow.
+    if options is not None and mode == "best" and device.type == "cpu" and precision != "fp16":
+        _use_winograd(fast)
+    fast = fast.requires_grad_(False).to(device=device, dtype=DTYPES.get(precision, torch.float32))
+    fast.pixel_mean, fast.pixel_std = model.pixel_mean.to(device), model.pixel_std.to(device)
+    optimized = OptimizedSparseInst(fast, precision, options)
+    optimized.pixel_mean, optimized.pixel_std = fast.pixel_mean, fast.pixel_std
+    return optimized.to(memory_format=torch.channels_last).eval()
+
+
+def _use_winograd(model: nn.Module) -> None:
+    """Replace each convolution for which Winograd is faster, together with a ReLU that follows it in a `Sequential`."""
+    for parent in list(model.modules()):
+        for (name, child), (after, follower) in pairwise([*parent.named_children(), ("", None)]):
+            if isinstance(child, nn.Conv2d) and WinogradConv2d.is_faster_for(child):
+                relu = isinstance(parent, nn.Sequential) and isinstance(follower, nn.ReLU)
+                setattr(parent, name, WinogradConv2d(child, relu=relu))
+                if relu:
+                    setattr(parent, after, nn.Identity())
+
+
+def _compile_options(device: torch.device, mode: OptimizeMode) -> dict[str, Any] | None:
+    """Return the arguments of torch.compile, or None if the model is not compiled."""
+    if mode == "graph":
+        if device.type == "cuda":
+            return {"backend": "cudagraphs"}
+        _log.warning("there are no CUDA graphs on %s; the model runs without them", device.type)
+        return None
+    if mode == "folded":
+        return None
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        _log.warning("torch.compile needs a C++ compiler on this machine, for example g++; the model runs without torch.compile")
+        return None
+    options: dict[str, Any] = {"freezing": True}
+    if mode == "best" and device.type == "cuda":
+        options |= torch._inductor.list_mode_options("max-autotune")
+    return {"options": options}
+
+
+def fold_norms(backbone: Backbone) -> int:
+    """Fold each frozen norm into the preceding convolution.
+
+    If the outputs then differ by more than rounding, the backbone is restored and a warning says so.
+
+    Returns:
+        The number of folded norms.
+    """
+    before = copy.deepcopy(backbone.body)
+    pairs = norms_after_convolutions(backbone)
+    expected = backbone(probe_image())
+    for parent, name, conv, norm in pairs:
+        weight, bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        conv.weight, conv.bias = weight, bias
+        setattr(parent, name, getattr(norm, "act", None) or nn.Identity())
+    if not nearly_equal(backbone(probe_image()), expected):
+        _log.warning("the backbone's norms cannot be folded without changing its outputs, so they stay")
+        backbone.body = before
+        return 0
+    return len(pairs)
+
+
+class MergedEncoder(nn.Module):
+    """An encoder whose 3x3 output convolutions and 1x1 fusion are merged into one convolution a level.
+
+    The levels are summed at 1/8 instead of concatenated.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        assert encoder.fusion is not None
+        assert encoder.fusion.bias is not None
+        parts = encoder.fusion.weight.double().flatten(1).chunk(len(encoder.outputs), dim=1)  # P3, P4, P5, each E E
+        for index, output in enumerate(encoder.outputs):  # P5, P4, P3
+            assert isinstance(output, nn.Conv2d)
+            assert output.bias is not None
+            weight, bias = parts[-1 - index], output.bias.double()
+            bias = weight @ bias + (encoder.fusion.bias.double() if index == 0 else 0)
+            output.weight = nn.Parameter(torch.einsum("oe,eikl->oikl", weight, output.weight.double()).float())
+            output.bias = nn.Parameter(bias.float())
+        encoder.fusion = None
+        self.encoder = encoder
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        levels = zip(self.encoder.outputs, self.encoder.top_down(features), strict=True)
+        *deeper, finest = [output(level) for output, level in levels]  # P5, P4, P3
+        return finest + sum(resize(level, finest.shape[-2:]) for level in deeper)  # B E H W

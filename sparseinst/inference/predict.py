@@ -1,0 +1,169 @@
+"""Segment images with a trained model; results are numpy arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from sparseinst.config import STRIDES, Config, OptimizeMode, Precision
+from sparseinst.data.coco import Category, read_image
+from sparseinst.data.network_input import at_test_size, pad
+from sparseinst.device import autocast, pick_device
+from sparseinst.errors import DataError
+from sparseinst.inference import optimize as optimizing
+from sparseinst.inference.weights import load_weights
+from sparseinst.models.decoder import Predictions
+from sparseinst.models.sparseinst import SparseInst
+from sparseinst.postprocess import ImageSize, postprocess
+
+
+@dataclass(frozen=True)
+class FoundInstances:
+    """The K instances that the model found in one image, best score first."""
+
+    scores: NDArray[np.float32]
+    """(K,), in [0, 1]."""
+    labels: NDArray[np.int64]
+    """(K,), indices into `Predictor.categories`."""
+    masks: NDArray[np.bool_]
+    """(K, H, W), at the image's own size."""
+    names: list[str]
+    """The K category names."""
+    maps: NDArray[np.int64]
+    """(K,), the index of the instance activation map, out of N, that found each instance."""
+    activations: NDArray[np.float32] | None = None
+    """(K, h, w), in [0, 1]: the response of each instance's map over the image without its padding, averaged over the map's
+    groups. None unless it was requested."""
+
+
+class Predictor:
+    """A model with its config and categories, ready to segment images. `load_model` makes one.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        config: the model's config; `config.inference` sets the image size and the thresholds.
+        categories: the categories of the training data, indexed by label.
+    """
+
+    def __init__(self, model: SparseInst, config: Config, categories: tuple[Category, ...], device: torch.device) -> None:
+        self.model = model.to(device).eval()
+        self.config = config
+        self.categories = categories
+        self.device = device
+
+    def optimize(self, mode: OptimizeMode = "compiled", precision: Precision | None = None) -> None:
+        """Replace the network by a fast copy with the same outputs; see `inference.optimize`.
+
+        Args:
+            precision: the copy's precision; None takes the config's `inference.precision`.
+        """
+        chosen = precision or self.config.inference.precision
+        self.config = self.config.replace({"inference.precision": chosen})
+        self.model = optimizing.optimize(self.model, device=self.device, mode=mode, precision=chosen)
+
+    @torch.no_grad()
+    def predict(
+        self, image: str | Path | Image.Image | NDArray[Any], score: float = 0.0, *, activations: bool = False
+    ) -> FoundInstances:
+        """Segment one image.
+
+        Args:
+            image: a file, a Pillow image, or (H, W, 3) RGB or (H, W) grey uint8.
+            score: instances below this score are left out.
+            activations: also return each instance's activation map.
+
+        Raises:
+            DataError: the file is no readable image, or the array has another shape or type.
+        """
+        picture = as_image(image)
+        raw, size, padded = self.forward(picture)
+        [found] = postprocess(raw, padded, [ImageSize(size, (picture.height, picture.width))], self.config.inference)
+        order = found.scores.argsort(descending=True, stable=True)
+        order = order[found.scores[order] >= score]
+        labels = found.labels[order].cpu().numpy()
+        return FoundInstances(
+            found.scores[order].cpu().numpy(),
+            labels,
+            found.masks[order].cpu().numpy(),
+            [self.categories[label].name for label in labels],
+            found.maps[order].cpu().numpy(),
+            self._activations(raw, size, found.maps[order]).cpu().numpy() if activations else None,
+        )
+
+    def forward(self, picture: Image.Image) -> tuple[Predictions, tuple[int, int], tuple[int, int]]:
+        """Run the network on one image.
+
+        Returns:
+            The raw output, and the image's (height, width) in the network, first without and then with padding.
+        """
+        pixels = at_test_size(picture, self.config.inference)  # 3 h w
+        size = (pixels.shape[1], pixels.shape[2])
+        padded = pad([pixels]).to(self.device)  # 1 3 H W
+        with torch.no_grad(), autocast(self.device, self.config.inference.precision):
+            raw: Predictions = self.model(self.model.normalise(padded, [size]))
+        return raw, size, (padded.shape[2], padded.shape[3])
+
+    def _activations(self, raw: Predictions, size: tuple[int, int], maps: Tensor) -> Tensor:
+        """Return the responses (K, h, w) of these maps, each divided by its maximum."""
+        responses = instance_responses(raw, self.config.model.decoder.iam.num_maps, size)[maps]  # K h w
+        return responses / responses.amax((1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def instance_responses(raw: Predictions, num_maps: int, size: tuple[int, int]) -> Tensor:
+    """Return the response of each instance activation map in one image, (N, h, w) at 1/8.
+
+    The maps of an instance's groups are each normalised to a sum of 1 and then averaged.
+
+    Args:
+        size: height and width of the image in the network, without the padding; the padding is cut off.
+    """
+    height, width = (-(-side // STRIDES[0]) for side in size)
+    responses = raw.responses[0, :, :height, :width].float()  # GN h w
+    normalised = responses / responses.sum((1, 2), keepdim=True).clamp(min=1e-12)
+    return normalised.unflatten(0, (-1, num_maps)).mean(0)
+
+
+def load_model(
+    path: str | Path,
+    device: str | None = None,
+    *,
+    optimize: OptimizeMode | None = None,
+    precision: Precision | None = None,
+) -> Predictor:
+    """Load a model from a weights file or from the folder of a finished run, ready for `predict`.
+
+    Args:
+        device: `cpu`, `cuda` or `cuda:1`, for example; None takes a GPU if there is one.
+        optimize: `folded`, `compiled`, `graph` or `best` for speed (see `inference.optimize`); None leaves the model as it is.
+        precision: `fp32`, `tf32`, `bf16` or `fp16`; None takes the config's `inference.precision`.
+
+    Raises:
+        UserError: there is no such file, or it is not a weights file of this package.
+    """
+    model, config, categories = load_weights(Path(path))
+    if precision is not None:
+        config = config.replace({"inference.precision": precision})
+    predictor = Predictor(model, config, categories, pick_device(device))
+    if optimize is not None:
+        predictor.optimize(optimize)
+    return predictor
+
+
+def as_image(image: str | Path | Image.Image | NDArray[Any]) -> Image.Image:
+    """Return any input of `Predictor.predict` as an RGB image. Raises `DataError` if it is not an image."""
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+        raise DataError(
+            f"an image array must be (H, W, 3) or (H, W) of type uint8; this one is {image.shape} of type {image.dtype}"
+        )
+    return Image.fromarray(image).convert("RGB")

@@ -1,0 +1,115 @@
+"""Read and write weights files. A weights file holds a model's tensors, its config and its categories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sparseinst.config import Config
+from sparseinst.data.coco import Category
+from sparseinst.errors import UserError
+from sparseinst.files import atomic, no_space_explained
+from sparseinst.models.sparseinst import SparseInst, build_model
+from sparseinst.overrides import parse_config
+from sparseinst.paths import SHIPPED, WEIGHTS
+
+Check = Callable[[], None] | None
+
+SHIPPED_MODELS = ("demo",)
+"""Names of the trained models that the package contains. `demo` is the default row of the profile `small`."""
+
+
+def save_weights(
+    path: Path,
+    state: dict[str, Tensor],
+    config: Config,
+    categories: tuple[Category, ...],
+    check: Check = None,
+    *,
+    half: bool = False,
+) -> None:
+    """Write the tensors as safetensors, with the config and the categories in the same file, so that `load_model` can read it.
+
+    Args:
+        half: write kernels and matrices in half precision, which halves the file.
+    """
+    metadata = {
+        "config": config.to_json(),
+        "categories": json.dumps([asdict(category) for category in categories]),
+        "sparseinst": version("sparseinst"),
+    }
+    kept = halved(state) if half else state
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
+    with no_space_explained(path.parent), atomic(path, check) as temporary:
+        temporary.write_bytes(save(tensors, metadata))
+
+
+def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with kernels and matrices in half precision.
+
+    Biases and norms stay as they are, because their range may be too wide for half precision.
+    """
+    return {name: tensor.half() if tensor.ndim > 1 and tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+def start_from(model: SparseInst, path: Path) -> list[str]:
+    """Copy into a fresh model the tensors of a weights file whose shapes match.
+
+    Returns:
+        The names of the model's tensors that were not replaced, because the file's tensors have other shapes.
+
+    Raises:
+        UserError: the file is no weights file of this package, or it holds another kind of model, so that a tensor's name is
+            unknown or missing.
+    """
+    theirs = load_weights(path)[0].state_dict()
+    ours = model.state_dict()
+    unknown, missing = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
+    if unknown or missing:
+        name, what = (unknown[0], "is not in the new model") if unknown else (missing[0], "is not in the file")
+        raise UserError(
+            f"{path} holds weights of another kind of model: {name} {what} (and {len(unknown) + len(missing) - 1} more tensors)"
+        )
+    fresh = sorted(name for name, tensor in theirs.items() if tensor.shape != ours[name].shape)
+    model.load_state_dict({name: ours[name] if name in fresh else tensor for name, tensor in theirs.items()})
+    return fresh
+
+
+def load_weights(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
+    """Return a model in evaluation mode on the CPU, its config and its categories.
+
+    Args:
+        path: a weights file, the folder of a run that holds one, or the name of a model in the package (`demo`).
+
+    Raises:
+        UserError: there is no such file, it is not a weights file of this package, or its tensors do not fit its config.
+    """
+    if path.is_dir():
+        path = path / WEIGHTS
+    elif str(path) in SHIPPED_MODELS and not path.exists():
+        path = SHIPPED / f"{path}.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no readable safetensors file ({str(error).splitlines()[0]})") from None
+    if "config" not in metadata:
+        raise UserError(f"{path} carries no config, so this package did not write it")
+    config = parse_config(json.loads(metadata["config"]), where=f"{path}: config")
+    categories = tuple(Category(**entry) for entry in json.loads(metadata["categories"]))
+    model = build_model(config.model, load_pretrained=False)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path}: the tensors do not fit the file's own config: {str(error).splitlines()[1].strip()}") from None
+    return model.eval(), config, categories

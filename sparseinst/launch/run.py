@@ -1,0 +1,152 @@
+"""Do the stages of a plan that have no record yet, in this process or in several on this machine. Imports no torch by itself.
+
+Any number of processes may run the same plan. Each stage is claimed before it is done, so no stage is done twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+
+from sparseinst.ablation.compare import compare_pairs, plan_pairs
+from sparseinst.ablation.plan import Plan, StageRun
+from sparseinst.ablation.store import Store
+from sparseinst.attempts import Attempt, Held, reason
+from sparseinst.launch.status import Status, watch
+from sparseinst.launch.work import StageContext, do_stage
+from sparseinst.machine import usable_cores
+from sparseinst.paths import RUNS, RunPaths
+
+_log = logging.getLogger(__name__)
+
+_WAIT = 1.0  # seconds between checks of stages that other processes are doing
+
+
+def run_plan(plan: Plan, store: Store, *, device: str | None, progress: bool = True) -> dict[str, str]:
+    """Do all stages of a plan that have no record, then compare rows over their images.
+
+    If a stage fails, the stages that need its weights fail too; the others continue.
+
+    Returns:
+        The reason of each failure, by the stage's key.
+    """
+    context = StageContext(plan.profile.name, device, plan.device, progress)
+    worker = _Worker(plan, store, context)
+    worker.work()
+    missing = compare_pairs(plan_pairs(plan), store)
+    if missing:
+        _log.warning(
+            "%d comparisons over images were skipped: the evaluations are recorded, but their predictions are no longer in %s",
+            missing,
+            RUNS,
+        )
+    return worker.failed
+
+
+class _Worker:
+    """Does the stages of a plan in one process."""
+
+    def __init__(self, plan: Plan, store: Store, context: StageContext) -> None:
+        self.plan, self.store, self.context = plan, store, context
+        self.failed: dict[str, str] = {}
+        self.finished: set[str] = set()
+        self.begun, self.total = 0, len(plan.to_do())
+
+    def work(self) -> None:
+        waiting = self.plan.to_do()
+        while waiting:
+            left = [run for run in waiting if not self._finish(run)]
+            if len(left) == len(waiting):  # other processes are doing all stages that could be done now
+                time.sleep(_WAIT)
+            waiting = left
+
+    def _finish(self, run: StageRun) -> bool:
+        """Do the stage if it can be done now. Return whether it is finished: recorded or failed."""
+        if self._is_done(run):
+            return True
+        if run.needs in self.failed:
+            self.failed[run.key] = f"it needs the weights of {run.needs}, which failed"
+            return True
+        if run.needs is not None and not self._is_done(self.plan.runs[run.needs]):
+            return False
+        return self._attempt(run)
+
+    def _is_done(self, run: StageRun) -> bool:
+        """Return whether the stage is done. One that this process finished stays so, even if its record is removed meanwhile."""
+        return run.key in self.finished or run.is_done(self.store)
+
+    def _attempt(self, run: StageRun) -> bool:
+        """Do the stage. Return whether it is finished; False if another process is doing it."""
+        began = time.perf_counter()
+        number = self.begun + 1
+
+        def claim(paths: RunPaths) -> AbstractContextManager[Attempt]:
+            attempt = self.context.claim(paths)
+            if not run.is_done(self.store):  # otherwise another process finished it meanwhile
+                print(f"[{number}/{self.total}] {run.stage} {run.label}: {run.key}", flush=True)
+                self.begun = number
+            return attempt
+
+        try:
+            do_stage(run, self.store, replace(self.context, claim=claim))
+        except Held:  # another process is doing it
+            return False
+        except Exception as error:  # noqa: BLE001 (no error of one stage may stop the others)
+            self.failed[run.key] = reason(error)
+            print(f"error: {run.label}: {self.failed[run.key]}", file=sys.stderr, flush=True)
+            return True
+        self.finished.add(run.key)
+        if self.begun == number:
+            print(f"      done in {time.perf_counter() - began:.0f} s{_outcome(run, self.store)}", flush=True)
+        return True
+
+
+def _outcome(run: StageRun, store: Store) -> str:
+    """Return the main result of a recorded stage, to append to a printed line."""
+    record = store.load(run.key)
+    if record is None:
+        return ""
+    if run.stage == "evaluate":
+        ap = record.result["figures"]["AP"]
+        return f": AP {ap:.1f}" if ap is not None else ": no AP, because the validation images contain no objects"
+    return f": {record.result['whole_ms']['median']:.1f} ms" if run.stage == "latency" else ""
+
+
+def run_in_processes(
+    arguments: Sequence[str], jobs: int, devices: Sequence[str | None], get_states: Callable[[], Sequence[Status]]
+) -> int:
+    """Run the same command in several processes, which share the work.
+
+    Each process writes its output to runs/process-N.txt; the terminal shows the state of every run.
+
+    Args:
+        arguments: the arguments of `sparseinst`, without `--jobs`.
+        jobs: the number of processes.
+        devices: assigned to the processes in turn; None lets a process choose its device.
+        get_states: returns the current state of every stage.
+
+    Returns:
+        The number of processes that failed.
+    """
+    threads = str(max(1, usable_cores() // jobs))
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        processes = []
+        for number in range(jobs):
+            device = devices[number % len(devices)]
+            command = [sys.executable, "-m", "sparseinst", *arguments, *(["--device", device] if device else [])]
+            output = stack.enter_context((RUNS / f"process-{number}.txt").open("a", encoding="utf-8"))
+            environment = {**os.environ, "OMP_NUM_THREADS": threads}
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+        try:
+            watch(get_states, lambda: any(process.poll() is None for process in processes))
+            return sum(process.wait() != 0 for process in processes)
+        finally:  # also if this process is stopped
+            for process in processes:
+                process.terminate()

@@ -1,0 +1,43 @@
+"""Copy weights of runs into the package: the pretraining of a small backbone, or the model `demo`. Used before a release.
+
+python -m sparseinst.launch.ship start KEY      copies a pretraining from runs/KEY, with its record in results/
+python -m sparseinst.launch.ship demo RUN       copies the model in a run's folder, in half precision
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from sparseinst.ablation.store import Store
+from sparseinst.errors import UserError
+from sparseinst.inference.weights import load_weights, save_weights
+from sparseinst.paths import SHIPPED, run_folder
+
+
+def ship_start(key: str) -> Path:
+    """Copy the weights and the record of a pretraining into the package. Raises `UserError` if either is missing."""
+    weights, record = run_folder(key).weights, Store().path(key)
+    for path in (weights, record):
+        if not path.exists():
+            raise UserError(f"{path}: no such file")
+    shutil.copyfile(record, SHIPPED / f"{key}.json")
+    return Path(shutil.copyfile(weights, SHIPPED / f"{key}.safetensors"))
+
+
+def ship_demo(run: Path) -> Path:
+    """Save the model in a run's folder, in half precision, as the package's `demo`.
+
+    Its data become the first 200 validation scenes of the embedded set, so that what it is shown on is written in seconds.
+    """
+    model, config, categories = load_weights(run)
+    config = config.replace({"data.root": "runs/data/shapes-demo", "data.shapes.train": 16, "data.shapes.val": 200})
+    path = SHIPPED / "demo.safetensors"
+    save_weights(path, model.state_dict(), config, categories, half=True)
+    return path
+
+
+if __name__ == "__main__":
+    _, what, source = sys.argv
+    print(ship_start(source) if what == "start" else ship_demo(Path(source)))

@@ -1,0 +1,217 @@
+"""Do one stage and write its record. Each function imports the code that it needs, and with it torch, when it is called."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparseinst.ablation.plan import StageRun
+from sparseinst.ablation.provenance import describe, note_code, trained_by
+from sparseinst.ablation.store import Record, Store
+from sparseinst.attempts import Attempt
+from sparseinst.config import Config
+from sparseinst.errors import RunFailed
+from sparseinst.files import file_digest
+from sparseinst.paths import RunPaths, run_folder, stored_weights
+from sparseinst.section import Stage
+
+_log = logging.getLogger(__name__)
+
+Claim = Callable[[RunPaths], AbstractContextManager[Attempt]]
+"""A function that claims a run's folder for this process."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Where and how a process does its stages; plain data except for `claim`."""
+
+    profile: str
+    device: str | None
+    """The value of `--device`."""
+    device_name: str
+    progress: bool = True
+    parts: int | None = None
+    """Parts into which a training splits its batch; see `train`."""
+    claim: Claim = Attempt.begin
+
+
+def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
+    """Claim a stage's folder, do the stage and write its record. All processes of a process group call this.
+
+    Raises:
+        Held: another process is doing the stage.
+        UserError, RunFailed: the stage's own errors.
+    """
+    began = time.perf_counter()
+    with context.claim(run_folder(run.key)) as attempt:
+        if run.is_done(store):  # another process may have written it before this one got the claim
+            return
+        if run.remake:
+            _log.warning("%s: the weights of %s %s are gone, so they are made again", run.label, run.stage, run.key)
+        outcome = _DO[run.stage](run, context, attempt)
+        if outcome is None:
+            return
+        result, data = outcome
+        about = describe(
+            profile=context.profile,
+            device=context.device_name,
+            world_size=attempt.world_size,
+            attempts=attempt.number,
+            seed=run.config.train.seed,
+            # A training's time comes from its log, because this process may have done only its last steps.
+            seconds=result.get("seconds", time.perf_counter() - began),
+            data=file_digest(data) if data is not None else None,
+        )
+        if run.stage in ("pretrain", "train"):
+            about |= trained_by(run_folder(run.key))
+        if run.stage == "evaluate":
+            assert run.needs is not None
+            weights = stored_weights(run.needs)
+            assert weights is not None
+            about |= {"trained": trained_by(run_folder(run.needs)), "weights": file_digest(weights)}
+        store.write(Record(run.stage, run.key, result, run.config.model_dump(mode="json"), about), attempt.check)
+
+
+Outcome = tuple[dict[str, Any], Path | None]
+"""A record's result and the annotation file that was read. Rank 0 returns it; the other ranks return None."""
+
+
+def _train(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome | None:
+    from sparseinst.data.coco import train_annotations
+    from sparseinst.device import pick_device
+    from sparseinst.distributed import rank
+    from sparseinst.training.train import train
+
+    paths = run_folder(run.key)
+    device = pick_device(context.device)
+    if rank() == 0 and not paths.weights.exists():
+        note_code(paths)
+    weights = train(
+        run.config,
+        paths.root,
+        device=device,
+        progress=context.progress,
+        attempt=attempt,
+        parts=context.parts,
+        start=_needed_weights(run),
+    )
+    if rank() != 0:
+        return None
+    result = {**_steps(paths), "parameters": _parameters(weights)}
+    history = [record for record in _metrics(paths) if "AP" in record]
+    return {**result, **({"history": history} if history else {})}, train_annotations(run.config.data)
+
+
+def _needed_weights(run: StageRun) -> Path | None:
+    """Return the weights that a stage needs of another one; None if it needs none.
+
+    Raises:
+        RunFailed: they were removed after the plan was made.
+    """
+    if run.needs is None:
+        return None
+    from sparseinst.distributed import rank, same_for_all
+
+    weights = same_for_all(stored_weights(run.needs) if rank() == 0 else None)
+    if weights is None:
+        raise RunFailed(f"{run_folder(run.needs).weights}: removed while it was needed; the same command makes it again")
+    return weights
+
+
+def _pretrain(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome | None:
+    from sparseinst.data.coco import train_annotations
+    from sparseinst.device import pick_device
+    from sparseinst.distributed import rank
+    from sparseinst.training.pretrain import pretrain
+
+    paths = run_folder(run.key)
+    if rank() == 0 and not paths.weights.exists():
+        note_code(paths)
+    pretrain(run.config, paths.root, device=pick_device(context.device), progress=context.progress, attempt=attempt)
+    if rank() != 0:
+        return None
+    validation = [record for record in _metrics(paths) if "loss" not in record][-1]
+    right = {name.removeprefix("cells_right_"): value for name, value in validation.items() if name.startswith("cells_right")}
+    return {**_steps(paths), "cells_right": right}, train_annotations(run.config.data)
+
+
+def _metrics(paths: RunPaths) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def _steps(paths: RunPaths) -> dict[str, Any]:
+    """Return the number of steps in a run's log, their wall time in seconds, and the last losses."""
+    steps = [record for record in _metrics(paths) if "loss" in record]
+    last = steps[-1]
+    before = [0, *(record["iteration"] for record in steps)]
+    return {
+        "steps": last["iteration"],
+        "seconds": round(sum(r["seconds"] * (r["iteration"] - start) for r, start in zip(steps, before, strict=False)), 3),
+        "losses": {name.removeprefix("loss_"): value for name, value in last.items() if name.startswith("loss")},
+    }
+
+
+def _parameters(weights: Path) -> int:
+    from sparseinst.inference.weights import load_weights
+
+    return sum(parameter.numel() for parameter in load_weights(weights)[0].parameters())
+
+
+def _evaluate(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome | None:
+    from sparseinst.data.coco import val_split
+    from sparseinst.device import pick_device
+    from sparseinst.distributed import rank
+    from sparseinst.evaluation.evaluate import evaluate
+    from sparseinst.inference.weights import load_weights
+
+    weights = _needed_weights(run)
+    assert weights is not None
+    chosen = pick_device(context.device)
+    model, _, _ = load_weights(weights)
+    split = val_split(run.config.data)
+    result = evaluate(
+        model.to(chosen),
+        split,
+        run.config,
+        device=chosen,
+        predictions=run_folder(run.key).predictions,
+        progress=context.progress,
+        attempt=attempt,
+    )
+    if rank() != 0:
+        return None
+    metrics = {"figures": result.figures, "mechanism": result.mechanism}
+    return {**metrics, "images": result.images, "skipped": len(result.skipped)}, split.file
+
+
+def _latency(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome | None:
+    from sparseinst.bench.benchmark import measure_latency
+    from sparseinst.device import pick_device
+
+    if attempt.rank != 0:
+        return None
+    return asdict(measure_latency(run.config, device=pick_device(context.device))), None
+
+
+_DO: dict[Stage, Callable[[StageRun, StageContext, Attempt], Outcome | None]] = {
+    "pretrain": _pretrain,
+    "train": _train,
+    "evaluate": _evaluate,
+    "latency": _latency,
+}
+
+
+def draw(key: str, config: Config, output: Path, device: str | None, images: int = 6) -> None:
+    """Draw a trained model's predictions over the first validation images, and save the pictures in `output`."""
+    from sparseinst.data.coco import val_split
+    from sparseinst.inference.predict import load_model
+    from sparseinst.visualize.predict_files import predict_files
+
+    files = [image.path for image in val_split(config.data).images[:images]]
+    predict_files(load_model(run_folder(key).root, device), files, output, score=0.4)

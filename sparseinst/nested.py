@@ -1,0 +1,142 @@
+"""Handle settings as nested plain data: dotted paths, layers, and one-line error messages with the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar, get_args
+
+from pydantic import ValidationError
+
+from sparseinst.errors import UserError
+from sparseinst.section import Section
+
+S = TypeVar("S", bound=Section)
+
+
+def parse(schema: type[S], data: Mapping[str, Any], where: str = "") -> S:
+    """Return the section that nested plain data describe.
+
+    Args:
+        where: the source of the data, for the error message.
+
+    Raises:
+        UserError: the data are not valid. The message names the source, the key and the problem.
+    """
+    try:
+        # JSON mode is strict about types, but takes arrays as tuples and whole numbers as floats, as YAML and JSON write them.
+        return schema.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise UserError(one_line(error, where, schema)) from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where + ': ' if where else ''}not plain data: {error}") from None
+
+
+def nest(overrides: Mapping[str, Any], schema: type[Section]) -> dict[str, Any]:
+    """Return nested dicts from values by dotted path.
+
+    Raises:
+        UserError: a path is unknown. The message gives the nearest valid path.
+    """
+    nested: dict[str, Any] = {}
+    known = set(leaf_paths(schema))
+    for path, value in overrides.items():
+        if path not in known:
+            raise UserError(f"unknown setting {path!r}{nearest(path, known)}")
+        node = nested
+        *parents, leaf = path.split(".")
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = value
+    return nested
+
+
+def merge(base: Mapping[str, Any], layer: Mapping[str, Any], schema: type[Section], prefix: str = "") -> dict[str, Any]:
+    """Return `base` with the values of `layer` in place of its own, level by level.
+
+    Raises:
+        UserError: `layer` has a key that `base` lacks, or a single value where `base` has a group of settings.
+    """
+    merged = dict(base)
+    for key, value in layer.items():
+        path = f"{prefix}{key}"
+        if key not in base:
+            raise UserError(f"unknown setting {path!r}{nearest(path, leaf_paths(schema))}")
+        if isinstance(base[key], dict):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{path}: a group of settings was expected, got {value!r}")
+            merged[key] = merge(base[key], value, schema, f"{path}.")
+        else:
+            merged[key] = value
+    return merged
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted path. This is the inverse of `nest`."""
+    found: dict[str, Any] = {}
+    for name, value in data.items():
+        found |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def leaf_paths(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted path of every setting."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from leaf_paths(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean ...?)` with the valid name most similar to `name`.
+
+    First the full paths are compared, then their last parts. If nothing is similar, the result lists the valid names if there are
+    at most 20, and is empty otherwise.
+    """
+    names = sorted(known)
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if not matches:
+        last = {full.rsplit(".", 1)[-1]: full for full in reversed(names)}
+        matches = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
+    if matches:
+        return f" (did you mean {matches[0]!r}?)"
+    return f" (valid: {', '.join(names)})" if len(names) <= 20 else ""
+
+
+def one_line(error: ValidationError, where: str, schema: type[Section]) -> str:
+    """Return the first problem that pydantic found, in one line, and the number of other problems."""
+    problems = error.errors(include_url=False)
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key explains a missing one
+    path = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        section = _section_at(schema, first["loc"][:-1])
+        known = leaf_paths(schema) if section in (schema, None) else section.model_fields
+        message = f"unknown setting{nearest(path if section in (schema, None) else str(first['loc'][-1]), known)}"
+    elif first["type"] == "missing":
+        message = "is missing"
+    elif first["type"] not in ("value_error",):
+        message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{where + ': ' if where else ''}{path + ': ' if path else ''}{message}{more}"
+
+
+def _section_at(schema: type[Section], location: tuple[int | str, ...]) -> type[Section] | None:
+    """Return the section at a location in nested data, also inside tuples and dicts of sections; None if there is no section."""
+    section: type[Section] | None = schema
+    for part in location:
+        if section is None:
+            return None
+        if part in section.model_fields:
+            section = next(_sections_in(section.model_fields[str(part)].annotation), None)
+    return section
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """Yield the sections that a type annotation contains."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)

@@ -1,0 +1,344 @@
+"""Measure whether a small scale orders the rows as the paper does. Imports no torch.
+
+In every pair of distinct rows of the paper's ablations, one row has the higher AP. The share of pairs that have the same order at
+the small scale, and Kendall's rank correlation (tau-b), show how far the results of small runs can be trusted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from scipy import stats
+
+from sparseinst.ablation.statistics import CONFIDENCE, Sample, Spread
+from sparseinst.ablation.store import Store
+from sparseinst.ablation.study import Table as StudyTable
+from sparseinst.ablation.study import list_tables, read_profile, read_tables
+from sparseinst.errors import UserError
+from sparseinst.report import style
+from sparseinst.report.collect import Column, TableResult, read_results, seed_spreads
+
+CLEAR = 0.5
+"""The order of two rows is clear if their AP in the paper differs by this much or more."""
+_DRAWS = 2000
+_LISTED = 12
+_AP = Column("AP")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One distinct row: one set of evaluations, even if several tables show it."""
+
+    name: str
+    tables: tuple[str, ...]
+    paper: float
+    measured: Sample
+    history: Mapping[int, float] = field(default_factory=dict)
+    """AP by training step, from the evaluations during training; the mean over seeds."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How many pairs of rows have the paper's order."""
+
+    pairs: int
+    agree: int
+    interval: tuple[float, float] | None
+    """The 95 % interval of the share that agrees, from the noise of seeds; None if no row has several seeds."""
+    tau: float | None
+    tau_interval: tuple[float, float] | None
+
+    @property
+    def share(self) -> float | None:
+        """The share of pairs that agree; None if there are no pairs."""
+        return self.agree / self.pairs if self.pairs else None
+
+    def as_json(self) -> dict[str, Any]:
+        share, tau = self.share, self.tau
+        return {
+            "pairs": self.pairs,
+            "agree": self.agree,
+            "agreement": round(share, 4) if share is not None else None,
+            "interval": [round(end, 4) for end in self.interval] if self.interval is not None else None,
+            "tau": round(tau, 4) if tau is not None else None,
+            "tau_interval": [round(end, 4) for end in self.tau_interval] if self.tau_interval is not None else None,
+        }
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How well the order of the rows in a profile agrees with the paper's."""
+
+    profile: str
+    ranks: list[Rank]
+    missing: list[str]
+    """The rows that have an AP in the paper and are not measured yet."""
+    all: Agreement
+    """The agreement over all pairs."""
+    clear: Agreement
+    """The agreement over the pairs that differ by `CLEAR` or more in the paper."""
+    tables: dict[str, tuple[Agreement, Agreement]]
+    """The agreement over all pairs of a table and over its clear pairs, by table."""
+    steps: dict[int, tuple[Agreement, Agreement]]
+    """The same two, by training step, for the steps at which all rows were evaluated during training."""
+    disagreements: list[tuple[Rank, Rank]]
+    """The clear pairs that have the other order here, sorted by their difference in the paper, the largest first. The first row
+    of a pair is the one with the higher AP in the paper."""
+
+
+def fidelity(results: Sequence[TableResult], spread: Spread | None, histories: Mapping[str, Mapping[int, float]]) -> Fidelity:
+    """Compare the order of the rows with the paper's.
+
+    Args:
+        results: tables of one profile whose rows can be compared with each other; a row that several tables show counts once.
+        spread: the spread of AP over seeds, pooled over rows; None if no row has several seeds.
+        histories: AP by training step, by the key of the training.
+    """
+    ranks, missing = _ranks(results, histories)
+    deviation = spread.deviation if spread is not None else None
+    by_table = {result.table.name: [rank for rank in ranks if result.table.name in rank.tables] for result in results}
+    steps = sorted(set.intersection(*(set(rank.history) for rank in ranks))) if ranks else []
+    ordered = sorted(ranks, key=lambda r: -r.paper)
+    clear_pairs = [pair for pair in itertools.combinations(ordered, 2) if _paper_difference(pair) >= CLEAR]
+    disagreements = [pair for pair in clear_pairs if pair[0].measured.mean <= pair[1].measured.mean]
+    return Fidelity(
+        profile=results[0].profile if results else "",
+        ranks=ranks,
+        missing=missing,
+        all=_agreement(ranks, 0.0, deviation),
+        clear=_agreement(ranks, CLEAR, deviation),
+        tables={
+            name: (_agreement(own, 0.0, deviation), _agreement(own, CLEAR, deviation))
+            for name, own in by_table.items()
+            if len(own) > 1
+        },
+        steps={step: _at_step(ranks, step) for step in steps},
+        disagreements=sorted(disagreements, key=_paper_difference, reverse=True),
+    )
+
+
+def _paper_difference(pair: tuple[Rank, Rank]) -> float:
+    return round(pair[0].paper - pair[1].paper, 1)
+
+
+def _ranks(results: Sequence[TableResult], histories: Mapping[str, Mapping[int, float]]) -> tuple[list[Rank], list[str]]:
+    """Return the distinct rows with an AP in the paper and a measured AP, and the names of the rows that are not measured."""
+    found: dict[tuple[str, ...], Rank] = {}
+    missing = []
+    for result in results:
+        for entry in result.rows:
+            cell = entry.cells.get(_AP)
+            if cell is None or cell.paper is None:
+                continue
+            name = f"{result.table.name} {entry.row.name}"
+            if cell.measured is None:
+                missing.append(name)
+                continue
+            key = entry.evaluations
+            if key in found:
+                known = found[key]
+                found[key] = Rank(known.name, (*known.tables, result.table.name), known.paper, known.measured, known.history)
+                continue
+            by_seed = [histories[training] for training in entry.trainings if training in histories]
+            steps = set.intersection(*(set(ap) for ap in by_seed)) if by_seed else set()
+            history = {step: float(np.mean([ap[step] for ap in by_seed])) for step in steps}
+            found[key] = Rank(name, (result.table.name,), cell.paper, cell.measured, history)
+    return list(found.values()), missing
+
+
+def _agreement(ranks: Sequence[Rank], least: float, deviation: float | None) -> Agreement:
+    """Return the agreement over the pairs that differ by `least` or more in the paper.
+
+    Args:
+        deviation: the standard deviation of AP over seeds; None for no intervals.
+    """
+    paper = np.array([rank.paper for rank in ranks])
+    measured = np.array([rank.measured.mean for rank in ranks])
+    if deviation is None or len(ranks) < 2:
+        return Agreement(*_count(paper, measured, least), None, _tau(paper, measured, least), None)
+    # A parametric bootstrap: each draw moves every row's mean by the noise that remains over its seeds.
+    errors = deviation / np.sqrt([len(rank.measured.values) for rank in ranks])
+    moved = measured + errors * np.random.default_rng(0).standard_normal((_DRAWS, len(ranks)))
+    counts = [_count(paper, draw, least) for draw in moved]
+    shares = [agree / pairs for pairs, agree in counts if pairs]
+    taus = [tau for draw in moved if (tau := _tau(paper, draw, least)) is not None]
+    return Agreement(*_count(paper, measured, least), _interval(shares), _tau(paper, measured, least), _interval(taus))
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the ends of the central interval that holds 95 % of the values; None if there are no values."""
+    if not values:
+        return None
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
+    return low, high
+
+
+def _pairs(paper: NDArray[np.float64], least: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the indices of the pairs that differ in the paper, by `least` or more."""
+    first, second = np.triu_indices(len(paper), 1)
+    distances = np.round(np.abs(paper[first] - paper[second]), 1)
+    kept = (distances > 0) & (distances >= least)
+    return first[kept], second[kept]
+
+
+def _count(paper: NDArray[np.float64], measured: NDArray[np.float64], least: float) -> tuple[int, int]:
+    """Return the number of pairs and the number of those that have the paper's order."""
+    first, second = _pairs(paper, least)
+    agree = np.sign(paper[first] - paper[second]) == np.sign(measured[first] - measured[second])
+    return len(first), int(agree.sum())
+
+
+def _tau(paper: NDArray[np.float64], measured: NDArray[np.float64], least: float) -> float | None:
+    """Return Kendall's tau-b if `least` is 0; otherwise (agreeing - disagreeing) / pairs over the clear pairs.
+
+    Returns:
+        None if there is no pair or all values are equal.
+    """
+    if least > 0:
+        pairs, agree = _count(paper, measured, least)
+        return 2 * agree / pairs - 1 if pairs else None
+    if len(paper) < 2 or len(set(paper.tolist())) < 2:
+        return None
+    if len(set(measured.tolist())) < 2:
+        return None
+    return float(stats.kendalltau(paper, measured).statistic)
+
+
+def _at_step(ranks: Sequence[Rank], step: int) -> tuple[Agreement, Agreement]:
+    at_step = [Rank(rank.name, rank.tables, rank.paper, Sample((rank.history[step],))) for rank in ranks]
+    return _agreement(at_step, 0.0, None), _agreement(at_step, CLEAR, None)
+
+
+def as_json(found: Fidelity) -> dict[str, Any]:
+    """Return the agreement as plain data for scripts: over all pairs, and under `clear` over pairs of 0.5 AP or more."""
+
+    def both(pair: tuple[Agreement, Agreement]) -> dict[str, Any]:
+        return {**pair[0].as_json(), "clear": pair[1].as_json()}
+
+    return {
+        "profile": found.profile,
+        "rows": len(found.ranks),
+        "missing": found.missing,
+        **both((found.all, found.clear)),
+        "clear_from": CLEAR,
+        "tables": {name: both(pair) for name, pair in found.tables.items()},
+        "steps": {str(step): both(pair) for step, pair in found.steps.items()},
+        "disagreements": [
+            {
+                "higher": a.name,
+                "lower": b.name,
+                "paper": _paper_difference((a, b)),
+                "measured": round(a.measured.mean - b.measured.mean, 3),
+            }
+            for a, b in found.disagreements
+        ],
+    }
+
+
+def show(found: Fidelity) -> None:
+    """Print the agreement as a table, then the disagreements and the rows that are not measured yet."""
+    title = f"Does {found.profile} order the rows as the paper does? {len(found.ranks)} distinct rows"
+    table = Table(title=title, title_justify="left")
+    table.add_column("pairs of")
+    for name in ("all: agree", "95 %", "tau", f"{CLEAR} AP or more: agree", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    lines = {"all tables": (found.all, found.clear), **found.tables}
+    lines |= {f"all, after {step:,} steps": pair for step, pair in found.steps.items()}
+    for name, (every, clear) in lines.items():
+        tau = f"{every.tau:+.2f}" if every.tau is not None else "-"
+        all_cells = _share_text(every), _interval_text(every.interval), tau
+        table.add_row(escape(name), *all_cells, _share_text(clear), _interval_text(clear.interval))
+    Console(width=max(Console().width, 110)).print(table)
+    if found.all.interval is None:
+        print("There is no interval, because no row has several seeds yet.")
+    for first, second in found.disagreements[:_LISTED]:
+        paper, here = _paper_difference((first, second)), first.measured.mean - second.measured.mean
+        print(f"- {first.name} is above {second.name} in the paper ({paper:+.1f}), but not here ({here:+.1f})")
+    if len(found.disagreements) > _LISTED:
+        print(f"- {len(found.disagreements) - _LISTED} more pairs have the other order; --json lists all of them")
+    if found.missing:
+        print(f"Not measured yet: {', '.join(found.missing)}.")
+
+
+def _share_text(found: Agreement) -> str:
+    return f"{100 * found.share:.0f} % ({found.agree} of {found.pairs})" if found.share is not None else "-"
+
+
+def _interval_text(interval: tuple[float, float] | None) -> str:
+    return f"{100 * interval[0]:.0f}-{100 * interval[1]:.0f}" if interval is not None else ""
+
+
+@style.styled
+def draw(found: Fidelity, provenance: Iterable[str] = ()) -> Figure | None:
+    """Draw each pair of rows as a point: its difference in the paper and its difference here. None if there is no pair."""
+    if found.all.pairs == 0:
+        return None
+    figure, axes = style.new(6.5, 5)
+    differences = [
+        (_paper_difference((a, b)), a.measured.mean - b.measured.mean)
+        for a, b in itertools.combinations(sorted(found.ranks, key=lambda r: -r.paper), 2)
+        if _paper_difference((a, b)) > 0
+    ]
+    for agrees, colour, mark, order in (
+        (True, style.COLOURS[0], "o", "same order"),
+        (False, style.COLOURS[1], "x", "other order"),
+    ):
+        points = [point for point in differences if (point[1] > 0) == agrees]
+        label = f"{order}: {len(points)} pairs"
+        axes.plot([x for x, _ in points], [y for _, y in points], marker=mark, ls="", color=colour, ms=4, alpha=0.7, label=label)
+    axes.axhline(0, color="0.4", lw=0.8)
+    axes.axvline(CLEAR, color="0.4", lw=0.8, ls=":")
+    axes.set(xlabel="difference of two rows in mask AP, the paper on COCO", ylabel=f"the same two rows at {found.profile} scale")
+    axes.set_yscale("symlog", linthresh=5)
+    axes.set_xscale("symlog", linthresh=2)
+    axes.grid()
+    style.finish(axes, f"Does {found.profile} order the rows as the paper does?", list(provenance), columns=2)
+    return figure
+
+
+def read_fidelity(names: Sequence[str], profile: str, results: Path) -> Fidelity:
+    """Read specs and records, and compare the order of the rows with the paper's.
+
+    Args:
+        names: tables by name; an empty list means all tables whose rows share the paper's base config (Tables 2 to 7).
+
+    Raises:
+        UserError: a spec or the profile does not exist or contains a mistake, or rows of these tables cannot be compared.
+    """
+    tables = {name: table for name in names or list_tables() for table in read_tables([name]) if names or _comparable(table)}
+    other = [table.name for table in tables.values() if not _comparable(table)]
+    if other:
+        raise UserError(
+            f"{other[0]}: its rows cannot be compared with those of other tables: the table changes the paper's base config, "
+            "or the paper states no AP for it"
+        )
+    settings, store = read_profile(profile), Store(results)
+    spread = seed_spreads(list(tables.values()), settings, store, store.keys()).get("AP")
+    collected = read_results(list(tables), profile, results)
+    histories = {}
+    for key in {key for result in collected for entry in result.rows for key in entry.trainings}:
+        record = store.load(key)
+        history = record.result.get("history", []) if record is not None else []
+        histories[key] = {entry["iteration"]: entry["AP"] for entry in history if entry.get("AP") is not None}
+    return fidelity(collected, spread, {key: history for key, history in histories.items() if history})
+
+
+def _comparable(table: StudyTable) -> bool:
+    """Return whether the table's rows share the paper's base config and have an AP in the paper."""
+    spec = table.spec
+    return spec.preset == "paper" and not spec.set and any("AP" in row.paper for row in spec.rows)
+
+
+def fidelity_file(results: Path, profile: str) -> Path:
+    """Return the path of the plot as SVG; the PNG has the same name and lies beside it."""
+    return results / "figures" / f"fidelity-{profile}.svg"

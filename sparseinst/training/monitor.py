@@ -1,0 +1,163 @@
+"""Report a running training in a progress bar, metrics.jsonl and TensorBoard, and stop it if a loss is NaN."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from sparseinst.distributed import average, rank
+from sparseinst.errors import RunFailed
+from sparseinst.files import atomic
+from sparseinst.paths import RunPaths
+from sparseinst.progress import progress_bar
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def logging_to(path: Path, lead: bool = True) -> Iterator[None]:
+    """Append the package's log messages with their time to a file, within this context. Only the leading process writes."""
+    handler = logging.FileHandler(path, encoding="utf-8") if lead else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("sparseinst")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()
+
+
+class Monitor:
+    """Collect each step's losses without waiting for the device, and write their means every `every` steps.
+
+    The means are over these steps and over all processes. Only rank 0 writes.
+
+    Args:
+        start: the number of optimiser steps that are done. Later records, which a killed run may have left, are removed.
+        total: the number of steps of the whole run.
+        check: is called before each write. If it raises an error, nothing is written.
+        evaluated: whether the evaluation after `start` steps was finished before the run stopped. Its record is then kept.
+    """
+
+    def __init__(
+        self,
+        paths: RunPaths,
+        *,
+        start: int,
+        total: int,
+        every: int,
+        visible: bool,
+        device: torch.device,
+        check: Callable[[], None],
+        evaluated: bool = True,
+    ) -> None:
+        self.paths, self.every, self.total, self.device, self.check = paths, every, total, device, check
+        self.lead = rank() == 0
+        if self.lead:
+            check()
+            _truncate(paths, start, evaluated)
+            self.tensorboard = SummaryWriter(str(paths.tensorboard), purge_step=start or None)
+            self.metrics = paths.metrics.open("a", encoding="utf-8")
+        self.progress = progress_bar("steps", visible=visible and self.lead)
+        self.task = self.progress.add_task("train", total=total, completed=start)
+        self.pending: list[tuple[int, dict[str, Tensor]]] = []
+        self.last_flush = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+        if self.lead:
+            self.tensorboard.close()
+            self.metrics.close()
+
+    def step(self, iteration: int, losses: Mapping[str, Tensor], learning_rate: float, **values: float) -> None:
+        """Collect the weighted losses of optimiser step `iteration`, counted from 0. `values` are written with the means."""
+        self.pending.append((iteration, {name: loss.detach() for name, loss in losses.items()}))
+        self.progress.update(self.task, completed=iteration + 1)
+        if (iteration + 1) % self.every == 0 or iteration + 1 == self.total:
+            self.flush(learning_rate, **values)
+
+    def flush(self, learning_rate: float | None = None, **values: float) -> None:
+        """Write the means of the collected losses.
+
+        Raises:
+            RunFailed: a loss is NaN or infinite. The message names the loss and the step.
+        """
+        if not self.pending:
+            return
+        names = list(self.pending[0][1])
+        own_losses = torch.stack([torch.stack([losses[name] for name in names]) for _, losses in self.pending])
+        losses_by_step = average(own_losses, self.device).cpu()
+        for (iteration, _), row in zip(self.pending, losses_by_step.tolist(), strict=True):
+            for name, value in zip(names, row, strict=True):
+                if not torch.isfinite(torch.tensor(value)):
+                    raise RunFailed(diverged(f"the {name} loss became {value} in step {iteration}", self.paths))
+        means = dict(zip(names, losses_by_step.mean(0).tolist(), strict=True))
+        iteration = self.pending[-1][0] + 1
+        seconds = (time.perf_counter() - self.last_flush) / len(self.pending)
+        record = {"iteration": iteration, **{f"loss_{k}": round(v, 6) for k, v in means.items()}}
+        record |= {"loss": round(sum(means.values()), 6), "seconds": round(seconds, 4), **values}
+        if learning_rate is not None:
+            record["learning_rate"] = learning_rate
+        self.write(record, "train")
+        self.progress.update(self.task, description=f"train  loss {record['loss']:.3f}")
+        _log.info("step %d/%d  %s", iteration, self.total, "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
+        self.pending.clear()
+        self.last_flush = time.perf_counter()
+
+    def write(self, record: Mapping[str, Any], group: str) -> None:
+        """Write a record to metrics.jsonl as one line, and its numbers to TensorBoard. It must have the key `iteration`."""
+        if not self.lead:
+            return
+        self.check()
+        self.metrics.write(json.dumps(record) + "\n")
+        self.metrics.flush()
+        for name, value in record.items():
+            if name != "iteration" and isinstance(value, int | float):
+                self.tensorboard.add_scalar(f"{group}/{name}", value, record["iteration"])
+
+
+def diverged(what: str, paths: RunPaths) -> str:
+    """Return the error message for a training that diverged; `what` names the value that is no longer finite."""
+    return (
+        f"training diverged: {what}; the last good checkpoint is kept in {paths.checkpoints}; lower train.learning_rate, "
+        "set train.clip_norm, or use train.precision=fp32 or bf16"
+    )
+
+
+def _truncate(paths: RunPaths, start: int, evaluated: bool) -> None:
+    """Keep the records of metrics.jsonl up to step `start`. A killed run may have left later ones, or an incomplete line.
+
+    Args:
+        evaluated: keep the record of the evaluation after `start` steps. Otherwise remove it, because the evaluation runs again.
+    """
+    if not paths.metrics.exists():
+        return
+    kept = []
+    for line in paths.metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            _log.warning("%s: removed an incomplete line that a killed run had left", paths.metrics)
+            continue
+        if record["iteration"] < start or (record["iteration"] == start and (evaluated or "loss" in record)):
+            kept.append(line + "\n")
+    with atomic(paths.metrics) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,259 @@
+"""Train a model (paper section 4). A training that was stopped at any moment can be resumed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseinst.attempts import Attempt
+from sparseinst.config import Config, ModelConfig
+from sparseinst.data.coco import CocoSplit, check_categories, train_split, val_split
+from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
+from sparseinst.device import tf32
+from sparseinst.distributed import rank, same_for_all, world_size
+from sparseinst.errors import RunFailed, UserError
+from sparseinst.evaluation.evaluate import evaluate
+from sparseinst.evaluation.mechanism import Matches, stability
+from sparseinst.files import atomic, make_folder
+from sparseinst.inference.weights import save_weights, start_from
+from sparseinst.models.sparseinst import build_model
+from sparseinst.overrides import load_config
+from sparseinst.paths import RunPaths
+from sparseinst.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from sparseinst.training.monitor import Monitor, diverged, logging_to
+from sparseinst.training.pretrain import ensure_start
+from sparseinst.training.step import Step, check_classes
+
+_log = logging.getLogger(__name__)
+
+
+def train(
+    config: Config,
+    output: Path,
+    *,
+    device: torch.device,
+    progress: bool = True,
+    attempt: Attempt | None = None,
+    parts: int | None = None,
+    start: Path | None = None,
+) -> Path:
+    """Run a training to its end. If an earlier call was stopped, continue from its last checkpoint.
+
+    In a process group, all processes call this function with one shared folder, and rank 0 writes.
+
+    Args:
+        output: the run's folder, whose files `RunPaths` lists. If the run is finished, the function returns at once.
+        progress: show a progress bar on a terminal.
+        attempt: the caller's claim to the folder; None claims it here, for a training with one process.
+        parts: the number of parts into which each batch is split. Each process computes an equal share of them in turn, so that
+            one process with 8 parts computes what 8 processes do. None: processes x `train.accumulate`.
+        start: the weights file of the stage `pretrain`. None takes the package's, or runs the stage in the folder `pretrain` of
+            the run. Pass None if the config does not enable the stage.
+
+    Returns:
+        The weights file.
+
+    Raises:
+        UserError: the settings or data are not valid for training, or the folder is in use or belongs to another run.
+        RunFailed: a loss became NaN, the disk is full, or a newer attempt has taken over the folder. The checkpoints are kept.
+    """
+    paths = RunPaths(make_folder(output))
+    _refuse_other_run(paths, config)
+    needs_start = config.pretrain.enabled and config.train.start is None
+    if needs_start and start is None and not same_for_all(paths.weights.exists()):
+        # The key in the folder's name keeps the weights from different settings apart.
+        start = ensure_start(config, paths.start / config.pretrain_key(), device=device, progress=progress)
+    with nullcontext(attempt) if attempt is not None else Attempt.begin(paths) as held, logging_to(paths.log, rank() == 0):
+        assert held is not None
+        _refuse_other_run(paths, config)
+        if not same_for_all(paths.weights.exists()):
+            training = _Training(config, paths, device, progress, held, parts, start)
+            if rank() == 0:
+                # This comes after `_Training` has checked the settings: a run with invalid settings must not claim the folder.
+                with atomic(paths.config, held.check) as temporary:
+                    temporary.write_text(config.to_yaml(), encoding="utf-8")
+            with tf32(config.train.precision == "tf32"):
+                training.run()
+    return paths.weights
+
+
+def _refuse_other_run(paths: RunPaths, config: Config) -> None:
+    """Raise `UserError` if the folder belongs to a run with other settings."""
+    if not paths.config.exists():
+        return
+    theirs, ours = load_config(paths.config).train_content(), config.train_content()
+    if theirs != ours:
+        parts = ", ".join(part for part in ours if ours[part] != theirs[part])
+        raise UserError(f"{paths.root}: holds a run with other settings ({parts}): use another folder, or remove this one")
+
+
+class _Training:
+    """The model, data and optimiser of a run. `run` is the training loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        paths: RunPaths,
+        device: torch.device,
+        progress: bool,
+        attempt: Attempt,
+        parts: int | None,
+        start: Path | None,
+    ) -> None:
+        _check(config)
+        self.config, self.paths, self.device, self.progress = config, paths, device, progress
+        self.attempt, self.parts = attempt, parts or world_size() * config.train.accumulate
+        split = train_split(config.data)
+        check_classes(config, split)
+        _check_instances(config, split)
+        # An error in the validation data must stop the run now, not after days of training.
+        val = val_split(config.data)
+        check_categories(val, split.categories, f"{split.file}")
+        self.val = replace(val, images=val.images[: config.train.evaluate_images])
+        self.categories = split.categories
+        torch.manual_seed(config.train.seed)
+        model = build_model(_with_start(config.model, start), load_pretrained=config.train.start is None)
+        if config.train.start is not None:
+            fresh = start_from(model, Path(config.train.start))
+            _log.info("starting from %s; new random weights: %s", config.train.start, ", ".join(fresh) or "nothing")
+        self.dataset = TrainSet(split, config.data, config.train.seed, model.mask_stride())
+        self.step = Step(model, config, device)
+        self.matches: Matches = {}
+        self.evaluated = 0
+        """The number of steps before the last evaluation during training."""
+
+    def run(self) -> None:
+        """Run all steps. A step depends only on its number and the state, so a resumed run gives exactly the same weights."""
+        train = self.config.train
+        start = self._resume()
+        order = BatchOrder(self.dataset.split, train, start=start, parts=self.parts, rank=rank(), world_size=world_size())
+        loader = train_loader(self.dataset, order, pin_memory=self.device.type == "cuda")
+        monitor = Monitor(
+            self.paths,
+            start=start,
+            total=train.iterations,
+            every=train.log_every,
+            visible=self.progress,
+            device=self.device,
+            check=self.attempt.check,
+            evaluated=self.evaluated == start,
+        )
+        with monitor:
+            if self._evaluates_after(start) and self.evaluated != start:  # the run was killed between checkpoint and evaluation
+                self._evaluate(monitor, start)
+            batches: Iterator[Batch] = iter(loader)
+            for iteration in range(start, train.iterations):
+                self.attempt.at("data", iteration)
+                waited = time.perf_counter()
+                parts = [next(batches) for _ in range(order.passes)]
+                values = {"data_seconds": round(time.perf_counter() - waited, 4)}
+                self._warn_of_skipped(parts)
+                rate = self.step.set_learning_rate(iteration)
+                # The following calls wait for the other processes.
+                self.attempt.at("wait", iteration)
+                losses = self.step.gradients(parts)
+                values |= self.step.update()
+                monitor.step(iteration, losses, rate, **values)
+                done = iteration + 1
+                saves = done % train.checkpoint_every == 0 or done == train.iterations
+                if saves:
+                    monitor.flush(rate)
+                    self._save(done)
+                if self._evaluates_after(done):
+                    self._evaluate(monitor, done)
+                    if saves:  # save again, with the state of the evaluation
+                        self._save(done)
+        if rank() == 0:
+            state = self.step.trained().state_dict()
+            save_weights(self.paths.weights, state, self.config, self.categories, self.attempt.check)
+
+    def _evaluates_after(self, done: int) -> bool:
+        """Return whether an evaluation follows when this many steps are done."""
+        every = self.config.train.evaluate_every
+        return bool(every) and done % (every or 1) == 0 and 0 < done < self.config.train.iterations
+
+    def _evaluate(self, monitor: Monitor, iteration: int) -> None:
+        model = self.step.trained().eval()
+        result = evaluate(model, self.val, self.config, device=self.device, progress=False, attempt=self.attempt)
+        logged: dict[str, float | None] = {**result.figures, **result.mechanism}
+        logged["matching_stability"] = stability(self.matches, result.matches)
+        self.matches, self.evaluated = result.matches, iteration
+        self.step.model.train()
+        monitor.write({"iteration": iteration, **logged}, "val")
+        _log.info("step %d: AP %s", iteration, result.figures["AP"])
+
+    def _save(self, iteration: int) -> None:
+        """Save a checkpoint. Raises `RunFailed` if a weight is NaN or infinite."""
+        not_finite = [name for name, p in self.step.model.named_parameters() if not torch.isfinite(p).all()]
+        if not_finite:
+            raise RunFailed(diverged(f"{not_finite[0]} is no longer finite after step {iteration - 1}", self.paths))
+        if rank() != 0:
+            return
+        self.attempt.at("save", iteration)
+        state: dict[str, Any] = {
+            "iteration": iteration,
+            **self.step.state_dict(),
+            "matches": self.matches,
+            "evaluated": self.evaluated,
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        save_checkpoint(self.paths, iteration, state, self.config.train.keep_checkpoints, self.attempt.check)
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint, if there is one, and return the number of finished steps."""
+        found = same_for_all(newest_checkpoint(self.paths) if rank() == 0 else None)
+        if found is None:
+            return 0
+        state = load_checkpoint(found, self.device)
+        self.step.load_state_dict(state)
+        # Checkpoints of earlier versions lack these keys.
+        self.matches = state.get("matches", {})
+        self.evaluated = state.get("evaluated", state["iteration"])
+        torch.set_rng_state(state["random"].cpu())
+        if state["cuda_random"] is not None:
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
+        _log.info("resuming after step %d", state["iteration"])
+        return int(state["iteration"])
+
+    def _warn_of_skipped(self, parts: list[Batch]) -> None:
+        for reason in (reason for part in parts for reason in part.skipped):
+            _log.warning("skipped %s", reason)
+
+
+def _with_start(model: ModelConfig, start: Path | None) -> ModelConfig:
+    """Return the model's config with the weights file `start` for its backbone; unchanged if it is None."""
+    if start is None:
+        return model
+    return model.model_copy(update={"backbone": model.backbone.model_copy(update={"weights": str(start)})})
+
+
+def _check(config: Config) -> None:
+    """Raise `UserError` for settings that cannot be trained, and warn about settings that lower the AP."""
+    backbone = config.model.backbone
+    trained = backbone.pretrained or backbone.weights is not None or config.train.start is not None or config.pretrain.enabled
+    if backbone.frozen_norm and not trained:
+        raise UserError(
+            "model.backbone: frozen norms need pretrained weights: set frozen_norm=false, or pretrained=true, or weights=FILE"
+        )
+    advice = config.train.batch_advice()
+    if advice is not None:
+        _log.warning("%s", advice)
+
+
+def _check_instances(config: Config, split: CocoSplit) -> None:
+    """Warn if training images have more instances than the model has maps, since the model cannot learn the others."""
+    maps = config.model.decoder.iam.num_maps
+    counts = [count for count in split.instances_per_image() if count > maps]
+    if counts:
+        _log.warning(
+            "%d of %d training images have more than model.decoder.iam.num_maps=%d instances, up to %d; %d of them take no part",
+            len(counts), len(split.images), maps, max(counts), sum(counts) - maps * len(counts),
+        )  # fmt: skip

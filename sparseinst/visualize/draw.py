@@ -1,0 +1,177 @@
+"""Draw instances over their image.
+
+Shapes: H W height and width in pixels, h w height and width of a map.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import binary_erosion
+
+from sparseinst.inference.predict import FoundInstances
+
+
+def overlay(
+    image: Image.Image, found: FoundInstances, *, opacity: float = 0.45, by_map: bool = False, scores: bool = True
+) -> Image.Image:
+    """Return the image with each mask tinted and outlined, and with its name and score at its top.
+
+    The best instances are drawn last. The outline is a line of the instance's colour and a white line around it, so that it is
+    visible on objects of any colour.
+
+    Args:
+        by_map: give each instance activation map a colour, the same in every image, instead of giving each rank one.
+        scores: write the scores beside the names.
+    """
+    canvas = np.asarray(image, dtype=np.float32).copy()  # H W 3
+    line = max(1, round(min(image.size) / 240))
+    ranks = found.maps.tolist() if by_map else list(range(len(found.scores)))
+    colours = [palette(rank + 1)[rank] for rank in ranks]
+    order = list(range(len(found.scores)))[::-1]
+    for index in order:
+        _tint(canvas, found.masks[index], colours[index], line, opacity)
+    drawn = Image.fromarray(canvas.round().astype(np.uint8))
+    pen = ImageDraw.Draw(drawn)
+    font = ImageFont.load_default(size=max(9, min(image.size) / 32))
+    for index in order:
+        if found.masks[index].any():
+            text = found.names[index] + (f" {found.scores[index]:.2f}" if scores else "")
+            _label(pen, font, text, found.masks[index], colours[index], image.size)
+    return drawn
+
+
+def _tint(canvas: NDArray[np.float32], mask: NDArray[np.bool_], colour: tuple[int, int, int], line: int, opacity: float) -> None:
+    """Draw one mask onto the canvas (H, W, 3). Only the box around the mask is computed."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return
+    room = line + 1
+    box = np.s_[max(0, rows[0] - room) : rows[-1] + room + 1, max(0, columns[0] - room) : columns[-1] + room + 1]
+    part, inside = canvas[box], mask[box]
+    part[inside] = (1 - opacity) * part[inside] + opacity * np.array(colour, dtype=np.float32)
+    part[outline(~inside, max(1, line // 2), edge=True)] = 255
+    part[outline(inside, line)] = colour
+
+
+def activation_sheet(image: Image.Image, found: FoundInstances, *, most: int = 8, width: int = 240) -> Image.Image:
+    """Return a sheet with one column an instance, best first: its activation map over the image, above its mask (Figure 4).
+
+    Args:
+        most: the largest number of columns.
+        width: the width of a column in pixels.
+    """
+    assert found.activations is not None
+    height = max(1, round(image.height * width / image.width))
+    small = image.resize((width, height), Image.Resampling.BILINEAR)
+    font = ImageFont.load_default(size=max(9, width / 18))
+    shown = min(most, len(found.scores))
+    gap, title = 4, round(width / 18) + 8
+    rows = 2 if shown else 0
+    sheet = Image.new("RGB", (max(1, shown) * (width + gap) + gap, rows * (height + gap) + gap + title), "white")
+    colours = palette(max(shown, 1))
+    for index in range(shown):
+        left = gap + index * (width + gap)
+        text = f"{found.names[index]} {found.scores[index]:.2f}, map {found.maps[index]}"
+        ImageDraw.Draw(sheet).text((left, 2), text, fill="black", font=font)
+        sheet.paste(heat(small, found.activations[index]), (left, title))
+        canvas = np.asarray(small, dtype=np.float32).copy()
+        mask = Image.fromarray(found.masks[index]).resize((width, height), Image.Resampling.NEAREST)
+        _tint(canvas, np.asarray(mask), colours[index], 2, 0.45)
+        sheet.paste(Image.fromarray(canvas.round().astype(np.uint8)), (left, title + height + gap))
+    if not shown:
+        ImageDraw.Draw(sheet).text((gap, 2), "no instance", fill="black", font=font)
+    return sheet
+
+
+def outlined(image: Image.Image, mask: NDArray[np.bool_], width: int) -> Image.Image:
+    """Return the image, resized to `width` pixels, with the outline of one mask (H, W)."""
+    size = (width, max(1, round(image.height * width / image.width)))
+    canvas = np.asarray(image.resize(size), dtype=np.float32).copy()
+    _tint(canvas, np.asarray(Image.fromarray(mask).resize(size)), (255, 40, 40), 2, 0.0)
+    return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+def fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Return the picture, scaled to fit into a white frame of this size."""
+    scale = min(width / picture.width, height / picture.height)
+    small = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    whole = Image.new("RGB", (width, height), "white")
+    whole.paste(small, ((width - small.width) // 2, (height - small.height) // 2))
+    return whole
+
+
+def heat(image: Image.Image | None, values: NDArray[np.float32], size: tuple[int, int] | None = None) -> Image.Image:
+    """Return values (h, w) in [0, 1] as colours over a grey copy of the image. Larger values are brighter.
+
+    Args:
+        image: None returns the colours alone.
+        size: (width, height) of the result if there is no image.
+    """
+    import matplotlib as mpl
+
+    to = image.size if image is not None else size
+    assert to is not None
+    smooth = np.asarray(Image.fromarray(values).resize(to, Image.Resampling.BILINEAR)).clip(0, 1)
+    colours = 255 * mpl.colormaps["inferno"](smooth)[..., :3]
+    if image is not None:
+        share = 0.35 + 0.65 * smooth[..., None]
+        colours = share * colours + (1 - share) * np.asarray(image.convert("L"), dtype=np.float64)[..., None]
+    return Image.fromarray(colours.round().astype(np.uint8))
+
+
+def picture_grid(pictures: Sequence[tuple[str, Image.Image]], *, columns: int) -> Image.Image:
+    """Return one image with these pictures, all of one size, in rows. Each picture has its title above it."""
+    width, height = pictures[0][1].size
+    gap, title = 4, max(12, min(width // 10, 14) + 4)
+    rows = -(-len(pictures) // columns)
+    whole = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap + title) + gap), "white")
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=max(9, min(width / 12, 13)))
+    for index, (text, picture) in enumerate(pictures):
+        left, top = gap + index % columns * (width + gap), gap + index // columns * (height + gap + title)
+        pen.text((left, top), text, fill="black", font=font)
+        whole.paste(picture, (left, top + title))
+    return whole
+
+
+def palette(count: int) -> list[tuple[int, int, int]]:
+    """Return `count` distinct colours: each hue is a golden angle from the last, and two brightnesses alternate."""
+    golden = 0.618034
+    colours = []
+    for index in range(count):
+        red, green, blue = colorsys.hsv_to_rgb(index * golden % 1, 0.85, (1.0, 0.75)[index % 2])
+        colours.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return colours
+
+
+def outline(mask: NDArray[np.bool_], width: int, *, edge: bool = False) -> NDArray[np.bool_]:
+    """Return the pixels of a mask (H, W) that lie within `width` pixels of its edge.
+
+    Args:
+        edge: treat the pixels outside the image as part of the mask.
+    """
+    return mask & ~binary_erosion(mask, iterations=width, border_value=edge)
+
+
+def _label(
+    pen: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    text: str,
+    mask: NDArray[np.bool_],
+    colour: tuple[int, int, int],
+    size: tuple[int, int],
+) -> None:
+    """Draw text on a plate of the instance's colour, at the mask's topmost pixels and inside the image."""
+    top = int(mask.any(axis=1).argmax())
+    left = int(np.flatnonzero(mask[top]).mean())
+    box = pen.textbbox((0, 0), text, font=font)
+    width, height = box[2] - box[0] + 4, box[3] - box[1] + 4
+    x = min(max(0, left - width / 2), max(0, size[0] - width))
+    y = min(max(0, top - height), max(0, size[1] - height))
+    pen.rectangle((x, y, x + width, y + height), fill=colour)
+    light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
+    pen.text((x + 2 - box[0], y + 2 - box[1]), text, fill="black" if light else "white", font=font)

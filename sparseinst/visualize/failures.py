@@ -1,0 +1,211 @@
+"""Show where a model fails: its worst images, the objects that it missed and the instances that it invented, by size."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from sparseinst.data.coco import CocoSplit, ImageRecord, decode, read_image
+from sparseinst.evaluation.coco_metrics import pycocotools_truth
+from sparseinst.files import atomic, make_folder
+from sparseinst.inference.predict import FoundInstances
+from sparseinst.visualize.draw import fitted, outlined, overlay, picture_grid
+
+SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
+"""COCO's size classes: the bounds of a mask's area in pixels."""
+IOU = 0.5
+"""An object counts as found from this mask IoU on."""
+_WHOLE, _PART = (320, 240), (210, 210)
+"""Width and height of a picture in a sheet: a whole photo, and the part around an object."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An annotated object that was missed, or an instance that matches no annotated object."""
+
+    image: int
+    """The image's id."""
+    name: str
+    """The category's name."""
+    size: str
+    """`small`, `medium` or `large`."""
+    area: float
+    """The mask's area in pixels."""
+    score: float | None
+    """The score of an invented instance; None for a missed object."""
+    mask: Any
+    """The mask's polygons or run lengths."""
+
+
+@dataclass(frozen=True)
+class Failures:
+    """The mistakes of a model on a split."""
+
+    image_ap: dict[int, float]
+    """Mask AP in percent of each image that has an object, computed as if the image were the whole data set."""
+    missed: list[Case]
+    """Missed objects, largest first."""
+    invented: list[Case]
+    """Invented instances, highest score first."""
+    found: dict[str, int]
+    """Number of objects found, by size."""
+    objects: dict[str, int]
+    """Number of annotated objects by size, without crowds."""
+
+
+def find_failures(annotations: Path, results: list[dict[str, Any]], image_ids: Sequence[int], score: float) -> Failures:
+    """Match instances to objects as COCO does: within a category, best score first, each object at most once.
+
+    Args:
+        results: the instances in COCO's result format.
+        image_ids: the ids of the evaluated images.
+        score: instances below this score count neither as found nor as invented; an image's AP uses all instances.
+
+    Raises:
+        DataError: the annotations hold an invalid polygon.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        truth = pycocotools_truth(annotations)
+        everything = _loaded(truth, results)
+        confident = _loaded(truth, [entry for entry in results if entry["score"] >= score])
+        image_ap = {image: ap for image in image_ids if (ap := _image_ap(truth, everything, image)) is not None}
+        matched = _evaluated(truth, confident, list(image_ids), [IOU])
+    names = {category["id"]: category["name"] for category in truth.dataset["categories"]}
+    missed, invented = [], []
+    found, objects = dict.fromkeys(SIZES, 0), dict.fromkeys(SIZES, 0)
+    for entry in filter(None, matched.evalImgs):
+        image, name = int(entry["image_id"]), names[entry["category_id"]]
+        for number, match, ignored in zip(entry["gtIds"], entry["gtMatches"][0], entry["gtIgnore"], strict=True):
+            annotation = truth.anns[number]
+            size = _size(annotation["area"])
+            if not ignored:
+                objects[size] += 1
+                found[size] += bool(match)
+                if not match:
+                    missed.append(Case(image, name, size, float(annotation["area"]), None, annotation["segmentation"]))
+        for number, match, ignored in zip(entry["dtIds"], entry["dtMatches"][0], entry["dtIgnore"][0], strict=True):
+            instance = confident.anns[number]
+            if not (match or ignored):
+                size = _size(instance["area"])
+                invented.append(Case(image, name, size, float(instance["area"]), instance["score"], instance["segmentation"]))
+    missed.sort(key=lambda case: -case.area)
+    invented.sort(key=lambda case: -(case.score or 0.0))
+    return Failures(image_ap, missed, invented, found, objects)
+
+
+def _loaded(truth: COCO, results: list[dict[str, Any]]) -> COCO:
+    # pycocotools changes the entries that it is given, and it fails on an empty list.
+    return truth.loadRes([dict(entry) for entry in results]) if results else COCO()
+
+
+def _size(area: float) -> str:
+    return next(name for name, (low, high) in SIZES.items() if low <= area < high)
+
+
+def _evaluated(truth: COCO, found: COCO, images: list[int], thresholds: list[float] | None = None) -> COCOeval:
+    """Return pycocotools' matching with all sizes together; `thresholds` are the IoUs, COCO's ten if None."""
+    evaluation = COCOeval(truth, found, "segm")
+    evaluation.params.imgIds = images
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+    evaluation.params.maxDets = [100]
+    if thresholds is not None:
+        evaluation.params.iouThrs = np.array(thresholds)
+    evaluation.evaluate()
+    return evaluation
+
+
+def _image_ap(truth: COCO, found: COCO, image: int) -> float | None:
+    """Return one image's mask AP in percent, or None if the image has no object."""
+    evaluation = _evaluated(truth, found, [image])
+    evaluation.accumulate()
+    precision = evaluation.eval["precision"]
+    known = precision[precision > -1]
+    return 100 * float(known.mean()) if known.size else None
+
+
+def write_failures(
+    failures: Failures, split: CocoSplit, results: list[dict[str, Any]], output: Path, *, score: float, most: int = 12
+) -> list[Path]:
+    """Write `worst.png`, `missed-SIZE.png`, `invented.png` and, with all of it as data, `failures.json`. Return their paths.
+
+    Args:
+        score: draw only instances of at least this score.
+        most: the largest number of pictures a sheet.
+    """
+    make_folder(output)
+    by_id = {image.id: image for image in split.images}
+    written = []
+
+    def save(name: str, pictures: list[tuple[str, Image.Image]], columns: int) -> None:
+        if pictures:
+            with atomic(output / name) as temporary:
+                picture_grid(pictures, columns=columns).save(temporary, format="PNG")
+            written.append(output / name)
+
+    worst = sorted(failures.image_ap, key=lambda image: (failures.image_ap[image], image))[:most]
+    pictures = []
+    for image in worst:
+        record = by_id[image]
+        photo = read_image(record.path, (record.height, record.width))
+        names = {category.id: category.name for category in split.categories}
+        ours = [entry for entry in results if entry["image_id"] == image and entry["score"] >= score]
+        theirs = [(split.categories[a.label].name, a.segmentation) for a in record.annotations if not a.crowd]
+        truth = _as_instances(photo, [(name, 1.0, segmentation) for name, segmentation in theirs])
+        found = _as_instances(photo, [(names[e["category_id"]], e["score"], e["segmentation"]) for e in ours])
+        pictures += [
+            (f"{record.path.name}: annotated", fitted(overlay(photo, truth, scores=False), *_WHOLE)),
+            (f"AP {failures.image_ap[image]:.1f}: found", fitted(overlay(photo, found), *_WHOLE)),
+        ]
+    save("worst.png", pictures, 4)
+    for size in SIZES:
+        cases = [case for case in failures.missed if case.size == size][:most]
+        save(f"missed-{size}.png", [(_title(case), _crop(case, by_id[case.image])) for case in cases], 6)
+    save("invented.png", [(_title(case), _crop(case, by_id[case.image])) for case in failures.invented[:most]], 6)
+    numbers = asdict(failures)
+    for case in (*numbers["missed"], *numbers["invented"]):
+        del case["mask"]
+    with atomic(output / "failures.json") as temporary:
+        temporary.write_text(json.dumps({"score": score, "iou": IOU, **numbers}, indent=1) + "\n", encoding="utf-8")
+    return [*written, output / "failures.json"]
+
+
+def _title(case: Case) -> str:
+    return f"{case.name}, {round(case.area)} px" if case.score is None else f"{case.name} {case.score:.2f}"
+
+
+def _as_instances(photo: Image.Image, instances: list[tuple[str, float, Any]]) -> FoundInstances:
+    """Return (name, score, segmentation) triples in the form that `overlay` draws."""
+    masks = [decode(segmentation, photo.height, photo.width).astype(bool) for _, _, segmentation in instances]
+    count = len(instances)
+    return FoundInstances(
+        np.array([score for _, score, _ in instances], dtype=np.float32),
+        np.zeros(count, dtype=np.int64),
+        np.stack(masks) if masks else np.zeros((0, photo.height, photo.width), dtype=np.bool_),
+        [name for name, _, _ in instances],
+        np.zeros(count, dtype=np.int64),
+    )
+
+
+def _crop(case: Case, record: ImageRecord) -> Image.Image:
+    """Return the part of the photo around an object, with the object outlined."""
+    photo = read_image(record.path, (record.height, record.width))
+    mask: NDArray[np.bool_] = decode(case.mask, record.height, record.width).astype(bool)
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return fitted(photo, *_PART)
+    side = max(48, int(1.8 * max(rows[-1] - rows[0], columns[-1] - columns[0])))
+    top, left = (int(ends[0] + ends[-1] - side) // 2 for ends in (rows, columns))
+    box = (max(0, left), max(0, top), min(record.width, left + side), min(record.height, top + side))
+    part = mask[box[1] : box[3], box[0] : box[2]]
+    return fitted(outlined(photo.crop(box), part, _PART[0]), *_PART)

@@ -1,0 +1,145 @@
+"""Check tables and figures of made-up records, whose values are known."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparseinst.ablation.compare import compare_key
+from sparseinst.ablation.store import Record, Store
+from sparseinst.ablation.study import Profile, Table, read_profile, read_spec, read_tables, row_config
+from sparseinst.report.collect import TableResult, collect, seed_spreads
+from sparseinst.report.pages import write_report
+from sparseinst.report.tables import FORMATS, frame, notes
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+MINI = read_profile("mini", EXPERIMENTS)
+
+MEASURED = {"BCE alone": (10.0,), "dice alone": (29.8,), "dice + BCE": (30.0, 31.0, 32.0)}
+
+
+def evaluation(key: str, ap: float) -> Record:
+    metrics = {"AP": ap, "AP50": 2 * ap, "AP75": ap - 1, "APs": None, "APm": ap, "APl": None}
+    about = {"device": "A card", "seed": 0, "commit": "abcdef0123456", "versions": {"torch": "9.9"}, "data": "d1"}
+    return Record("evaluate", key, {"figures": metrics, "images": 4}, provenance=about)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Write records of Table 5: one row is missing, and the reference has three seeds."""
+    store = Store(tmp_path / "results")
+    spec = read_spec("table5", EXPERIMENTS)
+    for row in spec.rows:
+        for seed, ap in enumerate(MEASURED.get(row.name, ())):
+            store.write(evaluation(row_config(spec, row, MINI, seed).evaluate_key(), ap))
+    baseline = row_config(spec, spec.rows[3], MINI).evaluate_key()
+    for row in spec.rows[:2]:
+        other = row_config(spec, row, MINI).evaluate_key()
+        result: dict[str, Any] = {"standard_error": {"AP": 0.5, "AP50": 0.5}}
+        store.write(Record("compare", compare_key(baseline, other), result))
+    return store
+
+
+def table5(store: Store, states: dict[str, str] | None = None, profile: Profile = MINI) -> TableResult:
+    table = Table(name="table5", spec=read_spec("table5", EXPERIMENTS))
+    return collect(table, profile, store, states or {}, seed_spreads([table], profile, store, store.keys()))
+
+
+def test_cells_differences_and_verdicts(store: Store) -> None:
+    data = frame(table5(store))
+    assert list(data["AP"]) == ["10.0 | 23.9", "29.8 ≈ | 31.0", "pending | 31.5", "31.0 ± 1.0 (3) | 32.0"]
+    assert list(data["verdict"]) == ["replicates", "cannot be told", "", ""]
+    assert list(data["in the paper"]) == ["-8.1", "-1.0", "-0.5", ""]
+    assert data["difference in AP"][0].startswith("-21.0 [-26.")
+    assert data["APl"][0] == "- | 40.8"
+
+
+def test_a_missing_value_shows_its_state(store: Store) -> None:
+    spec = read_spec("table5", EXPERIMENTS)
+    key = row_config(spec, spec.rows[2], MINI).evaluate_key()
+    assert frame(table5(store, {key: "failed"}))["AP"][2] == "failed | 31.5"
+
+
+def test_every_format_contains_values_notes_and_provenance(store: Store) -> None:
+    result = table5(store)
+    for suffix, write in FORMATS.items():
+        text = write(result)
+        assert "31.0" in text, suffix
+        if suffix != "csv":
+            assert "A card" in text
+            assert "abcdef0123" in text
+            assert "declared choice" in text
+    latex = FORMATS["tex"](result)
+    assert "\\toprule" in latex
+    assert "31.0 $\\pm$ 1.0 (3) $|$ 32.0" in latex
+    assert "95 \\%" in latex
+
+
+def test_devices_never_share_a_column(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    [table] = read_tables(["table8"], EXPERIMENTS)
+    config = row_config(table.spec, table.spec.rows[0], MINI)
+    for device, factor in (("Card A", 1.0), ("Card B", 2.0)):
+        modules = dict.fromkeys(("backbone", "encoder", "decoder", "post"), factor)
+        result = {"whole_ms": {"median": 4 * factor}, "modules_ms": modules}
+        store.write(Record("latency", config.latency_key(device), result, provenance={"device": device}))
+    data = frame(collect(table, MINI, store, {}, {}))
+    assert (data["backbone (Card A)"][0], data["backbone (Card B)"][0]) == ("1.00 | 10.0", "2.00 | 10.0")
+    assert data["backbone (Card A)"][1] == "pending | 13.3"
+
+
+def test_protocols_of_quoted_rows_are_marked(tmp_path: Path) -> None:
+    [table] = read_tables(["table1"], EXPERIMENTS)
+    data = frame(collect(table, MINI, Store(tmp_path), {}, {}))
+    row = data[data["method"] == "CondInst"].iloc[0]
+    assert (row["FPS"], row["AP"]) == ("quoted 20.4 [published]", "quoted 35.4")
+
+
+def test_an_unchanged_report_is_not_written_again(store: Store) -> None:
+    results = [table5(store)]
+    assert write_report(results, store.results)
+    files = {path: path.read_bytes() for path in store.results.rglob("*") if path.is_file()}
+    assert write_report(results, store.results) == []
+    assert {path: path.read_bytes() for path in store.results.rglob("*") if path.is_file()} == files
+    index = (store.results / "README.md").read_text()
+    assert "figures/table5-mini-differences.png" in index
+    for link in ("tables/table5-mini.csv", "figures/table5-mini-differences.png"):
+        assert (store.results / link).exists()
+
+
+def test_figures_are_the_same_bytes_each_time(store: Store, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        write_report([table5(store)], tmp_path / folder)
+    for name in ("table5-mini-differences.png", "table5-mini-differences.svg"):
+        assert (tmp_path / "a" / "figures" / name).read_bytes() == (tmp_path / "b" / "figures" / name).read_bytes()
+
+
+def test_a_crowded_plot_is_the_same_each_time(tmp_path: Path) -> None:
+    """The plot moves overlapping names apart in a fixed number of steps."""
+    [table] = read_tables(["figure1"], EXPERIMENTS)
+    result = collect(table, MINI, Store(tmp_path), {}, {})
+    for folder in ("a", "b"):
+        write_report([result], tmp_path / folder)
+    name = "figures/figure1-mini-speed-accuracy.svg"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_missing_timing_shows_its_state(tmp_path: Path) -> None:
+    [table] = read_tables(["figure1"], EXPERIMENTS)
+    store = Store(tmp_path)
+    config = row_config(table.spec, table.spec.rows[0], MINI)
+    store.write(evaluation(config.evaluate_key(), 30.0))
+    result = collect(table, MINI, store, {config.latency_key("A card"): "failed"}, {})
+    assert result.rows[0].missing == "timing failed"
+    assert frame(result)["FPS"][0] == "failed | 58.5"
+    assert result.rows[1].missing == "pending, timing pending"
+
+
+def test_rows_that_share_one_run_are_noted(tmp_path: Path) -> None:
+    """Here one backbone replaces two of the paper's backbones, so two rows are one training."""
+    [table] = read_tables(["table1"], EXPERIMENTS)
+    same = {"name": "small_resnet"}
+    profile = MINI.model_copy(update={"backbones": {"resnet50.tv_in1k": same, "resnet50d.ra2_in1k": same}})
+    store = Store(tmp_path)
+    store.write(evaluation(row_config(table.spec, table.spec.rows[0], profile).evaluate_key(), 30.0))
+    assert "At mini scale 'R-50' and 'R-50-d' are one and the same run." in notes(collect(table, profile, store, {}, {}))
