@@ -14,6 +14,21 @@ DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The torch types of the half precisions."""
 
 
+def arithmetic() -> dict[str, str | int]:
+    """Return what the result of a computation on this machine depends on besides the code, for records.
+
+    Returns:
+        `threads` that one operation uses, the processor's `instructions` that torch uses, and its `blas` libraries.
+    """
+    lines = [line.strip(" -") for line in torch.__config__.show().splitlines()]
+    libraries = [line for line in lines if line.startswith(("Intel(R)", "OpenBLAS", "CuDNN", "CUDA Runtime"))]
+    return {
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "blas": "; ".join(line.partition(" (Git")[0].partition(" for Intel")[0] for line in libraries),
+    }
+
+
 def pick_device(name: str | None) -> torch.device:
     """Return the device with this name; for None, the first GPU if there is one, else the CPU.
 

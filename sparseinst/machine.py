@@ -83,6 +83,53 @@ def gpu_names() -> list[str]:
     return [line.strip() for line in asked.stdout.splitlines() if line.strip()] if asked.returncode == 0 else []
 
 
+@cache
+def processor_model() -> str:
+    """Return the processor's name with its family, model and stepping, which several processors with one name differ in."""
+    information = Path("/proc/cpuinfo")
+    if not information.exists():
+        return _processor_name()
+    first = information.read_text(encoding="utf-8").partition("\n\n")[0]
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    details = [f"{name} {fields[key]}" for name, key in _PROCESSOR_DETAILS.items() if key in fields]
+    return ", ".join([_processor_name(), *details])
+
+
+_PROCESSOR_DETAILS = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+
+
+@cache
+def gpu_driver() -> str | None:
+    """Return the version of the GPU's driver; None without one."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    asked = subprocess.run(query, capture_output=True, text=True, check=False)
+    return asked.stdout.splitlines()[0].strip() if asked.returncode == 0 and asked.stdout.strip() else None
+
+
+def energy_counters() -> dict[str, tuple[int, int]]:
+    """Return the processor packages' energy counters (RAPL): microjoules so far, and the value at which the counter restarts.
+
+    The dictionary is empty where the system does not show them.
+    """
+    counters = {}
+    for package in sorted(Path("/sys/class/powercap").glob("intel-rapl:?")):
+        with contextlib.suppress(OSError, ValueError):  # only root may read them on most systems
+            now, most = (int((package / name).read_text()) for name in ("energy_uj", "max_energy_range_uj"))
+            counters[package.name] = (now, most)
+    return counters
+
+
+def energy_since(before: dict[str, tuple[int, int]]) -> float | None:
+    """Return the joules that the processor packages used since `before`, of all processes; None if that is unknown."""
+    now = energy_counters()
+    if not before or before.keys() != now.keys():
+        return None
+    return sum((now[name][0] - start) % most for name, (start, most) in before.items()) / 1e6
+
+
 def _processor_name() -> str:
     """Return the name of the processor."""
     information = Path("/proc/cpuinfo")

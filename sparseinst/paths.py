@@ -62,8 +62,8 @@ class RunPaths:
 
     @property
     def predictions(self) -> Path:
-        """An evaluation's instances in COCO's result format, for comparisons over the same images."""
-        return self.root / "predictions.json"
+        """An evaluation's instances in COCO's result format, compressed."""
+        return self.root / "predictions.json.gz"
 
     @property
     def submitted(self) -> Path:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from sparseinst.ablation.compare import compare_key
 from sparseinst.ablation.plan import stage_key
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables, row_config
@@ -25,14 +24,19 @@ def write_records(folder: Path, profile: str) -> Store:
         "data": "d1",
     }
     for table in read_tables(["table5", "all"], EXPERIMENTS):
-        reference = next((row for row in table.spec.rows if row.name == table.spec.reference), None)
         for row in table.spec.rows:
             config = row_config(table.spec, row, settings, 0)
             ap = TABLE5[row.name] if table.name == "table5" else row.paper.get("AP", 30.0)
             metrics = {"AP": ap, "AP50": ap + 20, "AP75": ap + 1, "APs": ap - 10, "APm": ap, "APl": ap + 10}
+            resampled = {name: [value - 0.5, value, value + 0.5] for name, value in metrics.items()}
             results = {
                 "train": {"steps": 1, "seconds": 1.0, "losses": {"loss": 1.0}, "parameters": 1},
-                "evaluate": {"figures": metrics, "mechanism": {"prefers_own": 0.5, "own": 0.25}, "images": 4},
+                "evaluate": {
+                    "figures": metrics,
+                    "mechanism": {"prefers_own": 0.5, "own": 0.25},
+                    "images": 4,
+                    "resampled": resampled,
+                },
                 "latency": {
                     "whole_ms": {"median": 20.0, "p5": 19.0, "p95": 21.0},
                     "modules_ms": {"backbone": 10.0, "encoder": 3.0, "decoder": 5.0, "post": 2.0},
@@ -41,9 +45,4 @@ def write_records(folder: Path, profile: str) -> Store:
             for stage in table.spec.stages():
                 key = stage_key(config, stage, DEVICE)
                 store.write(Record(stage, key, results[stage], config.model_dump(mode="json"), about))
-            if reference is not None and row is not reference and "evaluate" in table.spec.stages():
-                baseline = row_config(table.spec, reference, settings, 0).evaluate_key()
-                key = compare_key(baseline, config.evaluate_key())
-                result = {"baseline": baseline, "other": config.evaluate_key(), "standard_error": {"AP": 0.5}}
-                store.write(Record("compare", key, result, provenance=about))
     return store

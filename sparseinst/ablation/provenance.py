@@ -5,15 +5,19 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sparseinst.machine import gpu_driver, processor_model
 from sparseinst.paths import RunPaths
 
 PACKAGE = Path(__file__).parents[1]
@@ -101,8 +105,26 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
+COMMAND = "SPARSEINST_COMMAND"
+"""The environment variable that tells a job on a cluster which command sent it."""
+
+
+def command_line() -> str:
+    """Return the command that started this process or sent it to a cluster."""
+    return os.environ.get(COMMAND) or shlex.join(["sparseinst", *sys.argv[1:]])
+
+
 def describe(
-    *, profile: str, device: str, world_size: int, attempts: int, seed: int, seconds: float, data: str | None
+    *,
+    profile: str,
+    device: str,
+    world_size: int,
+    attempts: int,
+    seed: int,
+    seconds: float,
+    data: str | None,
+    images: str | None = None,
+    arithmetic: Mapping[str, str | int] | None = None,
 ) -> dict[str, Any]:
     """Return the provenance of a stage that has just ended in this process.
 
@@ -114,17 +136,24 @@ def describe(
         seed: the seed of its training.
         seconds: its wall time.
         data: the hash of the annotation file that it read; None if it read none.
+        images: the hash of the images that it read; see `images_digest`.
+        arithmetic: see `device.arithmetic`. The same code can give other bits with other threads or instructions.
     """
     return {
         **code_version(),
         "versions": versions(),
         "platform": f"{platform.system()} {platform.machine()}",
+        "processor": processor_model(),
+        "driver": gpu_driver(),
+        "arithmetic": dict(arithmetic) if arithmetic is not None else None,
+        "command": command_line(),
         "profile": profile,
         "device": device,
         "world_size": world_size,
         "attempts": attempts,
         "seed": seed,
         "data": data,
+        "images": images,
         "seconds": round(seconds, 3),
         "peak_memory_mb": _peak_memory_mb(),
         "ended": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

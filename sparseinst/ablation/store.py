@@ -22,7 +22,7 @@ from sparseinst.section import Stage
 _log = logging.getLogger(__name__)
 
 RESULTS = Path("results")
-Kind = Stage | Literal["compare", "peer"]
+Kind = Stage | Literal["peer"]
 
 
 @dataclass(frozen=True)
@@ -33,34 +33,31 @@ class Record:
     """The content depends on the kind.
 
     - pretrain: `steps`, `seconds`, `losses`, `cells_right`.
-    - train: `steps`, `seconds`, `losses`, `parameters`, and `history` if it was evaluated during training.
-    - evaluate: `figures` (metrics), `mechanism`, `images`.
+    - train: `steps`, `seconds`, `losses`, `curve` (the losses over the steps), `parameters`, `not_trained` (the reasons why it is
+      no evidence; see `gate`), and `history` if it was evaluated during training.
+    - evaluate: `figures` (metrics), `mechanism`, `images`, `resampled` (AP metrics in joint resamplings of the images).
     - latency: `whole_ms`, `modules_ms`, `size`.
-    - compare: `baseline` and `other` (keys of evaluations), and by metric `difference`, `standard_error` and `interval`.
     - peer: `peer` (another system's name), `short_side`, and `figures` or `whole_ms`.
     """
     config: dict[str, Any] = field(default_factory=dict)
-    """The complete config; empty for a comparison."""
+    """The complete config."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Commit, versions, device, seed, wall time and so on; see `provenance`. For an evaluation, `trained` holds the code that
     trained the weights."""
 
 
 class _Trained(BaseModel):
-    """The content of a training or pretraining; a report reads none of its values."""
+    not_trained: list[str] = []
 
 
 class _Evaluated(BaseModel):
     figures: dict[str, float | None]
+    resampled: dict[str, list[float | None]] = {}
 
 
 class _Timed(BaseModel):
     whole_ms: dict[str, float]
     modules_ms: dict[str, float]
-
-
-class _Compared(BaseModel):
-    standard_error: dict[str, float]
 
 
 class _Peer(BaseModel):
@@ -75,7 +72,6 @@ _CONTENTS: dict[Kind, type[BaseModel]] = {
     "train": _Trained,
     "evaluate": _Evaluated,
     "latency": _Timed,
-    "compare": _Compared,
     "peer": _Peer,
 }
 """The values of each kind that a report reads; a record without them counts as damaged."""

@@ -69,6 +69,8 @@ class Spec(Section):
     rows: tuple[Row, ...] = Field(min_length=1)
     reference: str | None = None
     """The name of the row that the others are compared with."""
+    margin: NonNegative = 0.5
+    """Differences within this many AP points of zero count as equivalent."""
     measures: tuple[Stage, ...] = ()
     """The stages of each row; by default those that its metrics need."""
     preset: str = "paper"

@@ -25,7 +25,7 @@ from sparseinst.cli.options import (
     make_plan,
     warn_about_overruled_rows,
 )
-from sparseinst.errors import RunFailed, UserError
+from sparseinst.errors import RunFailed
 
 app = typer.Typer()
 
@@ -162,6 +162,30 @@ def logs(
 
 
 @app.command()
+def verify(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A record's key, or its beginning.")],
+    results: Results = RESULTS,
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of threads; default: the record's.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train and evaluate, or time, a record's model again, and compare the results.
+
+    The exit code is 0 for the same bits and for the same within noise, and 1 for a different result.
+    """
+    from sparseinst.ablation.store import Store
+    from sparseinst.launch.verify import verify as verify_record
+
+    found = verify_record(key, Store(results), device, threads=threads, progress=not as_json)
+    if as_json:
+        print(json.dumps({"key": found.key, "outcome": found.outcome}))
+    else:
+        print("\n".join([*found.lines, found.outcome]))
+    if found.outcome == "different":
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     tables: Tables = None,
     profile: ProfileName = "coco",
@@ -173,15 +197,17 @@ def report(
     fidelity: Annotated[bool, typer.Option(help="Only show how often this scale orders two rows as the paper does.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write tables and plots from the records to results/. Missing runs appear as gaps."""
+    """Write tables and plots from the records to results/. Missing runs appear as gaps.
+
+    --json prints every comparison with its interval and verdict, or the agreement with --fidelity.
+    """
     if fidelity:
         _print_fidelity(tables or [], profile, results, as_json)
         return
-    if as_json:
-        raise UserError("report: --json needs --fidelity")
     from sparseinst.launch.status import plan_status
     from sparseinst.report.collect import read_results
     from sparseinst.report.pages import page_file, write_report
+    from sparseinst.report.tables import comparisons_json
     from sparseinst.report.terminal import print_table
 
     table_plan, _ = make_plan(tables, profile, 1, None, results, None)
@@ -191,6 +217,10 @@ def report(
     named = [name for name in tables or [] if name != "all"]
     page = read_results(["all", *named], profile, results, states) if html else []
     changed = write_report(collected, results, page=page)
+    if as_json:
+        comparisons = [line for result in collected for line in comparisons_json(result)]
+        print(json.dumps({"profile": table_plan.profile.name, "comparisons": comparisons}))
+        return
     if show:
         for result in collected:
             print_table(result)

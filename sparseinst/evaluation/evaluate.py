@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import logging
@@ -157,9 +158,20 @@ def _compare(
 
 
 def write_predictions(file: Path, results: list[dict[str, Any]], check: Callable[[], None] | None = None) -> None:
-    """Write instances in COCO's result format. If `check` raises an error, the file is not written."""
+    """Write instances in COCO's result format, compressed if the file's name ends in `.gz`.
+
+    If `check` raises an error, the file is not written.
+    """
+    content = json.dumps(results).encode()
     with atomic(file, check) as temporary:
-        temporary.write_text(json.dumps(results), encoding="utf-8")
+        temporary.write_bytes(gzip.compress(content, mtime=0) if file.suffix == ".gz" else content)
+
+
+def read_predictions(file: Path) -> list[dict[str, Any]]:
+    """Read what `write_predictions` wrote."""
+    content = file.read_bytes()
+    results: list[dict[str, Any]] = json.loads(gzip.decompress(content) if file.suffix == ".gz" else content)
+    return results
 
 
 def evaluate_run(folder: Path, config: Config, *, device: torch.device) -> Evaluation:

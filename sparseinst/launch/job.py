@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseinst.ablation.compare import Pair, compare_pairs
 from sparseinst.ablation.plan import StageRun
+from sparseinst.ablation.provenance import COMMAND
 from sparseinst.ablation.store import Store
 from sparseinst.attempts import Attempt, Held, Job, reason
 from sparseinst.errors import RunFailed
@@ -40,8 +40,6 @@ class StageJob:
 
     stages: tuple[dict[str, Any], ...]
     """The fields of each `StageRun`, with the config as plain data."""
-    pairs: tuple[dict[str, Any], ...]
-    """Comparisons that become possible once these stages are done; see `compare.Pair`."""
     project: str
     """The working folder; paths of data, runs and results are relative to it."""
     results: str
@@ -52,6 +50,8 @@ class StageJob:
     """The device's name, as it is used in the keys of timings."""
     parts: int | None
     hang_seconds: float
+    command: str
+    """The command that sent the job."""
 
     def checkpoint(self) -> DelayedSubmission:
         """Return the job that submitit requeues: this one unchanged, since its progress is on disk already.
@@ -68,6 +68,7 @@ class StageJob:
     def __call__(self) -> None:
         """Do all stages. Raises `RunFailed` if some failed, after the others are done."""
         os.chdir(self.project)
+        os.environ[COMMAND] = self.command
         logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
         if not self.gpus:
             from sparseinst.inference.memory import keep_freed_memory
@@ -91,8 +92,6 @@ class StageJob:
                 if _processes() > 1:  # the other ranks are in an unknown state: fail, so that the launcher ends them all
                     raise
                 failed[run.key] = reason(error)
-        if _rank() == 0:
-            compare_pairs([Pair(**pair) for pair in self.pairs], store)
         if failed:
             raise RunFailed("; ".join(f"{key}: {why}" for key, why in failed.items()))
 

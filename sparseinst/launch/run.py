@@ -5,7 +5,6 @@ Any number of processes may run the same plan. Each stage is claimed before it i
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 
-from sparseinst.ablation.compare import compare_pairs, plan_pairs
 from sparseinst.ablation.plan import Plan, StageRun
 from sparseinst.ablation.store import Store
 from sparseinst.attempts import Attempt, Held, reason
@@ -23,13 +21,11 @@ from sparseinst.launch.work import StageContext, do_stage
 from sparseinst.machine import usable_cores
 from sparseinst.paths import RUNS, RunPaths
 
-_log = logging.getLogger(__name__)
-
 _WAIT = 1.0  # seconds between checks of stages that other processes are doing
 
 
 def run_plan(plan: Plan, store: Store, *, device: str | None, progress: bool = True) -> dict[str, str]:
-    """Do all stages of a plan that have no record, then compare rows over their images.
+    """Do all stages of a plan that have no record.
 
     If a stage fails, the stages that need its weights fail too; the others continue.
 
@@ -39,13 +35,6 @@ def run_plan(plan: Plan, store: Store, *, device: str | None, progress: bool = T
     context = StageContext(plan.profile.name, device, plan.device, progress)
     worker = _Worker(plan, store, context)
     worker.work()
-    missing = compare_pairs(plan_pairs(plan), store)
-    if missing:
-        _log.warning(
-            "%d comparisons over images were skipped: the evaluations are recorded, but their predictions are no longer in %s",
-            missing,
-            RUNS,
-        )
     return worker.failed
 
 

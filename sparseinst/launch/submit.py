@@ -24,9 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sparseinst.ablation.compare import Pair, plan_pairs
 from sparseinst.ablation.plan import Plan, StageRun
-from sparseinst.ablation.provenance import PACKAGE, SNAPSHOT, code_digest, code_files, code_version
+from sparseinst.ablation.provenance import PACKAGE, SNAPSHOT, code_digest, code_files, code_version, command_line
 from sparseinst.ablation.store import Store
 from sparseinst.attempts import latest_attempt
 from sparseinst.errors import RunFailed, UserError
@@ -76,13 +75,12 @@ def launch(plan: Plan, arrays: Sequence[Array], store: Store, cluster: Cluster, 
         RunFailed: SLURM refused an array; the message says why. Arrays that were sent before stay in the queue.
     """
     code = _snapshot()
-    pairs = plan_pairs(plan)
     sent: dict[str, str] = {}
     submissions = []
     for array in arrays:
         for part, dependency in _by_dependency(array, sent, plan.done):
             at = time.time()
-            jobs = [_stage_job(element, pairs, plan, store, cluster) for element in part]
+            jobs = [_stage_job(element, plan, store, cluster) for element in part]
             ids = _submit(jobs, array.stage, cluster, code, dependency)
             for element, job in zip(part, ids, strict=True):
                 process = process_name(int(job)) if cluster.kind == "local" else None
@@ -119,11 +117,9 @@ def _job_before(element: Element, sent: dict[str, str], done: Container[str]) ->
     return sent.get(element.after) or (submission.job if submission is not None and submission.kind == "slurm" else None)
 
 
-def _stage_job(element: Element, pairs: Sequence[Pair], plan: Plan, store: Store, cluster: Cluster) -> StageJob:
-    keys = {run.key for run in element.runs}
+def _stage_job(element: Element, plan: Plan, store: Store, cluster: Cluster) -> StageJob:
     return StageJob(
         stages=tuple(plain(run) for run in element.runs),
-        pairs=tuple(vars(pair) for pair in pairs if {pair.baseline, pair.other} & keys),
         project=str(Path.cwd()),
         results=str(store.results),
         profile=plan.profile.name,
@@ -131,6 +127,7 @@ def _stage_job(element: Element, pairs: Sequence[Pair], plan: Plan, store: Store
         device_name=plan.device,
         parts=cluster.parts,
         hang_seconds=float(cluster.hang_seconds),
+        command=command_line(),
     )
 
 

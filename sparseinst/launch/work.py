@@ -9,8 +9,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sparseinst.ablation.gate import curve, not_trained
 from sparseinst.ablation.plan import StageRun
 from sparseinst.ablation.provenance import describe, note_code, trained_by
 from sparseinst.ablation.store import Record, Store
@@ -18,8 +19,12 @@ from sparseinst.attempts import Attempt
 from sparseinst.config import Config
 from sparseinst.errors import RunFailed
 from sparseinst.files import file_digest
+from sparseinst.machine import energy_counters, energy_since
 from sparseinst.paths import RunPaths, run_folder, stored_weights
 from sparseinst.section import Stage
+
+if TYPE_CHECKING:
+    from sparseinst.data.coco import CocoSplit
 
 _log = logging.getLogger(__name__)
 
@@ -54,10 +59,14 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
             return
         if run.remake:
             _log.warning("%s: the weights of %s %s are gone, so they are made again", run.label, run.stage, run.key)
+        energy = energy_counters()
         outcome = _DO[run.stage](run, context, attempt)
         if outcome is None:
             return
-        result, data = outcome
+        result, split = outcome
+        from sparseinst.data.coco import images_digest
+        from sparseinst.device import arithmetic
+
         about = describe(
             profile=context.profile,
             device=context.device_name,
@@ -66,24 +75,28 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
             seed=run.config.train.seed,
             # A training's time comes from its log, because this process may have done only its last steps.
             seconds=result.get("seconds", time.perf_counter() - began),
-            data=file_digest(data) if data is not None else None,
+            data=file_digest(split.file) if split is not None else None,
+            images=images_digest(split) if split is not None else None,
+            arithmetic=arithmetic(),
         )
+        if attempt.number == 1 and (joules := energy_since(energy)) is not None:  # an earlier attempt's energy is unknown
+            about["energy_joules"] = round(joules, 1)
         if run.stage in ("pretrain", "train"):
-            about |= trained_by(run_folder(run.key))
+            about |= {**trained_by(run_folder(run.key)), "weights": file_digest(run_folder(run.key).weights)}
         if run.stage == "evaluate":
             assert run.needs is not None
             weights = stored_weights(run.needs)
             assert weights is not None
-            about |= {"trained": trained_by(run_folder(run.needs)), "weights": file_digest(weights)}
+            about |= {"trained": trained_by(run_folder(run.needs)), "training": run.needs, "weights": file_digest(weights)}
         store.write(Record(run.stage, run.key, result, run.config.model_dump(mode="json"), about), attempt.check)
 
 
-Outcome = tuple[dict[str, Any], Path | None]
-"""A record's result and the annotation file that was read. Rank 0 returns it; the other ranks return None."""
+Outcome = tuple[dict[str, Any], "CocoSplit | None"]
+"""A record's result and the images that were used. Rank 0 returns it; the other ranks return None."""
 
 
 def _train(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome | None:
-    from sparseinst.data.coco import train_annotations
+    from sparseinst.data.coco import train_split
     from sparseinst.device import pick_device
     from sparseinst.distributed import rank
     from sparseinst.training.train import train
@@ -105,7 +118,9 @@ def _train(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome | 
         return None
     result = {**_steps(paths), "parameters": _parameters(weights)}
     history = [record for record in _metrics(paths) if "AP" in record]
-    return {**result, **({"history": history} if history else {})}, train_annotations(run.config.data)
+    result |= {"history": history} if history else {}
+    result["not_trained"] = not_trained(result, run.config.model_dump(mode="json"))
+    return result, train_split(run.config.data)
 
 
 def _needed_weights(run: StageRun) -> Path | None:
@@ -125,7 +140,7 @@ def _needed_weights(run: StageRun) -> Path | None:
 
 
 def _pretrain(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome | None:
-    from sparseinst.data.coco import train_annotations
+    from sparseinst.data.coco import train_split
     from sparseinst.device import pick_device
     from sparseinst.distributed import rank
     from sparseinst.training.pretrain import pretrain
@@ -138,7 +153,7 @@ def _pretrain(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome
         return None
     validation = [record for record in _metrics(paths) if "loss" not in record][-1]
     right = {name.removeprefix("cells_right_"): value for name, value in validation.items() if name.startswith("cells_right")}
-    return {**_steps(paths), "cells_right": right}, train_annotations(run.config.data)
+    return {**_steps(paths), "cells_right": right}, train_split(run.config.data)
 
 
 def _metrics(paths: RunPaths) -> list[dict[str, Any]]:
@@ -146,7 +161,7 @@ def _metrics(paths: RunPaths) -> list[dict[str, Any]]:
 
 
 def _steps(paths: RunPaths) -> dict[str, Any]:
-    """Return the number of steps in a run's log, their wall time in seconds, and the last losses."""
+    """Return the number of steps in a run's log, their wall time in seconds, the last losses, and the losses over the steps."""
     steps = [record for record in _metrics(paths) if "loss" in record]
     last = steps[-1]
     before = [0, *(record["iteration"] for record in steps)]
@@ -154,6 +169,7 @@ def _steps(paths: RunPaths) -> dict[str, Any]:
         "steps": last["iteration"],
         "seconds": round(sum(r["seconds"] * (r["iteration"] - start) for r, start in zip(steps, before, strict=False)), 3),
         "losses": {name.removeprefix("loss_"): value for name, value in last.items() if name.startswith("loss")},
+        "curve": curve(steps),
     }
 
 
@@ -167,7 +183,8 @@ def _evaluate(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome
     from sparseinst.data.coco import val_split
     from sparseinst.device import pick_device
     from sparseinst.distributed import rank
-    from sparseinst.evaluation.evaluate import evaluate
+    from sparseinst.evaluation.evaluate import evaluate, read_predictions
+    from sparseinst.evaluation.resampling import resampled_figures
     from sparseinst.inference.weights import load_weights
 
     weights = _needed_weights(run)
@@ -187,7 +204,10 @@ def _evaluate(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome
     if rank() != 0:
         return None
     metrics = {"figures": result.figures, "mechanism": result.mechanism}
-    return {**metrics, "images": result.images, "skipped": len(result.skipped)}, split.file
+    skipped = set(result.skipped_images)
+    images = [image.id for image in split.images if image.id not in skipped]
+    resampled = resampled_figures(split.file, read_predictions(run_folder(run.key).predictions), images)
+    return {**metrics, "images": result.images, "skipped": len(skipped), "resampled": resampled}, split
 
 
 def _latency(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from sparseinst.ablation.compare import compare_key
+import numpy as np
+
+from sparseinst.ablation.gate import untrained_ap
 from sparseinst.ablation.peers import PeerResult, find_peers
-from sparseinst.ablation.statistics import Difference, Noise, Sample, Spread, Verdict, difference, pooled_spread, verdict
+from sparseinst.ablation.statistics import Comparison, Difference, Judgement, Prior, Sample, difference, estimate_prior, judge
 from sparseinst.ablation.store import RESULTS, Record, Store
 from sparseinst.ablation.study import (
     AccuracyFigure,
@@ -23,6 +25,7 @@ from sparseinst.ablation.study import (
     read_tables,
     row_config,
 )
+from sparseinst.config import Config
 
 SEEDS = range(10)
 """The seeds that a report looks for."""
@@ -53,6 +56,8 @@ class Cell:
     paper: float | None
     difference: Difference | None = None
     """The difference from the reference row, for AP metrics; None for that row itself, and if no source of noise is known."""
+    spread: tuple[float, float] | None = None
+    """The 5th and 95th percentile of a timing."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,29 @@ class RowResult:
     cells: dict[Column, Cell]
     paper_difference: float | None
     """The paper's difference in AP from the reference row."""
-    verdict: Verdict | None
+    judgement: Judgement | None
+    """The verdict on the difference in AP; None if there is none."""
+    not_trained: tuple[str, ...] = ()
+    """The reasons why a training of this row, or of the reference row, is no evidence. Such a row has no verdict."""
+    same_as: str | None = None
+    """An earlier row with the same evaluations, whose comparison is the same."""
+    as_run: str = ""
+    """The backbone, image size and width with which the row was run."""
     keys: tuple[str, ...] = ()
-    """The keys of the row's records: trainings, evaluations, timings, comparisons with the reference row."""
+    """The keys of the row's records: trainings, evaluations, timings."""
     trainings: tuple[str, ...] = ()
     """The keys of the trainings alone."""
     evaluations: tuple[str, ...] = ()
     """The keys of the evaluations alone."""
     timing: str = "done"
     """The state of the row's timing."""
+
+    @property
+    def verdict(self) -> str:
+        """The verdict in words; empty if there is none."""
+        if self.not_trained:
+            return "not trained"
+        return self.judgement.text if self.judgement is not None else ""
 
     def state_of(self, metric: Figure) -> str:
         """Return the state of the stages that measure a metric; `done` if they are recorded."""
@@ -96,6 +115,11 @@ class TableResult:
     """Which code, devices and data the values come from."""
 
     @property
+    def comparisons(self) -> int:
+        """The number of distinct comparisons that have a verdict; they share one false discovery rate."""
+        return sum(row.judgement is not None and row.same_as is None for row in self.rows)
+
+    @property
     def name(self) -> str:
         """The name of the table's files, without suffix."""
         return f"{self.table.name}-{self.profile}"
@@ -113,6 +137,8 @@ class _RowRecords:
     """The keys of the recorded trainings."""
     state: str
     timing: str = "done"
+    not_trained: list[str] = field(default_factory=list)
+    """The reasons why a training of this row is no evidence."""
 
 
 def read_results(
@@ -120,7 +146,8 @@ def read_results(
 ) -> list[TableResult]:
     """Return the results of tables, from their specs and the records.
 
-    The spread over seeds is pooled over all tables that exist, so that a table shows the same values alone and with others.
+    The prior of the variance over seeds comes from all tables that exist, so that a table shows the same values alone and with
+    others.
 
     Args:
         names: tables by name or specs by path; an empty list means all tables.
@@ -133,25 +160,26 @@ def read_results(
     tables, settings, store = read_tables(names), read_profile(profile), Store(results)
     keys = store.keys()
     others = read_tables(["all"]) if list_tables() else []
-    spreads = seed_spreads([*tables, *others], settings, store, keys)
-    return [collect(table, settings, store, states or {}, spreads, keys) for table in tables]
+    priors = seed_priors([*tables, *others], settings, store, keys)
+    return [collect(table, settings, store, states or {}, priors, keys) for table in tables]
 
 
-def seed_spreads(tables: Sequence[Table], profile: Profile, store: Store, keys: set[str]) -> dict[Figure, Spread]:
-    """Return the spread over seeds of each AP metric, pooled over all rows of the tables that have several seeds.
+def seed_priors(tables: Sequence[Table], profile: Profile, store: Store, keys: set[str]) -> dict[Figure, Prior]:
+    """Return what all rows of the tables together tell about the variance over seeds of each AP metric.
 
-    A row that several tables share counts once.
+    Each distinct training counts once. Rows that are not trained do not count.
     """
     rows: dict[str, _RowRecords] = {}
     for table in tables:
         if "evaluate" in table.spec.stages():
             for row in table.spec.rows:
-                key = row_config(table.spec, row, profile).evaluate_key()
+                key = row_config(table.spec, row, profile).train_key()
                 if key not in rows:
                     rows[key] = _find_records(table, row, profile, store, {}, keys)
-    samples = {metric: [_sample(records, Column(metric)) for records in rows.values()] for metric in get_args(AccuracyFigure)}
-    pooled = {metric: pooled_spread(sample for sample in of_rows if sample is not None) for metric, of_rows in samples.items()}
-    return {metric: spread for metric, spread in pooled.items() if spread is not None}
+    trained = [records for records in rows.values() if not records.not_trained]
+    samples = {metric: [_sample(records, Column(metric)) for records in trained] for metric in get_args(AccuracyFigure)}
+    priors = {metric: estimate_prior(sample for sample in of_rows if sample is not None) for metric, of_rows in samples.items()}
+    return {metric: prior for metric, prior in priors.items() if prior is not None}
 
 
 def collect(
@@ -159,14 +187,14 @@ def collect(
     profile: Profile,
     store: Store,
     states: Mapping[str, str],
-    spreads: Mapping[Figure, Spread],
+    priors: Mapping[Figure, Prior],
     keys: set[str] | None = None,
 ) -> TableResult:
     """Return the results of one table.
 
     Args:
         states: the states of stages that are not done, by key; a stage without a state is pending.
-        spreads: the spread of each metric over seeds; see `seed_spreads`.
+        priors: what all tables tell about the variance over seeds of each metric; see `seed_priors`.
         keys: the keys of all records; None reads them from the store.
     """
     keys = store.keys() if keys is None else keys
@@ -174,41 +202,116 @@ def collect(
     peers = find_peers(store, table.spec.peers, profile.name, keys)
     devices = sorted({d for entry in records.values() for d in entry.latencies} | {d for peer in peers for d in peer.whole_ms})
     columns = [column for metric in table.spec.figures for column in _columns(metric, devices)]
-    samples = {
-        (name, column): sample
-        for name, entry in records.items()
-        for column in columns
-        if (sample := _sample(entry, column)) is not None
-    }
     reference = table.spec.reference
-    trainings = {row.name: row_config(table.spec, row, profile).train_key() for row in table.spec.rows}
+    configs = {row.name: row_config(table.spec, row, profile) for row in table.spec.rows}
     rows = []
     for row in table.spec.rows:
         entry = records[row.name]
-        errors = _standard_errors(entry, records[reference], store, keys) if reference not in (None, row.name) else {}
-        cells = {}
-        for column in columns:
-            measured = samples.get((row.name, column))
-            base = samples.get((reference, column)) if reference not in (None, row.name) else None
-            from_reference = None
-            if measured is not None and base is not None and column.metric in ACCURACY:
-                same_weights = trainings[row.name] == trainings[str(reference)] and _evaluate_same_weights(
-                    entry, records[str(reference)]
-                )
-                if same_weights:  # the two rows are compared seed by seed, so the reference needs the row's seeds
-                    base = _sample(records[str(reference)], column, entry.evaluations) or base
-                noise = Noise(spreads.get(column.metric), errors.get(column.metric, ()), same_weights)
-                from_reference = difference(measured, base, noise)
-            cells[column] = Cell(measured, row.paper.get(column.metric), from_reference)
-        paper = _paper_difference(table, row)
-        ap = cells.get(Column("AP"))
-        ap_verdict = verdict(ap.difference, paper) if ap is not None and paper is not None else None
-        row_keys = _row_keys(entry, records.get(str(reference)), keys)
-        evaluations = tuple(record.key for record in entry.evaluations.values())
+        base = records[reference] if reference is not None and reference != row.name else None
+        shares = base is not None and configs[row.name].train_key() == configs[str(reference)].train_key()
+        cells = {column: _cell(entry, base, column, row, priors, shares_training=shares) for column in columns}
+        doubts = dict.fromkeys((*entry.not_trained, *(f"{reference}: {why}" for why in (base.not_trained if base else ()))))
         rows.append(
-            RowResult(row, entry.state, cells, paper, ap_verdict, row_keys, tuple(entry.trainings), evaluations, entry.timing)
+            RowResult(
+                row=row,
+                state=entry.state,
+                cells=cells,
+                paper_difference=_paper_difference(table, row),
+                judgement=None,
+                not_trained=tuple(doubts) if base is not None and entry.evaluations else tuple(entry.not_trained),
+                as_run=_as_run(configs[row.name]),
+                keys=(*entry.trainings, *(record.key for record in (*entry.evaluations.values(), *entry.latencies.values()))),
+                trainings=tuple(entry.trainings),
+                evaluations=tuple(record.key for record in entry.evaluations.values()),
+                timing=entry.timing,
+            )
         )
-    return TableResult(table, profile.name, columns, rows, peers, _provenance(records.values()))
+    return TableResult(table, profile.name, columns, _judged(rows, table), peers, _provenance(records.values()))
+
+
+def _cell(
+    entry: _RowRecords,
+    reference: _RowRecords | None,
+    column: Column,
+    row: Row,
+    priors: Mapping[Figure, Prior],
+    *,
+    shares_training: bool,
+) -> Cell:
+    """Return a row's cell in a column.
+
+    Args:
+        reference: the records of the reference row; None for that row itself, and if the table has none.
+        shares_training: both rows evaluate the same training.
+    """
+    measured = _sample(entry, column)
+    found = None
+    if measured is not None and reference is not None and column.metric in ACCURACY:
+        same_weights = shares_training and _evaluate_same_weights(entry, reference)
+        # Two evaluations of the same weights are compared seed by seed, so the reference needs the row's seeds.
+        base = (_sample(reference, column, entry.evaluations) if same_weights else None) or _sample(reference, column)
+        if base is not None:
+            error = _image_error(entry, reference, column.metric)
+            found = difference(measured, base, priors.get(column.metric), error, same_weights=same_weights)
+    timed = entry.latencies.get(column.device or "")
+    spread = _timed_spread(timed.result, column.metric) if timed is not None and column.metric not in EVALUATED else None
+    return Cell(measured, row.paper.get(column.metric), found, spread)
+
+
+def _judged(rows: Sequence[RowResult], table: Table) -> list[RowResult]:
+    """Return the rows with their verdicts. Rows that are one and the same evaluation count as one comparison."""
+    ap = Column("AP")
+    first: dict[tuple[str, ...], str] = {}
+    compared: dict[str, Comparison] = {}
+    same: dict[str, str] = {}
+    for row in rows:
+        found = row.cells[ap].difference if ap in row.cells else None
+        if found is None or row.not_trained:
+            continue
+        earlier = first.setdefault(row.evaluations, row.row.name)
+        if earlier != row.row.name:
+            same[row.row.name] = earlier
+        else:
+            compared[row.row.name] = Comparison(found, row.paper_difference, table.spec.margin)
+    judgements = dict(zip(compared, judge(list(compared.values())), strict=True))
+    return [
+        replace(
+            row,
+            judgement=judgements.get(same.get(row.row.name, row.row.name)),
+            same_as=same.get(row.row.name),
+        )
+        for row in rows
+    ]
+
+
+def _as_run(config: Config) -> str:
+    """Return the backbone, image size and width of a row, for people."""
+    width = round(config.model.encoder.channels * config.model.width_factor)
+    return f"{config.model.backbone.name}, {config.inference.sides()[0]} px, {width} channels"
+
+
+def _image_error(row: _RowRecords, reference: _RowRecords, metric: str) -> float | None:
+    """Return the standard error over images of the difference of the seeds' means.
+
+    Returns:
+        None if an evaluation has no resamplings, or if they are of other images.
+    """
+    means = []
+    conditions = set()
+    for entry in (row, reference):
+        values = []
+        for record in entry.evaluations.values():
+            resampled = record.result.get("resampled", {}).get(metric)
+            if resampled is None:
+                return None
+            values.append([np.nan if value is None else value for value in resampled])
+            conditions.add((record.provenance.get("data"), record.result.get("images"), len(resampled)))
+        if not values or len(conditions) > 1:
+            return None
+        means.append(np.mean(np.array(values), axis=0))
+    differences = means[0] - means[1]
+    differences = differences[~np.isnan(differences)]
+    return float(differences.std(ddof=1)) if len(differences) > 1 else None
 
 
 def _evaluate_same_weights(row: _RowRecords, reference: _RowRecords) -> bool:
@@ -238,11 +341,15 @@ def _find_records(
         for seed in SEEDS:
             config = base.model_copy(update={"train": base.train.model_copy(update={"seed": seed})})
             key, training = config.evaluate_key(), config.train_key()
+            record = store.load(key) if key in keys else None
             if training in keys:
                 entry.trainings.append(training)
-            record = store.load(key) if key in keys else None
+                trained = store.load(training) if record is not None else None
+                reasons = trained.result.get("not_trained", []) if trained is not None else []
+                entry.not_trained += [f"seed {seed}: {why}" for why in reasons]
             if record is not None:
                 entry.evaluations[seed] = record
+                entry.not_trained += [f"seed {seed}: {why}" for why in untrained_ap(record.result["figures"].get("AP"))]
             elif seed == SEEDS[0]:
                 known = (states.get(stage_key) for stage_key in (key, training))
                 entry.state = next((state for state in known if state not in (None, "pending", "done")), None) or "pending"
@@ -288,24 +395,13 @@ def _timed_value(result: dict[str, Any], metric: str) -> float:
     return median if metric == "ms" else 1000 / median
 
 
-def _standard_errors(row: _RowRecords, reference: _RowRecords, store: Store, keys: set[str]) -> dict[str, list[float]]:
-    """Return the standard errors of the paired bootstrap over images by metric, one for each seed that both rows have."""
-    errors: dict[str, list[float]] = {}
-    for seed, record in row.evaluations.items():
-        baseline = reference.evaluations.get(seed)
-        key = compare_key(baseline.key, record.key) if baseline is not None else ""
-        comparison = store.load(key) if key in keys else None
-        for metric, error in (comparison.result["standard_error"] if comparison is not None else {}).items():
-            errors.setdefault(metric, []).append(error)
-    return errors
-
-
-def _row_keys(row: _RowRecords, reference: _RowRecords | None, keys: set[str]) -> tuple[str, ...]:
-    """Return the keys of a row's records; see `RowResult.keys`."""
-    measured = [record.key for record in (*row.evaluations.values(), *row.latencies.values())]
-    baselines = reference.evaluations if reference is not None else {}
-    compared = [compare_key(baselines[s].key, record.key) for s, record in row.evaluations.items() if s in baselines]
-    return (*row.trainings, *measured, *(key for key in compared if key in keys))
+def _timed_spread(result: dict[str, Any], metric: str) -> tuple[float, float] | None:
+    """Return the 5th and 95th percentile of a timing; None for a module, whose percentiles are not recorded."""
+    whole = result["whole_ms"]
+    if metric in result["modules_ms"] or not {"p5", "p95"} <= whole.keys():
+        return None
+    low, high = float(whole["p5"]), float(whole["p95"])
+    return (low, high) if metric == "ms" else (1000 / high, 1000 / low)
 
 
 def _paper_difference(table: Table, row: Row) -> float | None:

@@ -20,13 +20,13 @@ from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
-from sparseinst.ablation.statistics import CONFIDENCE, Sample, Spread
+from sparseinst.ablation.statistics import CONFIDENCE, Prior, Sample
 from sparseinst.ablation.store import Store
 from sparseinst.ablation.study import Table as StudyTable
 from sparseinst.ablation.study import list_tables, read_profile, read_tables
 from sparseinst.errors import UserError
 from sparseinst.report import style
-from sparseinst.report.collect import Column, TableResult, read_results, seed_spreads
+from sparseinst.report.collect import Column, TableResult, read_results, seed_priors
 
 CLEAR = 0.5
 """The order of two rows is clear if their AP in the paper differs by this much or more."""
@@ -96,16 +96,16 @@ class Fidelity:
     of a pair is the one with the higher AP in the paper."""
 
 
-def fidelity(results: Sequence[TableResult], spread: Spread | None, histories: Mapping[str, Mapping[int, float]]) -> Fidelity:
+def fidelity(results: Sequence[TableResult], prior: Prior | None, histories: Mapping[str, Mapping[int, float]]) -> Fidelity:
     """Compare the order of the rows with the paper's.
 
     Args:
         results: tables of one profile whose rows can be compared with each other; a row that several tables show counts once.
-        spread: the spread of AP over seeds, pooled over rows; None if no row has several seeds.
+        prior: the variance of AP over seeds, pooled over rows; None if no row has several seeds.
         histories: AP by training step, by the key of the training.
     """
     ranks, missing = _ranks(results, histories)
-    deviation = spread.deviation if spread is not None else None
+    deviation = prior.deviation if prior is not None else None
     by_table = {result.table.name: [rank for rank in ranks if result.table.name in rank.tables] for result in results}
     steps = sorted(set.intersection(*(set(rank.history) for rank in ranks))) if ranks else []
     ordered = sorted(ranks, key=lambda r: -r.paper)
@@ -323,14 +323,14 @@ def read_fidelity(names: Sequence[str], profile: str, results: Path) -> Fidelity
             "or the paper states no AP for it"
         )
     settings, store = read_profile(profile), Store(results)
-    spread = seed_spreads(list(tables.values()), settings, store, store.keys()).get("AP")
+    prior = seed_priors(list(tables.values()), settings, store, store.keys()).get("AP")
     collected = read_results(list(tables), profile, results)
     histories = {}
     for key in {key for result in collected for entry in result.rows for key in entry.trainings}:
         record = store.load(key)
         history = record.result.get("history", []) if record is not None else []
         histories[key] = {entry["iteration"]: entry["AP"] for entry in history if entry.get("AP") is not None}
-    return fidelity(collected, spread, {key: history for key, history in histories.items() if history})
+    return fidelity(collected, prior, {key: history for key, history in histories.items() if history})
 
 
 def _comparable(table: StudyTable) -> bool:

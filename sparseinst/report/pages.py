@@ -8,7 +8,8 @@ from pathlib import Path
 from sparseinst.ablation.store import Store
 from sparseinst.files import atomic
 from sparseinst.report.collect import TableResult
-from sparseinst.report.plots import figure_file, plots
+from sparseinst.report.forest import forest
+from sparseinst.report.plots import figure_file, forest_file, plots
 from sparseinst.report.style import save
 from sparseinst.report.tables import FORMATS
 from sparseinst.report.webpage import web_page
@@ -18,7 +19,7 @@ def write_report(results: Sequence[TableResult], folder: Path, *, page: Sequence
     """Write the tables and plots of results below `folder`, and the index of all tables there.
 
     Args:
-        page: the results that are also written on one web page; see `page_file`.
+        page: the results of all tables. They are also written on one web page, see `page_file`, with a plot of all comparisons.
 
     Returns:
         The files that are new or changed; an empty list if no record is new.
@@ -36,6 +37,11 @@ def write_report(results: Sequence[TableResult], folder: Path, *, page: Sequence
                     save(figure, path)
                     changed += [path, path.with_suffix(".png")]
     if page:
+        path = folder / "figures" / f"{forest_file(page[0].profile)}.svg"
+        figure = forest(page)
+        if figure is not None and (changed or not path.exists()):
+            save(figure, path)
+            changed += [path, path.with_suffix(".png")]
         path = page_file(folder, page[0].profile)
         if _write(path, web_page(page, Store(folder), folder / "figures")):
             changed.append(path)

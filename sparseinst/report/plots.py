@@ -41,12 +41,13 @@ def speed_accuracy(result: TableResult) -> Figure | None:
     """
     figure, axes = style.new(7.5, 6)
     labels: list[Any] = []
+    at_scale = result.profile != "coco"  # then AP is of other data, and no value of COCO may share the axes
     paper = [
         (ms, entry.row.paper["AP"], entry.row.name)
         for entry in result.rows
         if "AP" in entry.row.paper and (ms := _milliseconds(entry.row.paper)) is not None
     ]
-    if paper:
+    if paper and not at_scale:
         labels += _draw_points(axes, paper, "SparseInst, the paper: RTX 2080 Ti, PyTorch FP32", **style.PAPER)
     timed = [column for column in result.columns if column.device is not None and column.metric in ("FPS", "ms")]
     for look, column in zip(cycle(_DEVICE_LOOKS), timed, strict=False):
@@ -58,19 +59,20 @@ def speed_accuracy(result: TableResult) -> Figure | None:
             for row in result.table.spec.quoted
             if row.protocol == name and "AP" in row.figures and (ms := _milliseconds(row.figures)) is not None
         ]
-        if points:
+        if points and not at_scale:
             label = f"quoted: {protocol.device}, {protocol.description}"
             labels += _draw_points(axes, points, label, marker=mark, color=colour, ls="", alpha=0.7, ms=5)
     if not axes.lines:
         return None
-    axes.set(xlabel="time of an image (ms, log scale); other devices and engines are no comparison", ylabel="mask AP (%)")
+    data = f"on the images of {result.profile}" if at_scale else "on COCO"
+    axes.set(xlabel="time of an image (ms, log scale); other devices and engines are no comparison", ylabel=f"mask AP {data} (%)")
     axes.set(xscale="log")
     axes.xaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
     axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 3, 5)))
     axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     axes.margins(x=0.12)
     axes.grid()
-    style.finish(axes, result.table.spec.title, sources(result))
+    style.finish(axes, _title(result), sources(result, quoted=not at_scale))
     _separate_labels(axes, labels)
     return figure
 
@@ -82,10 +84,10 @@ def _draw_measured(axes: mpl.axes.Axes, result: TableResult, column: Column, loo
         speed, ap = row.cells[column].measured, row.cells.get(Column("AP"))
         if speed is not None and ap is not None and ap.measured is not None:
             points.append((1000 / speed.mean if column.metric == "FPS" else speed.mean, ap.measured.mean, row.row.name))
-    other_data = "" if result.profile == "coco" else " (other data: compare no heights)"
-    label = f"SparseInst, measured at {result.profile} scale{other_data}: {column.device}"
+    label = f"SparseInst, measured at {result.profile} scale: {column.device}"
     labels = _draw_points(axes, points, label, **{**style.MEASURED, **look}) if points else []
-    peers = [p for p in result.peers if column.device in p.whole_ms and p.figures.get("AP") is not None]
+    on_coco = result.peers if result.profile == "coco" else []
+    peers = [p for p in on_coco if column.device in p.whole_ms and p.figures.get("AP") is not None]
     for name, mark in zip(dict.fromkeys(peer.name for peer in peers), cycle(_PEER_MARKS), strict=False):
         points = [(p.whole_ms[str(column.device)], p.figures["AP"] or 0.0, str(p.short_side)) for p in peers if p.name == name]
         peer_look = {"marker": mark, "color": "0.3", "ls": ":", **look}
@@ -139,7 +141,7 @@ def module_times(result: TableResult) -> Figure | None:
     axes.set_yticks(range(len(bars)), [label for label, _ in bars])
     axes.invert_yaxis()
     axes.set(xlabel="time of an image (ms), each module synchronised by itself")
-    style.finish(axes, result.table.spec.title, sources(result), columns=4)
+    style.finish(axes, _title(result), sources(result), columns=4)
     return figure
 
 
@@ -176,21 +178,29 @@ def differences(result: TableResult) -> Figure | None:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x")
     axes.set(xlabel=f"difference in mask AP (points) from '{result.table.spec.reference}'")
-    style.finish(axes, result.table.spec.title, sources(result), columns=2)
+    style.finish(axes, _title(result), sources(result), columns=2)
     return figure
 
 
-def sources(result: TableResult) -> list[str]:
-    """Return the sources of a plot's values, for its caption."""
+def _title(result: TableResult) -> str:
+    return f"{result.table.spec.title} ({result.profile})"
+
+
+def sources(result: TableResult, *, quoted: bool = True) -> list[str]:
+    """Return the sources of a plot's values, for its caption.
+
+    Args:
+        quoted: the plot shows values of the paper and of other publications.
+    """
     lines = []
     if result.provenance:
         lines.append(f"Measured at {result.profile} scale: " + "; ".join(result.provenance) + ".")
-    if any(row.row.paper for row in result.rows):
+    if quoted and any(row.row.paper for row in result.rows):
         lines.append(f"{_THE_PAPER}, {result.table.spec.title.partition(':')[0]}.")
-    used = {row.protocol for row in result.table.spec.quoted}
-    quoted = dict.fromkeys(p.source for name, p in result.table.spec.protocols.items() if name in used)
-    if quoted:
-        lines.append(f"Quoted: {'; '.join(quoted)}.")
+    used = {row.protocol for row in result.table.spec.quoted} if quoted else set()
+    origins = dict.fromkeys(p.source for name, p in result.table.spec.protocols.items() if name in used)
+    if origins:
+        lines.append(f"Quoted: {'; '.join(origins)}.")
     return lines
 
 
@@ -221,6 +231,11 @@ def plots(result: TableResult) -> dict[str, Plot]:
         shows = "differences in AP from the reference row, measured with intervals and the paper's"
         chosen["differences"] = Plot(differences, shows)
     return chosen
+
+
+def forest_file(profile: str) -> str:
+    """Return the name of the files of the forest plot of a profile, without suffix."""
+    return f"forest-{profile}"
 
 
 def figure_file(result: TableResult, name: str) -> str:

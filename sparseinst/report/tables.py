@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -11,25 +12,35 @@ from sparseinst.ablation.statistics import Difference
 from sparseinst.ablation.study import Figure
 from sparseinst.report.collect import EVALUATED, Cell, Column, TableResult
 
-NOISE = "≈"
-"""This sign marks a cell whose difference from the reference row lies within noise."""
 IMAGES_ALONE = "†"
-"""This sign marks an interval that covers the noise of images alone, because no row has several seeds."""
+"""This sign marks an interval that covers the noise of images alone, because too few rows have several seeds."""
+DIFFERENCE, PAPER_DIFFERENCE, VERDICT = "difference in AP", "in the paper", "verdict"
+AS_RUN = "as run"
+"""The titles of the columns that a report adds to those of the spec."""
 
 
 def frame(result: TableResult) -> pd.DataFrame:
-    """Return the table as people read it: its cells are texts, and each row of the table is one row of the frame."""
+    """Return the table as people read it: its cells are texts, and each row of the table is one row of the frame.
+
+    The comparison with the reference row comes first, then the measured values, then the paper's in columns of their own.
+    """
     spec = result.table.spec
     compares = spec.reference is not None and Column("AP") in result.columns
+    sizes = {row.as_run for row in result.rows}
+    in_paper = [column for column in result.columns if any(row.cells[column].paper is not None for row in result.rows)]
+    papers = {paper_title(column): column for column in in_paper}
     rows = []
     for entry in result.rows:
         cells = {name: str(entry.row.labels.get(name, "")) for name in spec.columns}
-        cells |= {column.title: _cell(entry.cells[column], entry.state_of(column.metric), column) for column in result.columns}
+        if result.profile != "coco" and len(sizes) > 1:
+            cells[AS_RUN] = entry.as_run
         if compares:
             ap = entry.cells[Column("AP")]
-            cells["difference in AP"] = _interval(ap.difference) if entry.row.name != spec.reference else "reference"
-            cells["in the paper"] = f"{entry.paper_difference:+.1f}" if entry.paper_difference is not None else ""
-            cells["verdict"] = entry.verdict or ""
+            cells[DIFFERENCE] = _interval(ap.difference) if entry.row.name != spec.reference else "reference"
+            cells[PAPER_DIFFERENCE] = f"{entry.paper_difference:+.1f}" if entry.paper_difference is not None else ""
+            cells[VERDICT] = entry.verdict
+        cells |= {column.title: _cell(entry.cells[column], entry.state_of(column.metric), column) for column in result.columns}
+        cells |= {title: _paper_value(entry.cells[column].paper) for title, column in papers.items()}
         rows.append(cells)
     for peer in result.peers:
         cells = {spec.columns[0]: peer.name, "size": str(peer.short_side)}
@@ -46,17 +57,25 @@ def frame(result: TableResult) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna("")
 
 
+def paper_title(column: Column) -> str:
+    """Return the title of the column with the paper's values of a metric."""
+    return f"paper: {column.metric}"
+
+
+def _paper_value(value: float | None) -> str:
+    return f"{value:.1f}" if value is not None else ""
+
+
 def _cell(cell: Cell, state: str, column: Column) -> str:
     digits = 1 if column.metric in (*EVALUATED, "FPS") else 2
     if cell.measured is None:
-        measured = "-" if state == "done" else state
-    else:
-        measured = f"{cell.measured.mean:.{digits}f}"
-        if cell.measured.deviation is not None:
-            measured += f" ± {cell.measured.deviation:.{digits}f} ({len(cell.measured.values)})"
-        if cell.difference is not None and cell.difference.within_noise:
-            measured += f" {NOISE}"
-    return f"{measured} | {cell.paper:.1f}" if cell.paper is not None else measured
+        return "-" if state == "done" else state
+    measured = f"{cell.measured.mean:.{digits}f}"
+    if cell.measured.deviation is not None:
+        measured += f" ± {cell.measured.deviation:.{digits}f} ({len(cell.measured.values)})"
+    if cell.spread is not None:
+        measured += f" ({cell.spread[0]:.{digits}f}-{cell.spread[1]:.{digits}f})"
+    return measured
 
 
 def _peer_cell(peer: PeerResult, column: Column) -> str:
@@ -87,19 +106,21 @@ def _interval(difference: Difference | None) -> str:
 
 def notes(result: TableResult) -> list[str]:
     """Return the notes below the table."""
-    scale = f"Measured at {result.profile} scale | the paper's, on COCO: compare signs and sizes of differences, not values."
-    lines = ["Measured | the paper's." if result.profile == "coco" else scale]
-    if any(cell.measured and cell.measured.deviation is not None for row in result.rows for cell in row.cells.values()):
-        lines.append("± is the standard deviation over seeds, their number in brackets.")
-    if result.table.spec.reference is not None:
+    lines = []
+    if result.profile != "coco":
         lines.append(
-            f"Differences are from the row '{result.table.spec.reference}', with a 95 % interval from the spread over seeds "
-            f"(pooled over the rows of all tables) and a paired bootstrap over images; {NOISE} marks what lies within it. "
-            "The verdict says whether the sign of the paper's difference replicates."
+            f"Measured at {result.profile} scale; the paper's values are of COCO. Compare signs and sizes of differences, not "
+            "values."
         )
-        differences = [cell.difference for row in result.rows for cell in row.cells.values() if cell.difference is not None]
-        if not all(found.seeds_known for found in differences):
-            lines.append(f"{IMAGES_ALONE} over images alone: no row has several seeds yet, so nothing can be told.")
+        sizes = {row.as_run for row in result.rows}
+        if len(sizes) == 1:
+            lines.append(f"Every row was run with {sizes.pop()}.")
+    cells = [cell for row in result.rows for cell in row.cells.values()]
+    if any(cell.measured and cell.measured.deviation is not None for cell in cells):
+        lines.append("± is the standard deviation over seeds, their number in brackets.")
+    if any(cell.spread is not None for cell in cells):
+        lines.append("In brackets after a time: its 5th and 95th percentile.")
+    lines += _comparison_notes(result)
     lines += [
         f"[{name}]: {protocol.device}, {protocol.description}; {protocol.source}."
         for name, protocol in result.table.spec.protocols.items()
@@ -107,6 +128,27 @@ def notes(result: TableResult) -> list[str]:
     lines += list(result.table.spec.footnotes)
     lines += _same_runs(result)
     lines.append("Provenance: " + "; ".join(result.provenance) + "." if result.provenance else "Nothing is measured yet.")
+    return lines
+
+
+def _comparison_notes(result: TableResult) -> list[str]:
+    """Return the notes about differences and verdicts."""
+    spec = result.table.spec
+    if spec.reference is None:
+        return []
+    lines = [
+        f"Differences are from the row '{spec.reference}', with a 95 % interval over seeds and images. Verdicts hold a false "
+        f"discovery rate of 5 % over the {result.comparisons} comparisons of this table; 'equivalent' means within "
+        f"{spec.margin:g} AP. docs/verdicts.md explains each word."
+    ]
+    differences = [cell.difference for row in result.rows for cell in row.cells.values() if cell.difference is not None]
+    if not all(found.seeds_known for found in differences):
+        lines.append(f"{IMAGES_ALONE} over images alone: too few seeds to know their noise, so this difference stays undecided.")
+    if any(row.judgement is not None and row.judgement.more_seeds for row in result.rows):
+        lines.append("(+n seeds): about n more seeds of both rows would settle it with 80 % power, if its estimates are right.")
+    for row in result.rows:
+        if row.not_trained:
+            lines.append(f"'{row.row.name}' is not trained: {'; '.join(row.not_trained)}. It has no verdict.")
     return lines
 
 
@@ -141,6 +183,7 @@ def csv(result: TableResult) -> str:
     for entry in result.rows:
         for column, cell in entry.cells.items():
             difference = cell.difference
+            judgement = entry.judgement if column.metric == "AP" else None
             lines.append(
                 {
                     "table": result.table.name,
@@ -157,10 +200,45 @@ def csv(result: TableResult) -> str:
                     "difference": difference.value if difference else None,
                     "low": difference.low if difference else None,
                     "high": difference.high if difference else None,
-                    "verdict": (entry.verdict or "") if column.metric == "AP" else "",
+                    "verdict": ("not trained" if entry.not_trained else judgement.verdict if judgement else "")
+                    if column.metric == "AP"
+                    else "",
+                    "p_sign": judgement.p_sign if judgement else None,
+                    "p_equivalence": judgement.p_equivalence if judgement else None,
+                    "more_seeds": judgement.more_seeds if judgement else None,
                 }
             )
-    return pd.DataFrame(lines).to_csv(index=False, float_format="%.4f", lineterminator="\n")
+    frame_of_lines = pd.DataFrame(lines)
+    frame_of_lines["more_seeds"] = frame_of_lines["more_seeds"].astype("Int64")
+    return frame_of_lines.to_csv(index=False, float_format="%.4f", lineterminator="\n")
+
+
+def comparisons_json(result: TableResult) -> list[dict[str, Any]]:
+    """Return every comparison of a table as plain data for scripts."""
+    found = []
+    for entry in result.rows:
+        ap = entry.cells.get(Column("AP"))
+        if entry.row.name == result.table.spec.reference or ap is None or ap.difference is None:
+            continue
+        judgement = entry.judgement
+        found.append(
+            {
+                "table": result.table.name,
+                "row": entry.row.name,
+                "reference": result.table.spec.reference,
+                "difference": round(ap.difference.value, 4),
+                "interval": [round(ap.difference.low, 4), round(ap.difference.high, 4)],
+                "seeds_known": ap.difference.seeds_known,
+                "paper": entry.paper_difference,
+                "verdict": "not trained" if entry.not_trained else judgement.verdict if judgement is not None else None,
+                "p_sign": round(judgement.p_sign, 6) if judgement is not None else None,
+                "p_equivalence": round(judgement.p_equivalence, 6) if judgement is not None else None,
+                "more_seeds": judgement.more_seeds if judgement is not None else None,
+                "not_trained": list(entry.not_trained),
+                "counts": judgement is not None and entry.same_as is None,
+            }
+        )
+    return found
 
 
 def latex(result: TableResult) -> str:
@@ -169,7 +247,9 @@ def latex(result: TableResult) -> str:
     data.columns = data.columns.map(_tex)
     styled = data.map(_tex).style.hide(axis="index")
     below = "".join(f"\\par {_tex(note)}\n" for note in notes(result))
-    table = styled.to_latex(hrules=True, caption=_tex(result.table.spec.title), label=f"tab:{result.name}", position="t")
+    table = styled.to_latex(
+        hrules=True, caption=_tex(f"{result.table.spec.title} ({result.profile})"), label=f"tab:{result.name}", position="t"
+    )
     return table.replace("\\end{table}", f"\\footnotesize\n{below}\\end{{table}}")
 
 
@@ -179,7 +259,6 @@ def _tex(text: str) -> str:
     for plain, tex in (
         ("†", "$\\dagger$"),
         ("±", "$\\pm$"),
-        (NOISE, "$\\approx$"),
         ("|", "$|$"),
         ("<", "$<$"),
         (">", "$>$"),
@@ -193,7 +272,7 @@ def _tex(text: str) -> str:
 def html(result: TableResult) -> str:
     """Return an HTML page with this table and its notes alone."""
     data = frame(result)
-    title = _escape(result.table.spec.title)
+    title = _escape(f"{result.table.spec.title} ({result.profile})")
     below = "".join(f"<li>{_escape(note)}</li>\n" for note in notes(result))
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>\n<style>\n'

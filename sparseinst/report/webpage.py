@@ -18,15 +18,21 @@ from sparseinst.ablation.store import Record, Store
 from sparseinst.config import Config
 from sparseinst.nested import flatten
 from sparseinst.report.collect import ACCURACY, Cell, Column, RowResult, TableResult
-from sparseinst.report.plots import figure_file, plots
-from sparseinst.report.tables import frame, notes
+from sparseinst.report.plots import figure_file, forest_file, plots
+from sparseinst.report.tables import DIFFERENCE, VERDICT, frame, notes
 
-_CHIPS = {"replicates": "yes", "does not replicate": "no", "cannot be told": "open"}
-_COUNTED = {
-    "replicates": "differences that replicate",
-    "does not replicate": "that do not",
-    "cannot be told": "that cannot be told from noise",
+_CHIPS = {
+    "same sign, size compatible": "yes",
+    "same sign, other size": "sign",
+    "opposite sign": "no",
+    "equivalent": "yes",
+    "not equivalent": "no",
+    "higher": "sign",
+    "lower": "sign",
+    "undecided": "open",
+    "not trained": "gap",
 }
+"""The look of each verdict."""
 
 
 def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str:
@@ -44,19 +50,21 @@ def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str
         for row in result.rows
         if row.missing is not None
     ]
-    verdicts = Counter(str(row.verdict) for result in results for row in result.rows if row.verdict is not None)
+    verdicts = Counter(_verdict(row) for result in results for row in result.rows if row.verdict and row.same_as is None)
     counts = [
         (len(results), "tables"),
         (sum(row.missing is None for result in results for row in result.rows), "rows measured"),
         (len(gaps), "gaps"),
         (len(loaded), "records"),
-        *((verdicts[name], text) for name, text in _COUNTED.items()),
+        *((verdicts[name], f"comparisons: {name}") for name in _CHIPS if verdicts[name]),
     ]
     folder = files(__package__) / "page"
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     template = environment.from_string((folder / "page.html.jinja").read_text(encoding="utf-8"))
+    overview = figures / f"{forest_file(profile)}.svg"
     return template.render(
         profile=profile,
+        forest=base64.b64encode(overview.read_bytes()).decode() if overview.exists() else "",
         counts=counts,
         tables=[_table(result, figures, {record.key for record in loaded}) for result in results],
         gaps=gaps,
@@ -65,6 +73,11 @@ def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str
         css=Markup((folder / "page.css").read_text(encoding="utf-8")),
         js=Markup((folder / "page.js").read_text(encoding="utf-8")),
     )
+
+
+def _verdict(row: RowResult) -> str:
+    """Return the verdict's word without what would settle it."""
+    return row.judgement.verdict if row.judgement is not None and not row.not_trained else row.verdict
 
 
 def _as_script(data: Any) -> Markup:
@@ -92,7 +105,7 @@ def _table(result: TableResult, figures: Path, loaded: Container[str]) -> dict[s
     return {
         "name": result.table.name,
         "short": _short(result),
-        "title": result.table.spec.title,
+        "title": f"{result.table.spec.title} ({result.profile})",
         "columns": list(data.columns),
         "rows": rows,
         "figures": [
@@ -114,16 +127,16 @@ def _distinct(keys: Sequence[str], loaded: Container[str]) -> list[str]:
 
 def _cell(title: str, text: str, entry: RowResult | None, result: TableResult) -> dict[str, Any]:
     """Return what a cell shows and the value by which it is sorted."""
-    cell = {"text": text, "sort": text, "paper": "", "chip": "", "note": ""}
+    cell = {"title": title, "text": text, "sort": text, "chip": "", "note": ""}
     column = next((column for column in result.columns if column.title == title), None)
     if entry is None:
         return cell | ({"sort": "".join(part for part in text.split() if _is_number(part))} if column is not None else {})
     if column is not None:
         return cell | _metric_cell(entry.cells[column], column, entry.state_of(column.metric), text)
-    if title == "difference in AP":
+    if title == DIFFERENCE:
         difference = entry.cells[Column("AP")].difference
         return cell | {"sort": difference.value if difference is not None else 0.0 if text == "reference" else ""}
-    return cell | {"chip": _CHIPS.get(text, "") if title == "verdict" else ""}
+    return cell | {"chip": _CHIPS.get(_verdict(entry), "") if title == VERDICT and text else ""}
 
 
 def _is_number(text: str) -> bool:
@@ -131,10 +144,7 @@ def _is_number(text: str) -> bool:
 
 
 def _metric_cell(cell: Cell, column: Column, state: str, text: str) -> dict[str, Any]:
-    measured, _, _ = text.partition(" | ")
-    shown: dict[str, Any] = {"text": measured, "sort": cell.measured.mean if cell.measured is not None else ""}
-    if cell.paper is not None:
-        shown["paper"] = f"{cell.paper:.1f}"
+    shown: dict[str, Any] = {"text": text, "sort": cell.measured.mean if cell.measured is not None else ""}
     if cell.measured is None and state != "done":
         shown["chip"] = "gap"
     elif cell.measured is not None and column.metric in ACCURACY and len(cell.measured.values) > 1:
@@ -170,8 +180,6 @@ def _headline(record: Record) -> str:
         return f"AP {result['figures']['AP']:.1f}" if result["figures"].get("AP") is not None else ""
     if record.kind == "latency":
         return f"{result['whole_ms']['median']:.1f} ms"
-    if record.kind == "compare":
-        return f"AP {result['difference']['AP']:+.1f}" if "AP" in result.get("difference", {}) else ""
     if record.kind == "peer":
         ap, ms = result.get("figures", {}).get("AP"), result.get("whole_ms", {}).get("median")
         return f"AP {ap:.1f}" if ap is not None else f"{ms:.1f} ms" if ms is not None else ""

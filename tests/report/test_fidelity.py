@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from sparseinst.ablation.statistics import Sample, Spread
+from sparseinst.ablation.statistics import Prior, Sample
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables, row_config
 from sparseinst.cli import run_cli
@@ -98,4 +98,4 @@ def test_without_seeds_there_is_no_interval() -> None:
     found = module.fidelity([], None, {})
     assert (found.all.pairs, found.all.share, found.all.tau, found.all.interval) == (0, None, None, None)
     assert module.draw(found) is None
-    assert module.fidelity([], Spread(1.0, 3), {}).clear.pairs == 0
+    assert module.fidelity([], Prior(1.0, 1.0, 3), {}).clear.pairs == 0

@@ -1,27 +1,30 @@
 """Check tables and figures of made-up records, whose values are known."""
 
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 
-from sparseinst.ablation.compare import compare_key
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import Profile, Table, read_profile, read_spec, read_tables, row_config
-from sparseinst.report.collect import TableResult, collect, seed_spreads
+from sparseinst.report.collect import TableResult, collect, seed_priors
 from sparseinst.report.pages import write_report
-from sparseinst.report.tables import FORMATS, frame, notes
+from sparseinst.report.tables import FORMATS, comparisons_json, frame, notes
+from sparseinst.report.terminal import print_table
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 MINI = read_profile("mini", EXPERIMENTS)
 
-MEASURED = {"BCE alone": (10.0,), "dice alone": (29.8,), "dice + BCE": (30.0, 31.0, 32.0)}
+MEASURED = {"BCE alone": (9.0, 10.0, 11.0), "dice alone": (29.6, 30.0), "dice + BCE": (30.0, 31.0, 32.0)}
 
 
-def evaluation(key: str, ap: float) -> Record:
+def evaluation(key: str, ap: float, seed: int = 0) -> Record:
+    """Return an evaluation whose AP has a standard error of 0.5 over images, the same resamplings for all."""
     metrics = {"AP": ap, "AP50": 2 * ap, "AP75": ap - 1, "APs": None, "APm": ap, "APl": None}
-    about = {"device": "A card", "seed": 0, "commit": "abcdef0123456", "versions": {"torch": "9.9"}, "data": "d1"}
-    return Record("evaluate", key, {"figures": metrics, "images": 4}, provenance=about)
+    random = np.random.default_rng(int(10 * ap))
+    resampled = {name: list(value + random.normal(0, 0.5, 50)) for name, value in metrics.items() if value is not None}
+    about = {"device": "A card", "seed": seed, "commit": "abcdef0123456", "versions": {"torch": "9.9"}, "data": "d1"}
+    return Record("evaluate", key, {"figures": metrics, "images": 4, "resampled": resampled}, provenance=about)
 
 
 @pytest.fixture
@@ -31,33 +34,96 @@ def store(tmp_path: Path) -> Store:
     spec = read_spec("table5", EXPERIMENTS)
     for row in spec.rows:
         for seed, ap in enumerate(MEASURED.get(row.name, ())):
-            store.write(evaluation(row_config(spec, row, MINI, seed).evaluate_key(), ap))
-    baseline = row_config(spec, spec.rows[3], MINI).evaluate_key()
-    for row in spec.rows[:2]:
-        other = row_config(spec, row, MINI).evaluate_key()
-        result: dict[str, Any] = {"standard_error": {"AP": 0.5, "AP50": 0.5}}
-        store.write(Record("compare", compare_key(baseline, other), result))
+            store.write(evaluation(row_config(spec, row, MINI, seed).evaluate_key(), ap, seed))
     return store
 
 
 def table5(store: Store, states: dict[str, str] | None = None, profile: Profile = MINI) -> TableResult:
     table = Table(name="table5", spec=read_spec("table5", EXPERIMENTS))
-    return collect(table, profile, store, states or {}, seed_spreads([table], profile, store, store.keys()))
+    return collect(table, profile, store, states or {}, seed_priors([table], profile, store, store.keys()))
 
 
 def test_cells_differences_and_verdicts(store: Store) -> None:
     data = frame(table5(store))
-    assert list(data["AP"]) == ["10.0 | 23.9", "29.8 ≈ | 31.0", "pending | 31.5", "31.0 ± 1.0 (3) | 32.0"]
-    assert list(data["verdict"]) == ["replicates", "cannot be told", "", ""]
+    assert list(data["AP"]) == ["10.0 ± 1.0 (3)", "29.8 ± 0.3 (2)", "pending", "31.0 ± 1.0 (3)"]
+    assert list(data["paper: AP"]) == ["23.9", "31.0", "31.5", "32.0"]
+    assert data["verdict"][0] == "same sign, other size"
+    assert data["verdict"][1].startswith("undecided (+")
+    assert list(data["verdict"])[2:] == ["", ""]
     assert list(data["in the paper"]) == ["-8.1", "-1.0", "-0.5", ""]
-    assert data["difference in AP"][0].startswith("-21.0 [-26.")
-    assert data["APl"][0] == "- | 40.8"
+    assert data["difference in AP"][0].startswith("-21.0 [-2")
+    assert data["APl"][0] == "-"
+    assert list(data.columns).index("verdict") < list(data.columns).index("AP")
+
+
+def test_a_row_that_is_not_trained_has_no_verdict_and_does_not_count(store: Store) -> None:
+    spec = read_spec("table5", EXPERIMENTS)
+    before = seed_priors([Table(name="table5", spec=spec)], MINI, store, store.keys())["AP"]
+    for seed in range(3):
+        config = row_config(spec, spec.rows[2], MINI, seed)
+        store.write(evaluation(config.evaluate_key(), 0.1 * seed))
+        result = {"steps": 1, "not_trained": ["the Dice loss ends at 99 % of its maximum"] if seed == 1 else []}
+        store.write(Record("train", config.train_key(), result))
+    found = table5(store)
+    assert frame(found)["verdict"][2] == "not trained"
+    assert found.rows[2].judgement is None
+    assert "seed 1: the Dice loss ends at 99 % of its maximum" in found.rows[2].not_trained
+    assert any("AP 0.0 is near zero" in note for note in notes(found))
+    assert seed_priors([found.table], MINI, store, store.keys())["AP"] == before
+    assert found.comparisons == 2
+
+
+def test_other_tables_change_a_verdict_only_through_the_prior(store: Store) -> None:
+    """Without the seeds of another table, the difference and each row's own noise stay the same; only the prior moves."""
+    others = read_tables(["table5", "table3"], EXPERIMENTS)
+    spec = others[1].spec
+    for row in spec.rows[:3]:
+        for seed in range(3):
+            store.write(evaluation(row_config(spec, row, MINI, seed).evaluate_key(), 20.0 + seed * 4, seed))
+    keys = store.keys()
+    alone = seed_priors([others[0]], MINI, store, keys)
+    together = seed_priors(others, MINI, store, keys)
+    assert together["AP"].variance > alone["AP"].variance
+    with_others = collect(others[0], MINI, store, {}, together, keys)
+    shown = {row_config(others[0].spec, row, MINI, seed).evaluate_key() for row in others[0].spec.rows for seed in range(3)}
+    fewer = keys & shown
+    assert len(fewer) < len(keys)
+    same_prior = collect(others[0], MINI, store, {}, together, fewer)
+    assert [row.judgement for row in with_others.rows] == [row.judgement for row in same_prior.rows]
+
+
+def test_every_comparison_is_listed_for_scripts(store: Store) -> None:
+    lines = comparisons_json(table5(store))
+    assert [line["row"] for line in lines] == ["BCE alone", "dice alone"]
+    assert lines[0] | {"interval": 0, "p_sign": 0, "p_equivalence": 0} == {
+        "table": "table5",
+        "row": "BCE alone",
+        "reference": "dice + BCE",
+        "difference": -21.0,
+        "interval": 0,
+        "seeds_known": True,
+        "paper": -8.1,
+        "verdict": "same sign, other size",
+        "p_sign": 0,
+        "p_equivalence": 0,
+        "more_seeds": None,
+        "not_trained": [],
+        "counts": True,
+    }
+
+
+def test_a_printed_table_has_at_most_100_columns(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(table5(store))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    assert "verdict" in printed
+    assert "paper: APl" in printed.partition("Not shown")[2]
 
 
 def test_a_missing_value_shows_its_state(store: Store) -> None:
     spec = read_spec("table5", EXPERIMENTS)
     key = row_config(spec, spec.rows[2], MINI).evaluate_key()
-    assert frame(table5(store, {key: "failed"}))["AP"][2] == "failed | 31.5"
+    assert frame(table5(store, {key: "failed"}))["AP"][2] == "failed"
 
 
 def test_every_format_contains_values_notes_and_provenance(store: Store) -> None:
@@ -71,7 +137,7 @@ def test_every_format_contains_values_notes_and_provenance(store: Store) -> None
             assert "declared choice" in text
     latex = FORMATS["tex"](result)
     assert "\\toprule" in latex
-    assert "31.0 $\\pm$ 1.0 (3) $|$ 32.0" in latex
+    assert "31.0 $\\pm$ 1.0 (3)" in latex
     assert "95 \\%" in latex
 
 
@@ -84,8 +150,8 @@ def test_devices_never_share_a_column(tmp_path: Path) -> None:
         result = {"whole_ms": {"median": 4 * factor}, "modules_ms": modules}
         store.write(Record("latency", config.latency_key(device), result, provenance={"device": device}))
     data = frame(collect(table, MINI, store, {}, {}))
-    assert (data["backbone (Card A)"][0], data["backbone (Card B)"][0]) == ("1.00 | 10.0", "2.00 | 10.0")
-    assert data["backbone (Card A)"][1] == "pending | 13.3"
+    assert (data["backbone (Card A)"][0], data["backbone (Card B)"][0]) == ("1.00", "2.00")
+    assert data["backbone (Card A)"][1] == "pending"
 
 
 def test_protocols_of_quoted_rows_are_marked(tmp_path: Path) -> None:
@@ -117,10 +183,10 @@ def test_figures_are_the_same_bytes_each_time(store: Store, tmp_path: Path) -> N
 def test_a_crowded_plot_is_the_same_each_time(tmp_path: Path) -> None:
     """The plot moves overlapping names apart in a fixed number of steps."""
     [table] = read_tables(["figure1"], EXPERIMENTS)
-    result = collect(table, MINI, Store(tmp_path), {}, {})
+    result = collect(table, read_profile("coco", EXPERIMENTS), Store(tmp_path), {}, {})
     for folder in ("a", "b"):
         write_report([result], tmp_path / folder)
-    name = "figures/figure1-mini-speed-accuracy.svg"
+    name = "figures/figure1-coco-speed-accuracy.svg"
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -131,7 +197,7 @@ def test_a_missing_timing_shows_its_state(tmp_path: Path) -> None:
     store.write(evaluation(config.evaluate_key(), 30.0))
     result = collect(table, MINI, store, {config.latency_key("A card"): "failed"}, {})
     assert result.rows[0].missing == "timing failed"
-    assert frame(result)["FPS"][0] == "failed | 58.5"
+    assert frame(result)["FPS"][0] == "failed"
     assert result.rows[1].missing == "pending, timing pending"
 
 

@@ -1,0 +1,160 @@
+"""Do a record's work again and compare the results. Imports no torch by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sparseinst.ablation.statistics import CONFIDENCE, Prior, Sample, estimate_prior
+from sparseinst.ablation.store import Record, Store
+from sparseinst.config import Config
+from sparseinst.errors import UserError
+from sparseinst.files import file_digest
+from sparseinst.overrides import parse_config
+from sparseinst.paths import RUNS, RunPaths, stored_weights
+
+Outcome = Literal["same bits", "same within noise", "different"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of doing a record's work again."""
+
+    key: str
+    outcome: Outcome
+    lines: list[str] = field(default_factory=list)
+    """What was compared, for people."""
+
+
+def verify(key: str, store: Store, device: str | None, *, threads: int | None = None, progress: bool = True) -> Verification:
+    """Do the training and the evaluation, or the timing, of a record again, and compare the results.
+
+    The work has a folder of its own below `runs/verify`. A stopped verification continues there.
+
+    Args:
+        key: the record's key, or its beginning.
+        threads: the number of threads; None takes the record's, because another number can change the weights.
+
+    Raises:
+        UserError: there is no such record, or it cannot be verified.
+    """
+    record = find_record(key, store)
+    config = parse_config(record.config)
+    recorded = record.provenance.get("arithmetic") or {}
+    used = threads or recorded.get("threads")
+    if used is not None:
+        import torch
+
+        torch.set_num_threads(int(used))
+    lines = [f"{record.kind} {record.key}: {used or 'default'} threads here, {recorded.get('threads', 'unknown')} in the record"]
+    if record.kind == "latency":
+        return _verify_timing(record, config, device, lines)
+    if record.kind not in ("train", "evaluate"):
+        raise UserError(
+            f"{record.key}: a record of the kind {record.kind!r} cannot be verified, only train, evaluate and latency"
+        )
+    weights = _train(config, RunPaths(RUNS / "verify" / config.train_key()), device, progress)
+    known, found = record.provenance.get("weights"), file_digest(weights)
+    lines.append(f"weights: {found} here, {known or 'unknown'} in the record")
+    evaluation = record if record.kind == "evaluate" else store.load(config.evaluate_key())
+    if record.kind == "train" and found == known:
+        return Verification(record.key, "same bits", lines)
+    if evaluation is None:
+        lines.append("the weights differ, and there is no evaluation of this training to compare")
+        return Verification(record.key, "different", lines)
+    figures = _evaluate(weights, config, device, progress)
+    theirs = evaluation.result["figures"]
+    lines.append(f"AP: {_text(figures['AP'])} here, {_text(theirs['AP'])} in the record")
+    if record.kind == "evaluate" and figures == theirs and known in (None, found):
+        return Verification(record.key, "same bits", lines)
+    return Verification(record.key, _within_noise(figures["AP"], theirs["AP"], _prior(evaluation, store), lines), lines)
+
+
+def find_record(key: str, store: Store) -> Record:
+    """Return the one record whose key begins so. Raises `UserError` if there is none or if there are several."""
+    every = store.keys()
+    keys = sorted(known for known in every if known.startswith(key))
+    if key in keys:
+        keys = [key]
+    if len(keys) != 1:
+        found = f"{len(keys)} records begin so" if keys else "there is no such record"
+        raise UserError(f"{key}: {found} in {store.folder}; the page of `sparseinst report --html` lists all keys")
+    record = store.load(keys[0])
+    if record is None:
+        raise UserError(f"{key}: its record is damaged")
+    return record
+
+
+def _train(config: Config, paths: RunPaths, device: str | None, progress: bool) -> Path:
+    from sparseinst.device import pick_device
+    from sparseinst.training.train import train
+
+    start = stored_weights(config.pretrain_key()) if config.pretrain.enabled else None
+    return train(config, paths.root, device=pick_device(device), progress=progress, start=start)
+
+
+def _evaluate(weights: Path, config: Config, device: str | None, progress: bool) -> dict[str, float | None]:
+    from sparseinst.data.coco import val_split
+    from sparseinst.device import pick_device
+    from sparseinst.evaluation.evaluate import evaluate
+    from sparseinst.inference.weights import load_weights
+
+    chosen = pick_device(device)
+    model, _, _ = load_weights(weights)
+    return evaluate(model.to(chosen), val_split(config.data), config, device=chosen, progress=progress).figures
+
+
+def _prior(record: Record, store: Store) -> Prior | None:
+    """Return the spread over seeds of AP among the store's evaluations of the same profile."""
+    profile = record.provenance.get("profile")
+    keys = store.keys()
+    records = (found for key in sorted(keys) if (found := store.load(key)) is not None)
+    return estimate_prior(_by_row(r for r in records if r.kind == "evaluate" and r.provenance.get("profile") == profile))
+
+
+def _by_row(records: Iterable[Record]) -> list[Sample]:
+    """Return the APs of records whose configs differ in the seed alone."""
+    rows: dict[str, list[float]] = {}
+    for record in records:
+        config: Any = parse_config(record.config)
+        key = config.replace({"train.seed": 0}).evaluate_key()
+        if record.result["figures"].get("AP") is not None:
+            rows.setdefault(key, []).append(record.result["figures"]["AP"])
+    return [Sample(tuple(values)) for values in rows.values()]
+
+
+def _within_noise(here: float | None, there: float | None, prior: Prior | None, lines: list[str]) -> Outcome:
+    from scipy import stats
+
+    if here is None or there is None or prior is None:
+        lines.append("no row has several seeds, so the noise of AP over seeds is unknown")
+        return "different"
+    limit = float(stats.t.ppf((1 + CONFIDENCE) / 2, prior.pooled_degrees)) * prior.deviation * math.sqrt(2)
+    lines.append(f"two seeds differ by less than {limit:.2f} AP in 95 % of cases; these differ by {abs(here - there):.2f}")
+    return "same within noise" if abs(here - there) <= limit else "different"
+
+
+def _verify_timing(record: Record, config: Config, device: str | None, lines: list[str]) -> Verification:
+    """Time again; the times agree if the ranges from the 5th to the 95th percentile overlap."""
+    from sparseinst.bench.benchmark import measure_latency
+    from sparseinst.device import pick_device
+    from sparseinst.machine import device_name
+
+    here = device_name(device)
+    if here != record.provenance.get("device"):
+        raise UserError(f"{record.key}: was timed on {record.provenance.get('device')}, and this device is {here}")
+    now, before = measure_latency(config, device=pick_device(device)).whole_ms, record.result["whole_ms"]
+    lines.append(f"milliseconds: {_range(now)} here, {_range(before)} in the record")
+    overlap = now["p5"] <= before["p95"] and before["p5"] <= now["p95"]
+    return Verification(record.key, "same within noise" if overlap else "different", lines)
+
+
+def _range(times: dict[str, float]) -> str:
+    return f"{times['median']:.1f} ({times['p5']:.1f}-{times['p95']:.1f})"
+
+
+def _text(ap: float | None) -> str:
+    return f"{ap:.4f}" if ap is not None else "none"
