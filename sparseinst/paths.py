@@ -91,6 +91,8 @@ RUNS = Path("runs")
 """The folder of all runs, in the working folder."""
 JOBS = RUNS / "jobs"
 """submitit's files: the jobs as they were sent, and the outputs of their processes."""
+WANTED = RUNS / "look.json"
+"""The seeds of each row in one look, for the processes of `run --until-settled --jobs N`."""
 SNAPSHOTS = RUNS / "snapshots"
 """Copies of the package. Jobs on a cluster run these."""
 

@@ -41,7 +41,8 @@ ALLOWED = {
     "integrations": BASE | {"progress", "models", "data", "criterion", "postprocess", "evaluation", "training"},
     "ablation": BASE | {"data"},
     "launch": BASE
-    | {"attempts", "data", "device", "distributed", "inference", "evaluation", "training", "visualize", "bench", "ablation"},
+    | {"attempts", "data", "device", "distributed", "inference", "evaluation", "training", "visualize", "bench", "ablation"}
+    | {"report"},
     "report": BASE | {"ablation"},
 }
 """For each part of the package, the parts that it may import. `cli` may import all parts."""

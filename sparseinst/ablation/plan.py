@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,7 +68,7 @@ def make_plan(
     profile: Profile,
     store: Store,
     *,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | Callable[[StudyTable, Row], Sequence[int]] = (0,),
     row: str | None = None,
     device: str | None = None,
     name: str | None = None,
@@ -76,7 +76,8 @@ def make_plan(
     """Plan the stages that the rows need.
 
     Args:
-        seeds: each row is trained once with each seed; latency is measured with the first seed only.
+        seeds: each row is trained once with each seed; latency is measured with the first seed only. A function gives each row
+            seeds of its own; a row without seeds is left out.
         row: plan only the rows whose name contains this text.
         device: the value of `--device`. The keys of timings contain that device's own name.
         name: the device's own name, if the device is on another machine.
@@ -89,8 +90,9 @@ def make_plan(
     runs: dict[str, StageRun] = {}
     for table in tables:
         for chosen in select_rows(table.spec, row):
-            for seed in seeds:
-                planned, its_runs = _plan_row(table, chosen, seed, profile, name, with_latency=seed == seeds[0])
+            its_seeds = seeds(table, chosen) if callable(seeds) else seeds
+            for seed in its_seeds:
+                planned, its_runs = _plan_row(table, chosen, seed, profile, name, with_latency=seed == its_seeds[0])
                 rows.append(planned)
                 runs |= {run.key: run for run in its_runs if run.key not in runs}
     if not rows:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparseinst.ablation.store import RESULTS
+from sparseinst.ablation.store import RESULTS, Store
 from sparseinst.cli.options import (
     Budget,
     ProfileName,
@@ -15,12 +16,17 @@ from sparseinst.cli.options import (
     Seeds,
     TableNames,
     TimingCluster,
+    UntilSettled,
     check_budget,
     make_plan,
     warn_about_overruled_rows,
 )
-from sparseinst.launch.cluster import read_cluster
+from sparseinst.errors import UserError
+from sparseinst.launch.cluster import Cluster, read_cluster
 from sparseinst.paths import JOBS, SNAPSHOTS
+
+if TYPE_CHECKING:
+    from sparseinst.ablation.plan import Plan
 
 app = typer.Typer()
 
@@ -38,9 +44,16 @@ def launch(
     results: Results = RESULTS,
     budget: Budget = None,
     dry_run: DryRun = False,
+    until_settled: UntilSettled = False,
 ) -> None:
-    """Send the runs that the tables still need to a cluster. Runs that are done, queued or running are not sent again."""
-    _send(tables, cluster, profile, seeds, row, results, budget, dry_run, retry=False)
+    """Send the runs that the tables still need to a cluster. Runs that are done, queued or running are not sent again.
+
+    With --until-settled, one call sends the runs of one look. Call it again when they are done: it looks at the results and sends
+    the next look.
+    """
+    if until_settled and (row is not None or seeds != 1):
+        raise UserError("launch: --until-settled chooses the seeds of all rows, so it allows no --seeds and no --row")
+    _send(tables, cluster, profile, seeds, row, results, budget, dry_run, retry=False, until_settled=until_settled)
 
 
 @app.command()
@@ -69,6 +82,7 @@ def _send(
     dry_run: bool,
     *,
     retry: bool,
+    until_settled: bool = False,
 ) -> None:
     from sparseinst.launch import arrange
     from sparseinst.launch import submit as launcher
@@ -76,7 +90,13 @@ def _send(
     from sparseinst.launch.submission import ask_queue
 
     cluster = read_cluster(name)
-    plan, store = make_plan(tables, profile, seeds, row, results, None, cluster=name)
+    if until_settled:
+        looked = _plan_look(tables, cluster, profile, results)
+        if looked is None:
+            return
+        plan, store = looked
+    else:
+        plan, store = make_plan(tables, profile, seeds, row, results, None, cluster=name)
     warn_about_overruled_rows(plan)
     check_budget(plan, store, budget)
     # Ask SLURM: the files alone show a job that an administrator removed as queued, so it would not be sent again.
@@ -98,6 +118,20 @@ def _send(
         print(f"  {selection.active} are already queued or running")
     if selection.to_retry:
         print(f"  {selection.to_retry} failed, were lost or were cancelled; `sparseinst retry` sends them again")
+
+
+def _plan_look(names: list[str], cluster: Cluster, profile: str, results: Path) -> tuple[Plan, Store] | None:
+    """Look at tables whose runs are done, print what is settled, and plan the next look. None if all tables are finished."""
+    from sparseinst.ablation.study import list_tables, read_profile, read_tables
+    from sparseinst.launch.settle import advance, describe, plan_looks
+
+    tables, scale, store = read_tables(names), read_profile(profile), Store(results)
+    device = None if cluster.gpus else "cpu"
+    wanted = advance(tables, read_tables(["all"]) if list_tables() else [], scale, store, device, cluster.device)
+    for table in tables:
+        for line in describe(table, scale, store):
+            print(line)
+    return (plan_looks(tables, wanted, scale, store, device, cluster.device), store) if wanted else None
 
 
 @app.command()

@@ -29,7 +29,7 @@ _TABLES = "table1 ... table8, figure1, the path of a spec, or all."
 Tables = Annotated[list[str] | None, typer.Argument(metavar="[TABLE ...]", help=_TABLES)]
 TableNames = Annotated[list[str], typer.Argument(metavar="TABLE ...", help=_TABLES)]
 ProfileName = Annotated[str, typer.Option("--profile", help="The scale: a file in experiments/profiles, by name or path.")]
-Seeds = Annotated[int, typer.Option(min=1, max=10, help="Train every row with this many seeds, starting at 0.")]
+Seeds = Annotated[int, typer.Option(min=1, max=12, help="Train every row with this many seeds, starting at 0.")]
 RowText = Annotated[str | None, typer.Option("--row", help="Use only the rows whose name contains this text.")]
 Results = Annotated[Path, typer.Option(help="Folder of the records, tables and figures.")]
 TimingCluster = Annotated[str | None, typer.Option("--cluster", help="Use the timings of this cluster's device.")]
@@ -39,6 +39,13 @@ Optimize = Annotated[
 ]
 Record = Annotated[bool, typer.Option("--record", help="Record a peer's metrics for the speed-accuracy plot.")]
 Budget = Annotated[float | None, typer.Option(help="Start nothing if the remaining runs cost more hours than this.")]
+UntilSettled = Annotated[
+    bool,
+    typer.Option(
+        "--until-settled",
+        help="Instead of --seeds: give each row 2, 4 or 8 seeds, until its difference from the reference row is settled.",
+    ),
+]
 
 
 def make_plan(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparseinst.ablation.store import RESULTS
+from sparseinst.ablation.store import RESULTS, Store
 from sparseinst.cli.options import (
     Budget,
     Device,
@@ -21,11 +22,17 @@ from sparseinst.cli.options import (
     TableNames,
     Tables,
     TimingCluster,
+    UntilSettled,
     check_budget,
     make_plan,
     warn_about_overruled_rows,
 )
-from sparseinst.errors import RunFailed
+from sparseinst.errors import RunFailed, UserError
+from sparseinst.paths import WANTED
+
+if TYPE_CHECKING:
+    from sparseinst.ablation.plan import Costs, Plan
+    from sparseinst.report.power import RowPower
 
 app = typer.Typer()
 
@@ -40,6 +47,7 @@ def plan(
     device: Device = None,
     budget: Budget = None,
     as_json: Json = False,
+    power: Annotated[bool, typer.Option("--power", help="Show which differences the planned seeds can settle.")] = False,
     cluster: TimingCluster = None,
 ) -> None:
     """Show what the tables need: rows, distinct runs, the runs that are done, and the cost of the others."""
@@ -48,12 +56,30 @@ def plan(
 
     table_plan, store = make_plan(tables, profile, seeds, row, results, device, cluster=cluster)
     cost = costs(table_plan, store)
+    settles = _power(tables, profile, table_plan, cost, seeds, results) if power else []
     if as_json:
-        print(json.dumps(plan_json(table_plan, cost)))
+        found = {"power": [line.as_json() for line in settles]} if power else {}
+        print(json.dumps({**plan_json(table_plan, cost), **found}))
+    elif power:
+        from sparseinst.report.power import show as show_power
+
+        show_power(settles, seeds, cost.unit)
     else:
         show(table_plan, cost)
         warn_about_overruled_rows(table_plan)
     check_budget(table_plan, store, budget)
+
+
+def _power(tables: list[str] | None, profile: str, plan: Plan, cost: Costs, seeds: int, results: Path) -> list[RowPower]:
+    from sparseinst.ablation.study import list_tables, read_tables
+    from sparseinst.report.collect import read_results, seed_priors
+    from sparseinst.report.power import power
+
+    store = Store(results)
+    every = read_tables([*(tables or []), *(["all"] if list_tables() else [])])
+    prior = seed_priors(every, plan.profile, store, store.keys()).get("AP")
+    hours = [cost.hours[stage] for stage in ("train", "evaluate") if stage in cost.hours]
+    return power(read_results(tables or [], profile, results), prior, seeds, sum(hours) if hours else None)
 
 
 @app.command()
@@ -67,25 +93,36 @@ def run(
     budget: Budget = None,
     pictures: Annotated[Path | None, typer.Option(help="Draw predictions of each row in subfolders of this folder.")] = None,
     device: Device = None,
+    until_settled: UntilSettled = False,
+    seeds_of: Annotated[Path | None, typer.Option(hidden=True, help="A file with the seeds of each row of one look.")] = None,
 ) -> None:
     """Run on this machine what the tables still need. Runs that are done are not repeated."""
     from sparseinst.launch.run import run_in_processes, run_plan
     from sparseinst.launch.work import draw
 
+    if seeds_of is not None:
+        from sparseinst.launch.settle import plan_wanted
+
+        if run_plan(plan_wanted(seeds_of, tables, profile, Store(results), device), Store(results), device=device):
+            raise RunFailed("some runs failed")
+        return
+    if until_settled:
+        if row is not None or pictures is not None or seeds != 1:
+            raise UserError("run: --until-settled chooses the seeds of all rows, so it allows no --seeds, --row or --pictures")
+        _run_until_settled(tables, profile, results, jobs, budget, device)
+        return
     table_plan, store = make_plan(tables, profile, seeds, row, results, device)
     warn_about_overruled_rows(table_plan)
     check_budget(table_plan, store, budget)
     if jobs > 1:
         from sparseinst.launch.status import plan_status
-        from sparseinst.machine import gpu_names
 
         arguments = [*tables, "--profile", profile, "--seeds", str(seeds), "--results", str(results)]
         arguments += ["--row", row] if row is not None else []
-        devices: list[str | None] = [f"cuda:{index}" for index in range(len(gpu_names()))] or [None]
         failures = run_in_processes(
             ["run", *arguments],
             jobs,
-            [device] if device is not None else devices,
+            _devices(device),
             lambda: plan_status(make_plan(tables, profile, seeds, row, results, device)[0]),
         )
         if failures:
@@ -103,6 +140,54 @@ def run(
     print(f"{len(table_plan.runs)} runs done" + (f", {already} of them before this command" if already else ""))
     where = f" --results {results}" if results != RESULTS else ""
     print(f"to see the tables: sparseinst report {' '.join(tables)} --profile {profile}{where} --show")
+
+
+def _run_until_settled(
+    names: list[str], profile: str, results: Path, jobs: int, budget: float | None, device: str | None
+) -> None:
+    """Run looks until every comparison is settled, hopeless or out of looks, or until the budget is too small for the next."""
+    from sparseinst.ablation.plan import costs
+    from sparseinst.ablation.study import list_tables, read_profile, read_tables
+    from sparseinst.launch.run import run_in_processes, run_plan
+    from sparseinst.launch.settle import advance, describe, plan_looks, write_wanted
+    from sparseinst.launch.status import plan_status
+
+    tables, scale, store = read_tables(names), read_profile(profile), Store(results)
+    others = read_tables(["all"]) if list_tables() else []
+    spent = 0.0
+    while wanted := advance(tables, others, scale, store, device):
+        look = plan_looks(tables, wanted, scale, store, device)
+        cost = costs(look, store)
+        hours = cost.of(look.to_do())
+        if budget is not None and not cost.hours:
+            raise UserError(f"profile {scale.name!r} states no cost and nothing is recorded yet, so --budget cannot be checked")
+        if budget is not None and spent + hours > budget:
+            print(f"the next look costs about {hours:.1f} {cost.unit}, and {budget - spent:.1f} of the budget are left: stopped")
+            break
+        spent += hours
+        print(f"a look at {', '.join(wanted)}: {len(look.to_do())} runs, about {hours:.2g} {cost.unit}", flush=True)
+        if jobs > 1:
+            write_wanted(wanted)
+            command = ["run", *names, "--profile", profile, "--results", str(results), "--seeds-of", str(WANTED)]
+            states = partial(plan_status, look)
+            failures = run_in_processes(command, jobs, _devices(device), states)
+        else:
+            failures = len(run_plan(look, store, device=device))
+        if failures or plan_looks(tables, wanted, scale, store, device).to_do():
+            raise RunFailed("some runs failed; `sparseinst status` shows why")
+    for table in tables:
+        print("\n".join(describe(table, scale, store)))
+    where = f" --results {results}" if results != RESULTS else ""
+    print(f"to see the tables: sparseinst report {' '.join(names)} --profile {profile}{where} --show")
+
+
+def _devices(device: str | None) -> list[str | None]:
+    """Return the devices that several processes use in turn; None lets a process choose."""
+    from sparseinst.machine import gpu_names
+
+    if device is not None:
+        return [device]
+    return [f"cuda:{index}" for index in range(len(gpu_names()))] or [None]
 
 
 @app.command()
@@ -134,6 +219,17 @@ def status(
         states.watch(look, lambda: True)
     else:
         states.show(look())
+        _show_looks(tables, profile, results)
+
+
+def _show_looks(names: list[str] | None, profile: str, results: Path) -> None:
+    """Print what is settled in tables that are run until they are settled."""
+    from sparseinst.ablation.study import read_profile, read_tables
+    from sparseinst.launch.settle import describe
+
+    for table in read_tables(names or []):
+        for line in describe(table, read_profile(profile), Store(results)):
+            print(line)
 
 
 @app.command()
@@ -173,7 +269,6 @@ def verify(
 
     The exit code is 0 for the same bits and for the same within noise, and 1 for a different result.
     """
-    from sparseinst.ablation.store import Store
     from sparseinst.launch.verify import verify as verify_record
 
     found = verify_record(key, Store(results), device, threads=threads, progress=not as_json)

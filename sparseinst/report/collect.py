@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 
 from sparseinst.ablation.gate import untrained_ap
+from sparseinst.ablation.looks import penalties, read_looks
 from sparseinst.ablation.peers import PeerResult, find_peers
 from sparseinst.ablation.statistics import Comparison, Difference, Judgement, Prior, Sample, difference, estimate_prior, judge
 from sparseinst.ablation.store import RESULTS, Record, Store
@@ -27,7 +28,7 @@ from sparseinst.ablation.study import (
 )
 from sparseinst.config import Config
 
-SEEDS = range(10)
+SEEDS = range(12)
 """The seeds that a report looks for."""
 ACCURACY: tuple[str, ...] = get_args(AccuracyFigure)
 EVALUATED: tuple[str, ...] = (*ACCURACY, *get_args(MechanismFigure))
@@ -226,7 +227,8 @@ def collect(
                 timing=entry.timing,
             )
         )
-    return TableResult(table, profile.name, columns, _judged(rows, table), peers, _provenance(records.values()))
+    found = TableResult(table, profile.name, columns, rows, peers, _provenance(records.values()))
+    return replace(found, rows=_judged(found, penalties(read_looks(store.results, found.name))))
 
 
 def _cell(
@@ -258,30 +260,39 @@ def _cell(
     return Cell(measured, row.paper.get(column.metric), found, spread)
 
 
-def _judged(rows: Sequence[RowResult], table: Table) -> list[RowResult]:
-    """Return the rows with their verdicts. Rows that are one and the same evaluation count as one comparison."""
-    ap = Column("AP")
+def compared_rows(result: TableResult) -> dict[str, Comparison]:
+    """Return the distinct comparisons of a table by row, without rows that are not trained.
+
+    Rows that are one and the same evaluation count once, under the name of the first.
+    """
     first: dict[tuple[str, ...], str] = {}
     compared: dict[str, Comparison] = {}
-    same: dict[str, str] = {}
-    for row in rows:
-        found = row.cells[ap].difference if ap in row.cells else None
+    for row in result.rows:
+        found = row.cells[Column("AP")].difference if Column("AP") in row.cells else None
         if found is None or row.not_trained:
             continue
-        earlier = first.setdefault(row.evaluations, row.row.name)
-        if earlier != row.row.name:
-            same[row.row.name] = earlier
-        else:
-            compared[row.row.name] = Comparison(found, row.paper_difference, table.spec.margin)
+        if first.setdefault(row.evaluations, row.row.name) == row.row.name:
+            compared[row.row.name] = Comparison(found, row.paper_difference, result.table.spec.margin)
+    return compared
+
+
+def _judged(result: TableResult, penalty: Mapping[str, float]) -> list[RowResult]:
+    """Return the rows with their verdicts.
+
+    Args:
+        penalty: the factor for the p-values of rows that were looked at repeatedly.
+    """
+    compared = {name: replace(comparison, penalty=penalty.get(name, 1.0)) for name, comparison in compared_rows(result).items()}
     judgements = dict(zip(compared, judge(list(compared.values())), strict=True))
-    return [
-        replace(
-            row,
-            judgement=judgements.get(same.get(row.row.name, row.row.name)),
-            same_as=same.get(row.row.name),
-        )
-        for row in rows
-    ]
+    names = {row.evaluations: row.row.name for row in reversed(result.rows) if row.row.name in judgements}
+    rows = []
+    for row in result.rows:
+        name = names.get(row.evaluations)
+        if name is None or row.not_trained or row.cells[Column("AP")].difference is None:
+            rows.append(row)
+        else:
+            rows.append(replace(row, judgement=judgements[name], same_as=name if name != row.row.name else None))
+    return rows
 
 
 def _as_run(config: Config) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sparseinst.ablation.sequential import LOOKS, MOST_REFERENCE_SEEDS, PENALTIES, Decision, decide, next_seeds
 from sparseinst.ablation.statistics import Comparison, Sample, difference, estimate_prior, judge
 
 ROWS = 12
@@ -74,6 +75,90 @@ def _is_false(verdict: str, effect: float) -> bool:
     return effect == 0 or (verdict == "opposite sign") != (effect > 0)
 
 
+@dataclass(frozen=True)
+class Design:
+    """The result of many simulated studies under one design."""
+
+    trainings: float
+    right: float
+    """The mean number of right verdicts that settle a comparison."""
+    false: float
+    """The mean share of false verdicts among those that settle a comparison."""
+
+
+COMPARED = 19
+
+
+def study(seeds: int | None, deviation: float, effect: float, repetitions: int, image_error: float = 0.2) -> Design:
+    """Simulate studies of 19 rows and a reference row.
+
+    Args:
+        seeds: the seeds of every row; None for the group-sequential design.
+        deviation: the median deviation over seeds; the rows' own are log-normal around it.
+        effect: the deviation of the true differences; a third of them are zero.
+    """
+    random = np.random.default_rng(1)
+    trainings, right, false = [], [], []
+    for _ in range(repetitions):
+        deviations = deviation * np.exp(random.normal(0, 0.4, COMPARED + 1))
+        effects = random.normal(0, effect, COMPARED + 1) * (random.random(COMPARED + 1) > 1 / 3)
+        effects[0] = 0.0
+        values = effects[:, None] + random.normal(size=(COMPARED + 1, MOST_REFERENCE_SEEDS)) * deviations[:, None]
+        images = random.normal(0, image_error, COMPARED + 1)
+        images[0] = 0.0
+        if seeds is not None:
+            counts = [seeds] * (COMPARED + 1)
+            verdicts = [j.verdict for j in judge(_compare(values, counts, images, image_error))]
+        else:
+            counts, verdicts = _sequential(values, images, image_error)
+        wrong = [_is_wrong(verdict, true) for verdict, true in zip(verdicts, effects[1:], strict=True)]
+        settled = [verdict != "undecided" for verdict in verdicts]
+        trainings.append(sum(counts))
+        right.append(sum(s and not w for s, w in zip(settled, wrong, strict=True)))
+        false.append(sum(wrong) / max(sum(settled), 1))
+    return Design(float(np.mean(trainings)), float(np.mean(right)), float(np.mean(false)))
+
+
+def _is_wrong(verdict: str, effect: float) -> bool:
+    if verdict in ("higher", "lower"):
+        return effect == 0 or (effect > 0) != (verdict == "higher")
+    return verdict == "equivalent" and abs(effect) > MARGIN
+
+
+def _compare(values: np.ndarray, counts: Sequence[int], images: np.ndarray, image_error: float) -> list[Comparison]:
+    """Return the comparisons of the rows with the first one, with the first `counts` seeds of each."""
+    samples = [Sample(tuple(row[:count])) for row, count in zip(values, counts, strict=True)]
+    prior = estimate_prior(samples)
+    comparisons = []
+    for sample, shift in zip(samples[1:], images[1:], strict=True):
+        found = difference(sample, samples[0], prior, image_error)
+        assert found is not None
+        comparisons.append(Comparison(type(found)(found.value + shift, found.rows, found.image_error), None, MARGIN))
+    return comparisons
+
+
+def _sequential(values: np.ndarray, images: np.ndarray, image_error: float) -> tuple[list[int], list[str]]:
+    """Return the seeds of each row at the end, and the verdicts of the report."""
+    names = [str(number) for number in range(1, len(values))]
+    counts = [0] * len(values)
+    decisions: dict[str, Decision] = {}
+    last = dict.fromkeys(names, 0)
+    for look in range(len(LOOKS)):
+        wanted = next_seeds(names, decisions, look, "0")
+        if not wanted:
+            break
+        for name, seeds in wanted.items():
+            counts[int(name)] = max(counts[int(name)], seeds)
+            last[name] = look
+        comparisons = _compare(values, counts, images, image_error)
+        now = decide(dict(zip(names, comparisons, strict=True)), look)
+        decisions = {name: now[name] if name in wanted else decisions[name] for name in names}
+    final = [
+        Comparison(c.difference, c.paper, c.margin, PENALTIES[last[name]]) for name, c in zip(names, comparisons, strict=True)
+    ]
+    return counts, [judgement.verdict for judgement in judge(final)]
+
+
 def main(repetitions: int) -> None:
     print("| true deviations | seeds | coverage, mean | coverage, worst row | false discoveries |\n|---|---|---|---|---|")
     for name, deviations in PATTERNS.items():
@@ -81,6 +166,15 @@ def main(repetitions: int) -> None:
             found = simulate(deviations, seeds, repetitions)
             print(
                 f"| {name} | {seeds} | {found.coverage.mean():.3f} | {found.coverage.min():.3f} | {found.false:.3f} |", flush=True
+            )
+    print("\n| deviation, effects | design | trainings | right verdicts of 19 | false verdicts |\n|---|---|---|---|---|")
+    for deviation, effect in ((2.86, 2.8), (1.0, 1.5), (0.8, 2.0)):
+        for seeds in (2, 3, 5, 8, 10, None):
+            design = study(seeds, deviation, effect, max(repetitions // 10, 1))
+            name = f"{seeds} seeds a row" if seeds is not None else "sequential"
+            print(
+                f"| {deviation}, {effect} | {name} | {design.trainings:.0f} | {design.right:.1f} | {design.false:.3f} |",
+                flush=True,
             )
 
 

@@ -1,0 +1,90 @@
+"""Log the looks at a table whose seeds are added until its comparisons are settled. Imports no torch.
+
+Each look is one file that is never changed. The log tells how often a row was looked at, so that its verdict can pay for it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from sparseinst.ablation.provenance import code_version
+from sparseinst.ablation.sequential import PENALTIES, Decision
+from sparseinst.errors import UserError
+from sparseinst.files import atomic
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at the results of a table."""
+
+    number: int
+    """Counted from 0."""
+    seeds: dict[str, int]
+    """The seeds of each row that took part, the reference row included."""
+    decisions: dict[str, Decision]
+    """What happened to each row that took part."""
+    commit: str | None
+    """The commit of the code that decided."""
+    ended: str
+
+
+def look_file(results: Path, name: str, number: int) -> Path:
+    """Return the file of a look.
+
+    Args:
+        name: the table's name with the profile's, as in the names of its other files.
+    """
+    return results / "looks" / f"{name}-{number + 1}.json"
+
+
+def read_looks(results: Path, name: str) -> list[Look]:
+    """Return the looks at a table so far. Raises `UserError` if a file is damaged."""
+    looks = []
+    for number in range(len(PENALTIES)):
+        file = look_file(results, name, number)
+        if not file.exists():
+            break
+        try:
+            looks.append(TypeAdapter(Look).validate_json(file.read_bytes()))
+        except (ValidationError, OSError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"{file}: is damaged ({reason}); restore it, since verdicts depend on how often they were looked at"
+            ) from None
+    return looks
+
+
+def write_look(results: Path, name: str, number: int, seeds: Mapping[str, int], decisions: Mapping[str, Decision]) -> Look:
+    """Log a look, unless another process has logged it, and return the look that is logged."""
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    look = Look(number, dict(seeds), dict(decisions), code_version()["commit"], now)
+    file = look_file(results, name, number)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(asdict(look), indent=1, sort_keys=True) + "\n"
+    own = file.with_name(f".{file.name}.{os.getpid()}.new")
+    with atomic(own) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    try:
+        os.link(own, file)  # fails if the file exists, so that the first process wins
+    except FileExistsError:
+        return read_looks(results, name)[number]
+    finally:
+        own.unlink(missing_ok=True)
+    return look
+
+
+def last_decisions(looks: Sequence[Look]) -> dict[str, Decision]:
+    """Return the newest decision about each row."""
+    return {row: decision for look in looks for row, decision in look.decisions.items()}
+
+
+def penalties(looks: Sequence[Look]) -> dict[str, float]:
+    """Return the factor for the p-values of each row that was looked at."""
+    return {row: PENALTIES[look.number] for look in looks for row in look.decisions}

@@ -1,0 +1,134 @@
+"""Train seeds until the comparisons of tables are settled. Imports no torch.
+
+Any number of processes may work on the same tables: all decide alike from the same records, and the first one logs the decision.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparseinst.ablation.looks import Look, last_decisions, read_looks, write_look
+from sparseinst.ablation.plan import Plan, make_plan
+from sparseinst.ablation.sequential import LOOKS, Decision, decide, next_seeds
+from sparseinst.ablation.store import Store
+from sparseinst.ablation.study import Profile, Row, Table, read_profile, read_tables, row_config
+from sparseinst.errors import UserError
+from sparseinst.files import atomic, read_text
+from sparseinst.paths import WANTED
+from sparseinst.report.collect import TableResult, collect, compared_rows, seed_priors
+
+Wanted = dict[str, dict[str, int]]
+"""The seeds that each row of each table needs for its current look, by table and row."""
+
+
+def advance(
+    tables: Sequence[Table],
+    priors_from: Sequence[Table],
+    profile: Profile,
+    store: Store,
+    device: str | None,
+    name: str | None = None,
+) -> Wanted:
+    """Look at every table whose runs of the current look are done, and return the seeds that the next looks need.
+
+    Args:
+        priors_from: the tables whose rows tell about the noise of seeds.
+        device, name: as in `make_plan`.
+
+    Returns:
+        For each table that is not finished, the seeds of its rows.
+
+    Raises:
+        UserError: a table has no reference row with an AP.
+    """
+    wanted: Wanted = {}
+    for table in tables:
+        names = _names(table, profile)
+        while True:
+            looks = read_looks(store.results, log_name(table, profile))
+            number = len(looks)
+            if number == len(LOOKS):
+                break
+            seeds = next_seeds(names, last_decisions(looks), number, str(table.spec.reference))
+            if not seeds:
+                break
+            if plan_looks([table], {table.name: seeds}, profile, store, device, name).to_do():
+                wanted[table.name] = seeds
+                break
+            result = collect(table, profile, store, {}, seed_priors([*tables, *priors_from], profile, store, store.keys()))
+            decisions = _decide(result, names, number)
+            write_look(
+                store.results, log_name(table, profile), number, seeds, {row: decisions[row] for row in names if row in seeds}
+            )
+    return wanted
+
+
+def log_name(table: Table, profile: Profile) -> str:
+    return f"{table.name}-{profile.name}"
+
+
+def _names(table: Table, profile: Profile) -> list[str]:
+    """Return the rows that are compared with the reference row, each distinct evaluation once."""
+    spec = table.spec
+    if spec.reference is None or "evaluate" not in spec.stages() or "AP" not in spec.figures:
+        raise UserError(f"{table.name}: has no reference row with an AP, so no comparison can be settled")
+    keys: dict[str, str] = {}
+    for row in sorted(spec.rows, key=lambda row: row.name != spec.reference):
+        keys.setdefault(row_config(spec, row, profile).evaluate_key(), row.name)
+    return [row.name for row in spec.rows if row.name in keys.values() and row.name != spec.reference]
+
+
+def _decide(result: TableResult, names: Sequence[str], number: int) -> dict[str, Decision]:
+    """Return the decision about each row. A row that is not trained stops."""
+    compared = compared_rows(result)
+    found = decide(compared, number)
+    return {name: found.get(name, Decision("futile", "not trained", 0.0)) for name in names}
+
+
+def plan_looks(
+    tables: Sequence[Table], wanted: Wanted, profile: Profile, store: Store, device: str | None, name: str | None = None
+) -> Plan:
+    """Plan the runs that the current looks need. `device` and `name` are as in `make_plan`."""
+    chosen = [table for table in tables if table.name in wanted]
+
+    def seeds_of(table: Table, row: Row) -> Sequence[int]:
+        return range(wanted[table.name].get(row.name, 0))
+
+    return make_plan(chosen, profile, store, seeds=seeds_of, device=device, name=name)
+
+
+def write_wanted(wanted: Wanted) -> None:
+    """Write the seeds of one look for other processes of this machine."""
+    with atomic(WANTED) as temporary:
+        temporary.write_text(json.dumps(wanted), encoding="utf-8")
+
+
+def plan_wanted(file: Path, names: Sequence[str], profile: str, store: Store, device: str | None) -> Plan:
+    """Plan the look in a file that `write_wanted` wrote."""
+    return plan_looks(read_tables(names), json.loads(read_text(file)), read_profile(profile), store, device)
+
+
+def describe(table: Table, profile: Profile, store: Store) -> list[str]:
+    """Return lines that say what is settled, what comes next and why; an empty list if the table was never looked at."""
+    looks = read_looks(store.results, log_name(table, profile))
+    if not looks:
+        return []
+    lines = [f"{table.name}: {len(looks)} of at most {len(LOOKS)} looks"]
+    for row, decision in last_decisions(looks).items():
+        lines.append(f"  {row}: {_seeds(looks, row)} seeds, {decision.text}")
+    following = (
+        next_seeds(_names(table, profile), last_decisions(looks), len(looks), str(table.spec.reference))
+        if len(looks) < len(LOOKS)
+        else {}
+    )
+    if following:
+        lines.append("  next: " + ", ".join(f"{row} to {seeds} seeds" for row, seeds in following.items()))
+    else:
+        lines.append("  finished")
+    return lines
+
+
+def _seeds(looks: Sequence[Look], row: str) -> int:
+    return max(look.seeds.get(row, 0) for look in looks)

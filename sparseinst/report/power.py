@@ -1,0 +1,140 @@
+"""Tell what the planned seeds can settle, before they are trained. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sparseinst.ablation.statistics import FALSE_DISCOVERIES, POWER, Difference, Prior, SeedNoise
+from sparseinst.report.collect import Column, TableResult
+
+SIZES = (0.5, 1.0, 2.0)
+"""The differences in AP whose seeds are listed."""
+MOST_SEEDS = 200
+_AP = Column("AP")
+
+
+@dataclass(frozen=True)
+class RowPower:
+    """What one comparison can settle."""
+
+    table: str
+    row: str
+    detectable: float | None
+    """The smallest difference that the planned seeds settle with 80 % power; None if the noise of seeds is unknown."""
+    seeds_for: dict[str, int | None]
+    """The seeds of both rows that settle differences of `SIZES` and, under `paper`, the paper's own; None if no number does."""
+    floor: float | None
+    """The smallest difference that any number of seeds settles, because of the validation images; None if it is unknown."""
+    hours: float | None
+    """The hours of the trainings that settle the paper's difference; None if that or the cost is unknown."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "table": self.table,
+            "row": self.row,
+            "detectable": _rounded(self.detectable),
+            "seeds_for": self.seeds_for,
+            "floor": _rounded(self.floor),
+            "hours": _rounded(self.hours),
+        }
+
+
+def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours_per_seed: float | None) -> list[RowPower]:
+    """Return what each comparison of the tables can settle with a number of seeds of both rows.
+
+    Single comparisons are assumed; the false discovery rate over a table's comparisons needs somewhat more seeds.
+
+    Args:
+        prior: the noise of AP over seeds; None if no row has several seeds yet.
+        hours_per_seed: the cost of a training with its evaluation.
+    """
+    differences = [row.cells[_AP].difference for result in results for row in result.rows if _AP in row.cells]
+    errors = [found.image_error for found in differences if found is not None and found.image_error is not None]
+    typical = sum(errors) / len(errors) if errors else None
+    lines = []
+    for result in results:
+        for row in result.rows:
+            if row.row.name == result.table.spec.reference or result.table.spec.reference is None or _AP not in row.cells:
+                continue
+            difference = row.cells[_AP].difference
+            image_error = difference.image_error if difference is not None and difference.image_error is not None else typical
+            variances = _variances(difference, prior)
+            sizes: Mapping[str, float | None] = {f"{size:g}": size for size in SIZES} | {"paper": row.paper_difference}
+            needed = {name: _seeds_for(size, variances, image_error) for name, size in sizes.items()}
+            settles = needed["paper"]
+            lines.append(
+                RowPower(
+                    result.table.name,
+                    row.row.name,
+                    _detectable(variances, seeds, image_error) if variances else None,
+                    needed,
+                    _quantiles(math.inf) * image_error if image_error is not None else None,
+                    2 * settles * hours_per_seed if settles is not None and hours_per_seed is not None else None,
+                )
+            )
+    return lines
+
+
+def _variances(difference: Difference | None, prior: Prior | None) -> list[float]:
+    """Return the variances over seeds of both rows: their own where they are known, else the pooled one."""
+    if difference is not None and len(difference.rows) == 2:
+        return [row.variance for row in difference.rows]
+    return [prior.variance] * 2 if prior is not None else []
+
+
+def _quantiles(degrees: float) -> float:
+    """Return the sum of the quantiles of the test and of its power."""
+    noise = SeedNoise(1.0, degrees, 1)
+    found = Difference(0.0, (noise,) if not math.isinf(degrees) else (), 1.0 if math.isinf(degrees) else None)
+    return found.quantile(1 - FALSE_DISCOVERIES / 2) + found.quantile(POWER)
+
+
+def _detectable(variances: Sequence[float], seeds: int, image_error: float | None) -> float:
+    rows = tuple(SeedNoise(variance, max(seeds, 1), seeds) for variance in variances)
+    found = Difference(0.0, rows, image_error)
+    return (found.quantile(1 - FALSE_DISCOVERIES / 2) + found.quantile(POWER)) * found.error
+
+
+def _seeds_for(size: float | None, variances: Sequence[float], image_error: float | None) -> int | None:
+    if not size or not variances:
+        return None
+    fits = (seeds for seeds in range(2, MOST_SEEDS + 1) if _detectable(variances, seeds, image_error) <= abs(size))
+    return next(fits, None)
+
+
+def _rounded(value: float | None) -> float | None:
+    return round(value, 3) if value is not None else None
+
+
+def show(found: Sequence[RowPower], seeds: int, unit: str) -> None:
+    """Print what each comparison can settle."""
+    table = Table(
+        title=f"What {seeds} seed{'s' if seeds != 1 else ''} of each row can settle, with 80 % power", title_justify="left"
+    )
+    for name in ("table", "row"):
+        table.add_column(name)
+    titles = ["detectable AP", *(f"seeds for {size:g}" for size in SIZES), "for the paper's", unit, "floor of the images"]
+    for name in titles:
+        table.add_column(name, justify="right")
+    for line in found:
+        needed = [_text(line.seeds_for[f"{size:g}"]) for size in SIZES] + [_text(line.seeds_for["paper"])]
+        cells = (_text(line.detectable), *needed, _text(line.hours), _text(line.floor))
+        table.add_row(line.table, escape(line.row), *cells)
+    Console(width=max(Console().width, 110)).print(table)
+    print(
+        "Hours: for the seeds of both rows that settle the paper's difference. "
+        f"-: unknown, or not settled by any number of seeds up to {MOST_SEEDS}."
+    )
+    if any(line.detectable is None for line in found):
+        print("The noise of seeds is unknown until one row of this profile has two seeds.")
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"

@@ -1,0 +1,170 @@
+"""Check runs that add seeds until the comparisons of a table are settled."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparseinst.ablation.looks import look_file, read_looks, write_look
+from sparseinst.ablation.plan import make_plan
+from sparseinst.ablation.sequential import LOOKS, PENALTIES, Decision, decide, next_seeds, predictive_power, reference_seeds
+from sparseinst.ablation.statistics import Comparison, Difference, SeedNoise
+from sparseinst.ablation.store import Record, Store
+from sparseinst.ablation.study import read_profile, read_tables, row_config
+from sparseinst.cli import run_cli
+from sparseinst.errors import UserError
+from sparseinst.launch.settle import advance, describe, plan_looks
+from sparseinst.report.collect import read_results
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+TABLES = read_tables(["table5"], EXPERIMENTS)
+MINI = read_profile("mini", EXPERIMENTS)
+EFFECTS = {"BCE alone": (-20.0, 0.3), "dice alone": (-0.1, 6.0), "dice + focal": (-1.5, 0.8), "dice + BCE": (0.0, 0.5)}
+"""The true difference and the deviation over seeds of each row."""
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(EXPERIMENTS, tmp_path / "experiments")
+    monkeypatch.chdir(tmp_path)
+
+
+def noise(value: float, deviation: float, seeds: int) -> Comparison:
+    return Comparison(Difference(value, (SeedNoise(deviation**2, seeds, seeds),) * 2, 0.1), -1.0, 0.5)
+
+
+def test_the_reference_row_has_more_seeds() -> None:
+    assert [reference_seeds(look, 3) for look in range(3)] == [4, 7, 12]
+    assert reference_seeds(0, 1) == 2
+    assert reference_seeds(1, 19) == 12
+
+
+def test_decisions() -> None:
+    compared = {"clear": noise(-20, 0.3, 4), "hopeless": noise(0.2, 6.0, 4), "open": noise(-1.4, 0.8, 4)}
+    found = decide(compared, 1)
+    assert (found["clear"].kind, found["clear"].verdict) == ("settled", "same sign, other size")
+    assert found["hopeless"].kind == "futile"
+    assert found["open"].kind == "more seeds"
+    assert next_seeds(list(compared), found, 2, "reference") == {"open": 8, "reference": 12}
+    last = decide({"open": noise(-0.7, 0.8, 8)}, 2)
+    assert last["open"].kind == "out of looks"
+    assert next_seeds(["clear"], {"clear": found["clear"]}, 2, "reference") == {}
+
+
+def test_predictive_power_is_how_often_the_last_look_settles() -> None:
+    """Compare it with a simulation of the last look, for a known deviation."""
+    now = Comparison(Difference(-1.0, (SeedNoise(1.0, 1e6, 4),) * 2, None), -1.0, 0.0)
+    random = np.random.default_rng(0)
+    truth = random.normal(-1.0, np.sqrt(2 / 4), 20000)
+    further = random.normal(truth, np.sqrt(2 / 4))  # the mean of four more seeds of both rows
+    last = (-1.0 + further) / 2
+    settled = np.mean(np.abs(last) > 2.004 * np.sqrt(2 / 8))
+    assert predictive_power(now, 1) == pytest.approx(settled, abs=0.02)
+
+
+def finish(wanted: dict[str, dict[str, int]], store: Store) -> int:
+    """Write records for all runs of a look; return their number."""
+    plan = plan_looks(TABLES, wanted, MINI, store, "cpu")
+    for planned in plan.rows:
+        config = row_config(planned.table.spec, planned.row, MINI, planned.seed)
+        effect, deviation = EFFECTS[planned.row.name]
+        random = np.random.default_rng([planned.seed, sorted(EFFECTS).index(planned.row.name)])
+        ap = 40 + effect + random.normal(0, deviation)
+        resampled = {"AP": list(ap + random.normal(0, 0.3, 50))}
+        result = {"figures": {"AP": ap}, "images": 4, "resampled": resampled}
+        store.write(Record("train", config.train_key(), {"steps": 1}))
+        store.write(Record("evaluate", config.evaluate_key(), result, provenance={"data": "d"}))
+    return len(plan.to_do())
+
+
+def test_seeds_are_spent_until_the_table_is_finished(tmp_path: Path) -> None:
+    store = Store(tmp_path / "results")
+    seen = []
+    while wanted := advance(TABLES, TABLES, MINI, store, "cpu"):
+        assert wanted == advance(TABLES, TABLES, MINI, store, "cpu"), "an unfinished look stays the same"
+        seen.append(wanted["table5"])
+        finish(wanted, store)
+    assert seen[0] == {"BCE alone": 2, "dice alone": 2, "dice + focal": 2, "dice + BCE": 4}
+    assert 1 < len(seen) <= len(LOOKS)
+    assert all("BCE alone" not in seeds or seeds["BCE alone"] < 8 for seeds in seen), "the clear row stops early"
+    looks = read_looks(store.results, "table5-mini")
+    assert [look.seeds for look in looks] == seen
+    lines = describe(TABLES[0], MINI, store)
+    assert lines[-1] == "  finished"
+    assert any("BCE alone" in line and "settled: same sign" in line for line in lines)
+    [result] = read_results(["table5"], "mini", store.results)
+    unpaid = next(row for row in result.rows if row.row.name == "BCE alone")
+    assert unpaid.judgement is not None
+    assert unpaid.judgement.p_sign > 0
+
+
+def test_verdicts_pay_for_the_looks(tmp_path: Path) -> None:
+    """The same records have a larger p-value once the log says that they were looked at."""
+    store = Store(tmp_path / "results")
+    finish({"table5": dict.fromkeys(EFFECTS, 4)}, store)
+
+    def p_value() -> float:
+        [result] = read_results(["table5"], "mini", store.results)
+        judgement = result.rows[2].judgement
+        assert judgement is not None
+        return judgement.p_sign
+
+    before = p_value()
+    write_look(store.results, "table5-mini", 0, {}, {"dice + focal": Decision("more seeds", "undecided", 0.5)})
+    write_look(store.results, "table5-mini", 1, {}, {"dice + focal": Decision("futile", "undecided", 0.1)})
+    assert p_value() == pytest.approx(min(1.0, before * PENALTIES[1]), rel=0.35)
+    assert p_value() > before
+
+
+def test_a_look_is_logged_once_and_never_changed(tmp_path: Path) -> None:
+    first = write_look(tmp_path, "table5-mini", 0, {"a": 2}, {"a": Decision("settled", "equivalent", 1.0)})
+    second = write_look(tmp_path, "table5-mini", 0, {"a": 4}, {"a": Decision("futile", "undecided", 0.0)})
+    assert first == second == read_looks(tmp_path, "table5-mini")[0]
+    look_file(tmp_path, "table5-mini", 0).write_text("{}")
+    with pytest.raises(UserError, match="restore it"):
+        read_looks(tmp_path, "table5-mini")
+
+
+def test_a_table_without_a_reference_row_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["run", "table8", "--profile", "smoke", "--until-settled"]) == 2
+    assert "table8: has no reference row with an AP" in capsys.readouterr().err
+    assert run_cli(["run", "table5", "--profile", "smoke", "--until-settled", "--seeds", "3"]) == 2
+    assert "allows no --seeds" in capsys.readouterr().err
+
+
+def test_the_command_runs_looks_and_a_budget_stops_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """At smoke scale nothing is trained, so every row stops after one look."""
+    command = ["run", "table5", "--profile", "smoke", "--until-settled", "--jobs", "2", "--device", "cpu"]
+    assert run_cli([*command, "--budget", "0.0000001"]) == 0
+    assert "of the budget are left: stopped" in capsys.readouterr().out
+    assert run_cli(command) == 0
+    printed = capsys.readouterr().out
+    assert "a look at table5: 21 runs" in printed
+    assert "table5: 1 of at most 3 looks" in printed
+    assert "finished" in printed
+    plan = make_plan(TABLES, read_profile("smoke"), Store(), seeds=range(2), device="cpu")
+    assert not plan.to_do()
+    assert run_cli(["status", "table5", "--profile", "smoke", "--device", "cpu"]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_power(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without several seeds nothing is known. With them, a larger difference needs fewer seeds."""
+    command = ["plan", "table5", "--profile", "mini", "--results", str(tmp_path / "results"), "--power", "--device", "cpu"]
+    assert run_cli([*command, "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)["power"]
+    assert [line["detectable"] for line in lines] == [None] * 3
+    store = Store(tmp_path / "results")
+    finish({"table5": dict.fromkeys(EFFECTS, 4)}, store)
+    assert run_cli([*command, "--json", "--seeds", "4"]) == 0
+    lines = json.loads(capsys.readouterr().out)["power"]
+    assert {"table", "row", "detectable", "seeds_for", "floor"} <= lines[0].keys()
+    for line in lines:
+        needed = [line["seeds_for"][size] for size in ("0.5", "1", "2")]
+        known = [seeds for seeds in needed if seeds is not None]
+        assert known == sorted(known, reverse=True)
+        assert line["detectable"] > line["floor"] > 0
+    assert run_cli(command) == 0
+    assert "What 1 seed of each row can settle" in capsys.readouterr().out
