@@ -11,8 +11,8 @@ from typing import Any
 
 LEAST_AP = 1.0
 """A model below this AP has not learned the task."""
-MOST_RISE = 2.0
-"""AP may rise by this much in the last tenth of the steps."""
+MOST_RISE = 3.0
+"""AP may rise by this much in the last tenth of the steps. (The default row of `small` rises by about 2.)"""
 MOST_FALL = 0.05
 """The loss may fall by this share of itself from the last tenth but one to the last tenth of the steps."""
 CEILING = 0.95

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -40,15 +42,36 @@ def save_weights(
     Args:
         half: write kernels and matrices in half precision, which halves the file.
     """
-    metadata = {
-        "config": config.to_json(),
-        "categories": json.dumps([asdict(category) for category in categories]),
-        "sparseinst": version("sparseinst"),
-    }
     kept = halved(state) if half else state
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
+    metadata = {"config": config.to_json(), "categories": json.dumps([asdict(category) for category in categories])}
+    metadata |= {"checksum": _checksum(tensors, metadata), "sparseinst": version("sparseinst")}
     with no_space_explained(path.parent), atomic(path, check) as temporary:
         temporary.write_bytes(save(tensors, metadata))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of tensors on the CPU: their names, types, shapes and bits.
+
+    The file itself is no measure, because safetensors writes its metadata in a random order.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def file_tensors_digest(path: Path) -> str:
+    """Return the `tensors_digest` of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        return tensors_digest({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the checksum of a weights file's content."""
+    text = "\n".join([tensors_digest(tensors), metadata["config"], metadata["categories"]])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,7 +112,8 @@ def load_weights(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
         path: a weights file, the folder of a run that holds one, or the name of a model in the package (`demo`).
 
     Raises:
-        UserError: there is no such file, it is not a weights file of this package, or its tensors do not fit its config.
+        UserError: there is no such file, it is not a weights file of this package, it is damaged, or its tensors do not fit its
+            config.
     """
     if path.is_dir():
         path = path / WEIGHTS
@@ -103,10 +127,17 @@ def load_weights(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
         raise UserError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no readable safetensors file ({str(error).splitlines()[0]})") from None
-    if "config" not in metadata:
+    if not {"config", "categories"} <= metadata.keys():
         raise UserError(f"{path} carries no config, so this package did not write it")
-    config = parse_config(json.loads(metadata["config"]), where=f"{path}: config")
-    categories = tuple(Category(**entry) for entry in json.loads(metadata["categories"]))
+    checksum = metadata.get("checksum")  # files of earlier versions have none
+    if checksum is not None and checksum != _checksum(state, metadata):
+        raise UserError(f"{path}: is damaged: its content does not match its checksum; copy it again, or train again")
+    try:
+        settings, entries = json.loads(metadata["config"]), json.loads(metadata["categories"])
+        categories = tuple(Category(**entry) for entry in entries)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: its metadata cannot be read ({' '.join(str(error).split())[:100]})") from None
+    config = parse_config(settings, where=f"{path}: config")
     model = build_model(config.model, load_pretrained=False)
     try:
         model.load_state_dict(state)

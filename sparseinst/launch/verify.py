@@ -12,7 +12,6 @@ from sparseinst.ablation.statistics import CONFIDENCE, Prior, Sample, estimate_p
 from sparseinst.ablation.store import Record, Store
 from sparseinst.config import Config
 from sparseinst.errors import UserError
-from sparseinst.files import file_digest
 from sparseinst.overrides import parse_config
 from sparseinst.paths import RUNS, RunPaths, stored_weights
 
@@ -56,8 +55,10 @@ def verify(key: str, store: Store, device: str | None, *, threads: int | None = 
         raise UserError(
             f"{record.key}: a record of the kind {record.kind!r} cannot be verified, only train, evaluate and latency"
         )
+    from sparseinst.inference.weights import file_tensors_digest
+
     weights = _train(config, RunPaths(RUNS / "verify" / config.train_key()), device, progress)
-    known, found = record.provenance.get("weights"), file_digest(weights)
+    known, found = record.provenance.get("weights"), file_tensors_digest(weights)
     lines.append(f"weights: {found} here, {known or 'unknown'} in the record")
     evaluation = record if record.kind == "evaluate" else store.load(config.evaluate_key())
     if record.kind == "train" and found == known:

@@ -66,6 +66,7 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
         result, split = outcome
         from sparseinst.data.coco import images_digest
         from sparseinst.device import arithmetic
+        from sparseinst.inference.weights import file_tensors_digest
 
         about = describe(
             profile=context.profile,
@@ -82,12 +83,16 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
         if attempt.number == 1 and (joules := energy_since(energy)) is not None:  # an earlier attempt's energy is unknown
             about["energy_joules"] = round(joules, 1)
         if run.stage in ("pretrain", "train"):
-            about |= {**trained_by(run_folder(run.key)), "weights": file_digest(run_folder(run.key).weights)}
+            about |= {**trained_by(run_folder(run.key)), "weights": file_tensors_digest(run_folder(run.key).weights)}
         if run.stage == "evaluate":
             assert run.needs is not None
             weights = stored_weights(run.needs)
             assert weights is not None
-            about |= {"trained": trained_by(run_folder(run.needs)), "training": run.needs, "weights": file_digest(weights)}
+            about |= {
+                "trained": trained_by(run_folder(run.needs)),
+                "training": run.needs,
+                "weights": file_tensors_digest(weights),
+            }
         store.write(Record(run.stage, run.key, result, run.config.model_dump(mode="json"), about), attempt.check)
 
 

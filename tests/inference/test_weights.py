@@ -1,0 +1,60 @@
+"""Check that damaged weights are refused."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sparseinst.config import Config
+from sparseinst.data.coco import Category
+from sparseinst.errors import UserError
+from sparseinst.inference.weights import file_tensors_digest, load_weights, save_weights, tensors_digest
+from sparseinst.models.sparseinst import build_model
+
+
+@pytest.fixture
+def saved(tiny: Config, tmp_path: Path) -> Path:
+    categories = tuple(Category(number + 1, f"thing {number}") for number in range(tiny.model.num_classes))
+    save_weights(tmp_path / "model.safetensors", build_model(tiny.model, load_pretrained=False).state_dict(), tiny, categories)
+    return tmp_path / "model.safetensors"
+
+
+def test_a_flipped_bit_anywhere_is_refused(saved: Path) -> None:
+    """100 seeded flips: each gives a one-line error, wherever it is."""
+    content = saved.read_bytes()
+    load_weights(saved)
+    random = np.random.default_rng(0)
+    header = int.from_bytes(content[:8], "little") + 8
+    places = [*random.integers(0, header, 50), *random.integers(header, len(content), 50)]
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(random.integers(8))
+        saved.write_bytes(damaged)
+        with pytest.raises(UserError) as raised:
+            load_weights(saved)
+        assert len(str(raised.value).splitlines()) == 1
+
+
+def test_the_digest_depends_on_every_bit_and_on_nothing_else(saved: Path, tmp_path: Path) -> None:
+    state = {"b": torch.zeros(3), "a": torch.ones((), dtype=torch.int64), "c": torch.zeros(2, dtype=torch.bfloat16)}
+    assert tensors_digest(state) == tensors_digest(dict(reversed(state.items())))
+    assert tensors_digest(state) != tensors_digest({**state, "b": torch.zeros(3, 1)})
+    assert tensors_digest(state) != tensors_digest({**state, "b": torch.tensor([0.0, -0.0, 0.0])})
+    save_file(state, tmp_path / "one.safetensors", {"x": "1", "y": "2"})
+    save_file(state, tmp_path / "other.safetensors", {"y": "3"})
+    assert file_tensors_digest(tmp_path / "one.safetensors") == file_tensors_digest(tmp_path / "other.safetensors")
+
+
+def test_files_without_a_checksum_are_read(saved: Path) -> None:
+    with safe_open(saved, "pt") as file:
+        metadata = {name: text for name, text in file.metadata().items() if name != "checksum"}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    save_file(tensors, saved, metadata)
+    load_weights(saved)
+    save_file(tensors, saved, {**metadata, "categories": "[3]"})
+    with pytest.raises(UserError, match=re.escape("its metadata cannot be read")):
+        load_weights(saved)

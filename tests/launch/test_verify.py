@@ -1,0 +1,85 @@
+"""Check that a record's work can be done again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sparseinst.ablation.plan import make_plan
+from sparseinst.ablation.statistics import Prior
+from sparseinst.ablation.store import Record, Store
+from sparseinst.ablation.study import read_profile, read_tables
+from sparseinst.cli import run_cli
+from sparseinst.launch.verify import _within_noise
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a project in which one row is trained and evaluated at smoke scale."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(EXPERIMENTS, folder / "experiments")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run_cli(["run", "table5", "--row", "BCE alone", "--profile", "smoke", "--device", "cpu"]) == 0
+    return folder
+
+
+def keys(folder: Path) -> dict[str, str]:
+    plan = make_plan(
+        read_tables(["table5"], folder / "experiments"),
+        read_profile("smoke", folder / "experiments"),
+        Store(folder / "results"),
+        row="BCE alone",
+        device="cpu",
+    )
+    return {run.stage: run.key for run in plan.runs.values()}
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_the_same_code_gives_the_same_bits(
+    stage: str, done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(done)
+    key = keys(done)[stage]
+    assert run_cli(["verify", key[:8], "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"key": key, "outcome": "same bits"}
+    assert (done / "runs/verify").is_dir(), "the original run stays as it is"
+
+
+def test_another_result_is_reported(done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(done)
+    shutil.copytree(done / "results", done / "changed", dirs_exist_ok=True)
+    file = done / "changed/records" / f"{keys(done)['evaluate']}.json"
+    record = json.loads(file.read_text())
+    record["result"]["figures"]["AP"] = 50.0
+    record["provenance"]["weights"] = "0" * 16
+    file.write_text(json.dumps(record))
+    assert run_cli(["verify", record["key"], "--results", "changed", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "different"
+    assert "50.0000 in the record" in printed
+
+
+def test_noise_is_that_of_two_seeds() -> None:
+    lines: list[str] = []
+    prior = Prior(1.0, 1.0, 8)
+    assert _within_noise(30.0, 33.0, prior, lines) == "same within noise"  # t(0.975, 8) * sqrt(2) = 3.26
+    assert _within_noise(30.0, 33.5, prior, lines) == "different"
+    assert _within_noise(30.0, 30.1, None, lines) == "different"
+    assert "unknown" in lines[-1]
+
+
+def test_what_cannot_be_verified_is_refused(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(done)
+    Store(Path("results")).write(Record("peer", "peer-x", {"peer": "x", "short_side": 1}))
+    assert run_cli(["verify", "nothing"]) == 2
+    assert "there is no such record in results/records" in capsys.readouterr().err
+    assert run_cli(["verify", "peer-x"]) == 2
+    assert "cannot be verified" in capsys.readouterr().err
+    assert run_cli(["verify", ""]) == 2
+    assert "records begin so" in capsys.readouterr().err
