@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install mini lab test test-slurm lint clean
+.PHONY: install mini lab notebooks test test-slurm lint clean
 mini: $(INSTALLED)
 	$(BIN)/sparseinst run table5 --profile mini --jobs 2 --results runs/mini --pictures runs/pictures
 	$(BIN)/sparseinst report table5 --profile mini --results runs/mini --show
@@ -12,6 +12,10 @@ mini: $(INSTALLED)
 # The notebooks, in a browser.
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab notebooks
+
+# Run all notebooks and keep their outputs; a test compares them with a run.
+notebooks: $(INSTALLED)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 install: $(INSTALLED)
 

@@ -104,7 +104,9 @@ def _gather(entries: Iterable[dict[str, Any]], number: dict[int, int]) -> _Class
     matched = np.concatenate([np.asarray(entry["dtMatched"], dtype=bool) for entry in with_results], axis=1)[:, order]
     ignored = np.concatenate([np.asarray(entry["dtIgnore"], dtype=bool) for entry in with_results], axis=1)[:, order]
     images = np.concatenate([np.full(len(entry["dtScores"]), number[entry["image_id"]]) for entry in with_results])[order]
-    return _Class(matched & ~ignored, ~matched & ~ignored, images, objects)
+    counts = ~ignored.all(axis=0)  # a prediction that every threshold ignores changes nothing
+    right, wrong = (matched & ~ignored)[:, counts], (~matched & ~ignored)[:, counts]
+    return _Class(right, wrong, images[counts], objects)
 
 
 def weighted_figures(sizes: dict[str, list[_Class]], weights: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
