@@ -15,7 +15,7 @@ lab: $(INSTALLED)
 
 # Run all notebooks and keep their outputs; a test compares them with a run.
 notebooks: $(INSTALLED)
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 install: $(INSTALLED)
 
