@@ -42,12 +42,14 @@ def frame(result: TableResult) -> pd.DataFrame:
         cells |= {column.title: _cell(entry.cells[column], entry.state_of(column.metric), column) for column in result.columns}
         cells |= {title: _paper_value(entry.cells[column].paper) for title, column in papers.items()}
         rows.append(cells)
-    for peer in result.peers:
+    # At another scale than the paper's, no value of COCO may share a column with ours.
+    on_coco = result.profile == "coco"
+    for peer in result.peers if on_coco else ():
         cells = {spec.columns[0]: peer.name, "size": str(peer.short_side)}
         cells = {name: text for name, text in cells.items() if name in spec.columns}
         cells |= {column.title: _peer_cell(peer, column) for column in result.columns}
         rows.append(cells)
-    for quoted in spec.quoted:
+    for quoted in spec.quoted if on_coco else ():
         cells = {name: str(quoted.labels.get(name, "")) for name in spec.columns}
         for column in result.columns:
             value = _quoted_value(quoted.figures, column.metric)
@@ -121,10 +123,13 @@ def notes(result: TableResult) -> list[str]:
     if any(cell.spread is not None for cell in cells):
         lines.append("In brackets after a time: its 5th and 95th percentile.")
     lines += _comparison_notes(result)
-    lines += [
-        f"[{name}]: {protocol.device}, {protocol.description}; {protocol.source}."
-        for name, protocol in result.table.spec.protocols.items()
-    ]
+    if result.profile == "coco":
+        lines += [
+            f"[{name}]: {protocol.device}, {protocol.description}; {protocol.source}."
+            for name, protocol in result.table.spec.protocols.items()
+        ]
+    elif result.table.spec.quoted or result.peers:
+        lines.append("The table of the profile coco has the values of other systems, which are of COCO.")
     lines += list(result.table.spec.footnotes)
     lines += _same_runs(result)
     lines.append("Provenance: " + "; ".join(result.provenance) + "." if result.provenance else "Nothing is measured yet.")
