@@ -50,6 +50,15 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
+def wait_passively() -> None:
+    """Let OpenMP's threads sleep while they wait for each other, in this process and in those that it starts.
+
+    By default they spin. If other work shares the cores, a thread that spins keeps the one that it waits for from running, and a
+    step can take minutes. This must happen before torch is loaded. A policy that the user has set stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @cache
 def device_name(device: str | None) -> str:
     """Return the name that the driver or the system gives a device.

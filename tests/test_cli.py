@@ -272,3 +272,14 @@ def test_config_type_is_public() -> None:
     assert set(sparseinst.__all__) <= set(dir(sparseinst)) | set(sparseinst._HOME)
     with pytest.raises(AttributeError):
         _ = sparseinst.nothing
+
+
+def test_threads_wait_passively(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy is set before torch is loaded, and the user's own policy stays."""
+    shows = "c.run_cli = lambda _: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    code = f"import os, sys, sparseinst.cli as c; {shows}; c.main()"
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for policy, expected in ((None, "PASSIVE False"), ("ACTIVE", "ACTIVE False")):
+        environment = {**os.environ, **({"OMP_WAIT_POLICY": policy} if policy else {})}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected

@@ -12,6 +12,7 @@ from sparseinst import __version__
 from sparseinst.cli import bench, cluster, data, look, models, tables, weights
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.inference.memory import keep_freed_memory
+from sparseinst.machine import wait_passively
 
 app = typer.Typer(
     name="sparseinst",
@@ -48,6 +49,7 @@ def options(
 
 def main() -> None:
     """Run the command line and exit: code 0 for success, 1 for a failed or interrupted run, 2 for bad input."""
+    wait_passively()
     keep_freed_memory()  # safe here, because the process runs nothing else
     sys.exit(run_cli(sys.argv[1:]))
 

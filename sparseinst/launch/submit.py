@@ -215,7 +215,8 @@ def _setup(cluster: Cluster, resources: Resources, code: Path) -> list[str]:
 
 
 def _variables(cluster: Cluster, resources: Resources, code: Path) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(resources.cpus_per_task), **cluster.environment, "PYTHONPATH": str(code.resolve())}
+    ours = {"OMP_NUM_THREADS": str(resources.cpus_per_task), "OMP_WAIT_POLICY": "PASSIVE"}  # see `machine.wait_passively`
+    return {**ours, **cluster.environment, "PYTHONPATH": str(code.resolve())}
 
 
 @contextmanager
