@@ -91,10 +91,13 @@ RUNS = Path("runs")
 """The folder of all runs, in the working folder."""
 JOBS = RUNS / "jobs"
 """submitit's files: the jobs as they were sent, and the outputs of their processes."""
-WANTED = RUNS / "look.json"
-"""The seeds of each row in one look, for the processes of `run --until-settled --jobs N`."""
 SNAPSHOTS = RUNS / "snapshots"
 """Copies of the package. Jobs on a cluster run these."""
+
+
+def look_of_process(pid: int) -> Path:
+    """Return the file with the seeds of each row in one look, for the processes that `run --until-settled --jobs N` starts."""
+    return RUNS / f"look-{pid}.json"
 
 
 def run_folder(key: str) -> RunPaths:

@@ -16,8 +16,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from sparseinst.ablation.provenance import code_version
 from sparseinst.ablation.sequential import PENALTIES, Decision
+from sparseinst.ablation.study import Profile, Table, row_config
 from sparseinst.errors import UserError
 from sparseinst.files import atomic
+from sparseinst.section import content_hash
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,17 @@ class Look:
     ended: str
 
 
-def look_file(results: Path, name: str, number: int) -> Path:
-    """Return the file of a look.
+def look_name(table: Table, profile: Profile) -> str:
+    """Return the name of a table's log. It changes with every setting that changes a result or a verdict of the table."""
+    spec = table.spec
+    rows = {row.name: row_config(spec, row, profile).evaluate_key() for row in spec.rows}
+    paper = {row.name: row.paper.get("AP") for row in spec.rows}
+    identity = content_hash({"rows": rows, "paper": paper, "margin": spec.margin, "reference": spec.reference})
+    return f"{table.name}-{profile.name}-{identity[:8]}"
 
-    Args:
-        name: the table's name with the profile's, as in the names of its other files.
-    """
+
+def look_file(results: Path, name: str, number: int) -> Path:
+    """Return the file of a look. `name` comes from `look_name`."""
     return results / "looks" / f"{name}-{number + 1}.json"
 
 
@@ -61,11 +68,15 @@ def read_looks(results: Path, name: str) -> list[Look]:
     return looks
 
 
-def write_look(results: Path, name: str, number: int, seeds: Mapping[str, int], decisions: Mapping[str, Decision]) -> Look:
-    """Log a look, unless another process has logged it, and return the look that is logged."""
+def make_look(number: int, seeds: Mapping[str, int], decisions: Mapping[str, Decision]) -> Look:
+    """Return a look that ends now."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    look = Look(number, dict(seeds), dict(decisions), code_version()["commit"], now)
-    file = look_file(results, name, number)
+    return Look(number, dict(seeds), dict(decisions), code_version()["commit"], now)
+
+
+def write_look(results: Path, name: str, look: Look) -> Look:
+    """Log a look, unless another process has logged it, and return the look that is logged."""
+    file = look_file(results, name, look.number)
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(asdict(look), indent=1, sort_keys=True) + "\n"
     own = file.with_name(f".{file.name}.{os.getpid()}.new")
@@ -74,7 +85,7 @@ def write_look(results: Path, name: str, number: int, seeds: Mapping[str, int], 
     try:
         os.link(own, file)  # fails if the file exists, so that the first process wins
     except FileExistsError:
-        return read_looks(results, name)[number]
+        return read_looks(results, name)[look.number]
     finally:
         own.unlink(missing_ok=True)
     return look

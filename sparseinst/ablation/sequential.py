@@ -16,7 +16,7 @@ from typing import Literal
 
 from scipy import stats
 
-from sparseinst.ablation.statistics import FALSE_DISCOVERIES, Comparison, Difference, Judgement, SeedNoise, judge
+from sparseinst.ablation.statistics import FALSE_DISCOVERIES, Comparison, Difference, Judgement, SeedNoise, Verdict, judge
 
 LOOKS = (2, 4, 8)
 """The seeds of a row at each look."""
@@ -42,7 +42,8 @@ class Decision:
     """What happens to a row after a look."""
 
     kind: Literal["settled", "futile", "more seeds", "out of looks"]
-    verdict: str
+    verdict: Verdict
+    """`undecided` for a row that stopped because it is not trained."""
     power: float
     """The chance that the row is settled at the last look, from what is known now."""
 
@@ -97,18 +98,20 @@ def predictive_power(comparison: Comparison, look: int) -> float:
     from_zero = last.quantile(1 - limit / 2) * last.error + (comparison.margin if comparison.asks_equivalence else 0.0)
     within = comparison.margin - last.quantile(1 - limit) * last.error
     chance = float(stats.norm.sf((from_zero - now.value) / move) + stats.norm.cdf((-from_zero - now.value) / move))
+    if within >= from_zero:  # every outcome settles something
+        return 1.0
     if within > 0:
-        inside = stats.norm.cdf((within - now.value) / move) - stats.norm.cdf((-within - now.value) / move)
-        chance += float(inside) if within <= from_zero else 0.0
-    return min(chance, 1.0)
+        chance += float(stats.norm.cdf((within - now.value) / move) - stats.norm.cdf((-within - now.value) / move))
+    return chance
 
 
 def _at_last_look(now: Difference, look: int) -> Difference:
     """Return the difference as it would be at the last look if the estimates stayed the same."""
     grown = LOOKS[-1] / LOOKS[look]
     rows = []
-    for row in now.rows:
-        seeds = max(row.seeds, min(round(row.seeds * grown), MOST_REFERENCE_SEEDS))
+    for place, row in enumerate(now.rows):
+        last = LOOKS[-1] if place == 0 else min(round(row.seeds * grown), MOST_REFERENCE_SEEDS)  # the reference row comes second
+        seeds = max(row.seeds, last)
         rows.append(SeedNoise(row.variance, row.degrees + seeds - row.seeds, seeds))
     return Difference(now.value, tuple(rows), now.image_error)
 

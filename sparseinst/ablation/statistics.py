@@ -100,7 +100,7 @@ def estimate_prior(samples: Iterable[Sample]) -> Prior | None:
 
 def _degrees_from(excess: float) -> float:
     """Return d for which trigamma(d / 2) equals the excess variance of the log variances; infinity if there is no excess."""
-    if excess <= 0:
+    if excess < 1e-5:
         return math.inf
     return 2 * float(optimize.brentq(lambda half: special.polygamma(1, half) - excess, 1e-3, 1e6, xtol=1e-8))
 
@@ -140,8 +140,13 @@ class Difference:
         return bool(self.rows)
 
     @property
+    def complete(self) -> bool:
+        """Whether the noise of seeds and the noise of images are both known. Only then there is a verdict."""
+        return self.seeds_known and self.image_error is not None
+
+    @property
     def error(self) -> float:
-        """The standard error."""
+        """The standard error, from the noise that is known."""
         return math.sqrt(sum(row.variance / row.seeds for row in self.rows) + (self.image_error or 0.0) ** 2)
 
     @property
@@ -227,7 +232,7 @@ class Comparison:
     @property
     def asks_equivalence(self) -> bool:
         """Whether the paper's difference is too small to ask for its sign."""
-        return self.paper is not None and abs(self.paper) < self.margin
+        return self.paper is not None and (abs(self.paper) < self.margin or self.paper == 0)
 
     def p_sign(self) -> float:
         """Return the two-sided p-value of no difference; beyond the margin, if the question is equivalence."""
@@ -268,18 +273,20 @@ def judge(comparisons: Sequence[Comparison]) -> list[Judgement]:
 
     Each comparison has two tests: one of its sign, one of equivalence. At most one of their null hypotheses is true, so at most
     half of all null hypotheses are, and Benjamini and Hochberg's procedure at twice the rate holds the rate. A comparison whose
-    noise of seeds is unknown has no test.
+    noise of seeds or images is unknown has no test.
     """
-    tested = [number for number, comparison in enumerate(comparisons) if comparison.difference.seeds_known]
+    tested = [number for number, comparison in enumerate(comparisons) if comparison.difference.complete]
     raw = [p for number in tested for p in (comparisons[number].p_sign(), comparisons[number].p_equivalence())]
     adjusted = np.maximum(stats.false_discovery_control(raw) / 2, raw).tolist() if raw else []
     by_number = {number: (adjusted[2 * place], adjusted[2 * place + 1]) for place, number in enumerate(tested)}
     settled = sum(min(pair) <= FALSE_DISCOVERIES for pair in by_number.values())
     confidence = 1 - FALSE_DISCOVERIES * max(settled, 1) / max(len(comparisons), 1)
-    return [_judge(comparison, *by_number.get(n, (1.0, 1.0)), confidence) for n, comparison in enumerate(comparisons)]
+    return [
+        _judge(comparison, *by_number.get(n, (1.0, 1.0)), confidence, len(tested)) for n, comparison in enumerate(comparisons)
+    ]
 
 
-def _judge(comparison: Comparison, p_sign: float, p_equivalence: float, confidence: float) -> Judgement:
+def _judge(comparison: Comparison, p_sign: float, p_equivalence: float, confidence: float, tested: int) -> Judgement:
     found, paper = comparison.difference, comparison.paper
     interval = found.interval(confidence)
     verdict: Verdict = "undecided"
@@ -295,26 +302,30 @@ def _judge(comparison: Comparison, p_sign: float, p_equivalence: float, confiden
             verdict = "same sign, size compatible" if compatible else "same sign, other size"
     elif p_equivalence <= FALSE_DISCOVERIES:
         verdict = "equivalent"
-    more = seeds_to_settle(comparison) if verdict == "undecided" else None
+    more = seeds_to_settle(comparison, tested) if verdict == "undecided" else None
     return Judgement(verdict, p_sign, p_equivalence, interval, more)
 
 
-def seeds_to_settle(comparison: Comparison) -> int | None:
+def seeds_to_settle(comparison: Comparison, tested: int = 1) -> int | None:
     """Return about how many more seeds of both rows would settle a comparison with 80 % power, if its estimates are right.
+
+    Args:
+        tested: the number of comparisons that share the false discovery rate. The worst case is assumed: no other one is settled.
 
     Returns:
         None if up to 50 more seeds would not settle it, because the noise of the images remains, or if the noise of seeds is
         unknown.
     """
-    if not comparison.difference.seeds_known:
+    if not comparison.difference.complete:
         return None
+    level = FALSE_DISCOVERIES / (max(tested, 1) * comparison.penalty)
     size = abs(comparison.difference.value)
     for more in range(1, _MOST_SEEDS + 1):
         found = comparison.difference.with_more_seeds(more)
         power = found.quantile(POWER)
         from_zero = size - (comparison.margin if comparison.asks_equivalence else 0.0)
-        if from_zero >= (found.quantile(1 - FALSE_DISCOVERIES / 2) + power) * found.error:
+        if from_zero >= (found.quantile(1 - level / 2) + power) * found.error:
             return more
-        if comparison.margin - size >= (found.quantile(1 - FALSE_DISCOVERIES) + power) * found.error:
+        if comparison.margin - size >= (found.quantile(1 - level) + power) * found.error:
             return more
     return None

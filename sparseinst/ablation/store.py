@@ -77,6 +77,10 @@ _CONTENTS: dict[Kind, type[BaseModel]] = {
 """The values of each kind that a report reads; a record without them counts as damaged."""
 
 
+_RETIRED = ("compare",)
+"""Kinds that earlier versions wrote; nothing reads them."""
+
+
 def _shipped(key: str) -> Path:
     return SHIPPED / f"{key}.json"
 
@@ -118,11 +122,14 @@ class Store:
         if not path.exists() and _shipped(key).exists():
             path = _shipped(key)
         try:
-            record = Record(**json.loads(path.read_text(encoding="utf-8")))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.get("kind") in _RETIRED:
+                return None
+            record = Record(**content)
             _CONTENTS[record.kind].model_validate(record.result)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             self._set_aside(path, " ".join(str(error).split()))
             return None
         if record.key != key:

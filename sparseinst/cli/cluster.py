@@ -91,7 +91,7 @@ def _send(
 
     cluster = read_cluster(name)
     if until_settled:
-        looked = _plan_look(tables, cluster, profile, results)
+        looked = _plan_look(tables, cluster, profile, results, log=not dry_run)
         if looked is None:
             return
         plan, store = looked
@@ -120,14 +120,14 @@ def _send(
         print(f"  {selection.to_retry} failed, were lost or were cancelled; `sparseinst retry` sends them again")
 
 
-def _plan_look(names: list[str], cluster: Cluster, profile: str, results: Path) -> tuple[Plan, Store] | None:
+def _plan_look(names: list[str], cluster: Cluster, profile: str, results: Path, *, log: bool) -> tuple[Plan, Store] | None:
     """Look at tables whose runs are done, print what is settled, and plan the next look. None if all tables are finished."""
     from sparseinst.ablation.study import list_tables, read_profile, read_tables
     from sparseinst.launch.settle import advance, describe, plan_looks
 
     tables, scale, store = read_tables(names), read_profile(profile), Store(results)
     device = None if cluster.gpus else "cpu"
-    wanted = advance(tables, read_tables(["all"]) if list_tables() else [], scale, store, device, cluster.device)
+    wanted = advance(tables, read_tables(["all"]) if list_tables() else [], scale, store, device, cluster.device, log=log)
     for table in tables:
         for line in describe(table, scale, store):
             print(line)

@@ -28,7 +28,6 @@ from sparseinst.cli.options import (
     warn_about_overruled_rows,
 )
 from sparseinst.errors import RunFailed, UserError
-from sparseinst.paths import WANTED
 
 if TYPE_CHECKING:
     from sparseinst.ablation.plan import Costs, Plan
@@ -79,7 +78,9 @@ def _power(tables: list[str] | None, profile: str, plan: Plan, cost: Costs, seed
     every = read_tables([*(tables or []), *(["all"] if list_tables() else [])])
     prior = seed_priors(every, plan.profile, store, store.keys()).get("AP")
     hours = [cost.hours[stage] for stage in ("train", "evaluate") if stage in cost.hours]
-    return power(read_results(tables or [], profile, results), prior, seeds, sum(hours) if hours else None)
+    planned = {(planned.table.name, planned.row.name) for planned in plan.rows}
+    every_row = power(read_results(tables or [], profile, results), prior, seeds, sum(hours) if hours else None)
+    return [line for line in every_row if (line.table, line.row) in planned]
 
 
 @app.command()
@@ -149,7 +150,7 @@ def _run_until_settled(
     from sparseinst.ablation.plan import costs
     from sparseinst.ablation.study import list_tables, read_profile, read_tables
     from sparseinst.launch.run import run_in_processes, run_plan
-    from sparseinst.launch.settle import advance, describe, plan_looks, write_wanted
+    from sparseinst.launch.settle import advance, describe, plan_looks, wanted_file
     from sparseinst.launch.status import plan_status
 
     tables, scale, store = read_tables(names), read_profile(profile), Store(results)
@@ -167,10 +168,9 @@ def _run_until_settled(
         spent += hours
         print(f"a look at {', '.join(wanted)}: {len(look.to_do())} runs, about {hours:.2g} {cost.unit}", flush=True)
         if jobs > 1:
-            write_wanted(wanted)
-            command = ["run", *names, "--profile", profile, "--results", str(results), "--seeds-of", str(WANTED)]
-            states = partial(plan_status, look)
-            failures = run_in_processes(command, jobs, _devices(device), states)
+            with wanted_file(wanted) as file:
+                command = ["run", *names, "--profile", profile, "--results", str(results), "--seeds-of", str(file)]
+                failures = run_in_processes(command, jobs, _devices(device), partial(plan_status, look))
         else:
             failures = len(run_plan(look, store, device=device))
         if failures or plan_looks(tables, wanted, scale, store, device).to_do():

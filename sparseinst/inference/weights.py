@@ -45,7 +45,8 @@ def save_weights(
     kept = halved(state) if half else state
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
     metadata = {"config": config.to_json(), "categories": json.dumps([asdict(category) for category in categories])}
-    metadata |= {"checksum": _checksum(tensors, metadata), "sparseinst": version("sparseinst")}
+    metadata["sparseinst"] = version("sparseinst")
+    metadata["checksum"] = _checksum(tensors, metadata)
     with no_space_explained(path.parent), atomic(path, check) as temporary:
         temporary.write_bytes(save(tensors, metadata))
 
@@ -70,7 +71,7 @@ def file_tensors_digest(path: Path) -> str:
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """Return the checksum of a weights file's content."""
-    text = "\n".join([tensors_digest(tensors), metadata["config"], metadata["categories"]])
+    text = "\n".join([tensors_digest(tensors), *(metadata.get(name, "") for name in ("config", "categories", "sparseinst"))])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -130,7 +131,8 @@ def load_weights(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
     if not {"config", "categories"} <= metadata.keys():
         raise UserError(f"{path} carries no config, so this package did not write it")
     checksum = metadata.get("checksum")  # files of earlier versions have none
-    if checksum is not None and checksum != _checksum(state, metadata):
+    unknown = metadata.keys() - {"config", "categories", "sparseinst", "checksum"}  # a damaged name
+    if unknown or (checksum is not None and checksum != _checksum(state, metadata)):
         raise UserError(f"{path}: is damaged: its content does not match its checksum; copy it again, or train again")
     try:
         settings, entries = json.loads(metadata["config"]), json.loads(metadata["categories"])

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 
 from sparseinst.ablation.plan import Plan, StageRun
+from sparseinst.ablation.provenance import COMMAND, command_line
 from sparseinst.ablation.store import Store
 from sparseinst.attempts import Attempt, Held, reason
 from sparseinst.launch.status import Status, watch
@@ -131,7 +132,7 @@ def run_in_processes(
             device = devices[number % len(devices)]
             command = [sys.executable, "-m", "sparseinst", *arguments, *(["--device", device] if device else [])]
             output = stack.enter_context((RUNS / f"process-{number}.txt").open("a", encoding="utf-8"))
-            environment = {**os.environ, "OMP_NUM_THREADS": threads}
+            environment = {**os.environ, "OMP_NUM_THREADS": threads, COMMAND: command_line()}
             processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
         try:
             watch(get_states, lambda: any(process.poll() is None for process in processes))

@@ -6,17 +6,19 @@ Any number of processes may work on the same tables: all decide alike from the s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from sparseinst.ablation.looks import Look, last_decisions, read_looks, write_look
+from sparseinst.ablation.looks import Look, last_decisions, look_name, make_look, read_looks, write_look
 from sparseinst.ablation.plan import Plan, make_plan
 from sparseinst.ablation.sequential import LOOKS, Decision, decide, next_seeds
 from sparseinst.ablation.store import Store
 from sparseinst.ablation.study import Profile, Row, Table, read_profile, read_tables, row_config
 from sparseinst.errors import UserError
 from sparseinst.files import atomic, read_text
-from sparseinst.paths import WANTED
+from sparseinst.paths import look_of_process
 from sparseinst.report.collect import TableResult, collect, compared_rows, seed_priors
 
 Wanted = dict[str, dict[str, int]]
@@ -30,12 +32,15 @@ def advance(
     store: Store,
     device: str | None,
     name: str | None = None,
+    *,
+    log: bool = True,
 ) -> Wanted:
     """Look at every table whose runs of the current look are done, and return the seeds that the next looks need.
 
     Args:
         priors_from: the tables whose rows tell about the noise of seeds.
         device, name: as in `make_plan`.
+        log: write the looks to the log; otherwise only tell what would follow.
 
     Returns:
         For each table that is not finished, the seeds of its rows.
@@ -46,11 +51,9 @@ def advance(
     wanted: Wanted = {}
     for table in tables:
         names = _names(table, profile)
-        while True:
-            looks = read_looks(store.results, log_name(table, profile))
+        looks = read_looks(store.results, look_name(table, profile))
+        while len(looks) < len(LOOKS):
             number = len(looks)
-            if number == len(LOOKS):
-                break
             seeds = next_seeds(names, last_decisions(looks), number, str(table.spec.reference))
             if not seeds:
                 break
@@ -59,14 +62,9 @@ def advance(
                 break
             result = collect(table, profile, store, {}, seed_priors([*tables, *priors_from], profile, store, store.keys()))
             decisions = _decide(result, names, number)
-            write_look(
-                store.results, log_name(table, profile), number, seeds, {row: decisions[row] for row in names if row in seeds}
-            )
+            look = make_look(number, seeds, {row: decisions[row] for row in names if row in seeds})
+            looks.append(write_look(store.results, look_name(table, profile), look) if log else look)
     return wanted
-
-
-def log_name(table: Table, profile: Profile) -> str:
-    return f"{table.name}-{profile.name}"
 
 
 def _names(table: Table, profile: Profile) -> list[str]:
@@ -84,7 +82,7 @@ def _decide(result: TableResult, names: Sequence[str], number: int) -> dict[str,
     """Return the decision about each row. A row that is not trained stops."""
     compared = compared_rows(result)
     found = decide(compared, number)
-    return {name: found.get(name, Decision("futile", "not trained", 0.0)) for name in names}
+    return {name: found.get(name, Decision("futile", "undecided", 0.0)) for name in names}
 
 
 def plan_looks(
@@ -99,20 +97,26 @@ def plan_looks(
     return make_plan(chosen, profile, store, seeds=seeds_of, device=device, name=name)
 
 
-def write_wanted(wanted: Wanted) -> None:
-    """Write the seeds of one look for other processes of this machine."""
-    with atomic(WANTED) as temporary:
+@contextmanager
+def wanted_file(wanted: Wanted) -> Iterator[Path]:
+    """Write the seeds of one look for other processes of this machine, and remove the file afterwards."""
+    file = look_of_process(os.getpid())
+    with atomic(file) as temporary:
         temporary.write_text(json.dumps(wanted), encoding="utf-8")
+    try:
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def plan_wanted(file: Path, names: Sequence[str], profile: str, store: Store, device: str | None) -> Plan:
-    """Plan the look in a file that `write_wanted` wrote."""
+    """Plan the look in a file that `wanted_file` wrote."""
     return plan_looks(read_tables(names), json.loads(read_text(file)), read_profile(profile), store, device)
 
 
 def describe(table: Table, profile: Profile, store: Store) -> list[str]:
     """Return lines that say what is settled, what comes next and why; an empty list if the table was never looked at."""
-    looks = read_looks(store.results, log_name(table, profile))
+    looks = read_looks(store.results, look_name(table, profile))
     if not looks:
         return []
     lines = [f"{table.name}: {len(looks)} of at most {len(LOOKS)} looks"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sparseinst.ablation.provenance import code_digest
 from sparseinst.ablation.statistics import CONFIDENCE, Prior, Sample, estimate_prior
 from sparseinst.ablation.store import Record, Store
 from sparseinst.config import Config
@@ -44,9 +46,9 @@ def verify(key: str, store: Store, device: str | None, *, threads: int | None = 
     config = parse_config(record.config)
     recorded = record.provenance.get("arithmetic") or {}
     used = threads or recorded.get("threads")
-    if used is not None:
-        import torch
+    import torch
 
+    if used is not None:
         torch.set_num_threads(int(used))
     lines = [f"{record.kind} {record.key}: {used or 'default'} threads here, {recorded.get('threads', 'unknown')} in the record"]
     if record.kind == "latency":
@@ -55,9 +57,19 @@ def verify(key: str, store: Store, device: str | None, *, threads: int | None = 
         raise UserError(
             f"{record.key}: a record of the kind {record.kind!r} cannot be verified, only train, evaluate and latency"
         )
+    # Another number of threads or other code is another verification; a stopped one continues.
+    folder = RUNS / "verify" / f"{config.train_key()}-{torch.get_num_threads()}-{code_digest()}"
+    found = _verify_training(record, config, RunPaths(folder), store, device, lines, progress)
+    shutil.rmtree(folder)  # the next call does the work again
+    return found
+
+
+def _verify_training(
+    record: Record, config: Config, paths: RunPaths, store: Store, device: str | None, lines: list[str], progress: bool
+) -> Verification:
     from sparseinst.inference.weights import file_tensors_digest
 
-    weights = _train(config, RunPaths(RUNS / "verify" / config.train_key()), device, progress)
+    weights = _train(config, paths, device, progress)
     known, found = record.provenance.get("weights"), file_tensors_digest(weights)
     lines.append(f"weights: {found} here, {known or 'unknown'} in the record")
     evaluation = record if record.kind == "evaluate" else store.load(config.evaluate_key())
@@ -131,7 +143,9 @@ def _within_noise(here: float | None, there: float | None, prior: Prior | None, 
     from scipy import stats
 
     if here is None or there is None or prior is None:
-        lines.append("no row has several seeds, so the noise of AP over seeds is unknown")
+        lines.append(
+            "AP has no value" if prior is not None else "no row has several seeds, so the noise of AP over seeds is unknown"
+        )
         return "different"
     limit = float(stats.t.ppf((1 + CONFIDENCE) / 2, prior.pooled_degrees)) * prior.deviation * math.sqrt(2)
     lines.append(f"two seeds differ by less than {limit:.2f} AP in 95 % of cases; these differ by {abs(here - there):.2f}")

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 
 from sparseinst.ablation.gate import untrained_ap
-from sparseinst.ablation.looks import penalties, read_looks
+from sparseinst.ablation.looks import Look, last_decisions, look_name, penalties, read_looks
 from sparseinst.ablation.peers import PeerResult, find_peers
 from sparseinst.ablation.statistics import Comparison, Difference, Judgement, Prior, Sample, difference, estimate_prior, judge
 from sparseinst.ablation.store import RESULTS, Record, Store
@@ -228,7 +228,7 @@ def collect(
             )
         )
     found = TableResult(table, profile.name, columns, rows, peers, _provenance(records.values()))
-    return replace(found, rows=_judged(found, penalties(read_looks(store.results, found.name))))
+    return replace(found, rows=_judged(found, read_looks(store.results, look_name(table, profile))))
 
 
 def _cell(
@@ -252,8 +252,8 @@ def _cell(
         same_weights = shares_training and _evaluate_same_weights(entry, reference)
         # Two evaluations of the same weights are compared seed by seed, so the reference needs the row's seeds.
         base = (_sample(reference, column, entry.evaluations) if same_weights else None) or _sample(reference, column)
-        if base is not None:
-            error = _image_error(entry, reference, column.metric)
+        if base is not None and _share_images(entry, reference):
+            error = _image_error(entry, reference, column.metric, entry.evaluations if same_weights else SEEDS)
             found = difference(measured, base, priors.get(column.metric), error, same_weights=same_weights)
     timed = entry.latencies.get(column.device or "")
     spread = _timed_spread(timed.result, column.metric) if timed is not None and column.metric not in EVALUATED else None
@@ -263,9 +263,10 @@ def _cell(
 def compared_rows(result: TableResult) -> dict[str, Comparison]:
     """Return the distinct comparisons of a table by row, without rows that are not trained.
 
-    Rows that are one and the same evaluation count once, under the name of the first.
+    Rows that are one and the same evaluation count once, under the name of the first. A row that is the same evaluation as the
+    reference row is no comparison.
     """
-    first: dict[tuple[str, ...], str] = {}
+    first = {row.evaluations: row.row.name for row in result.rows if row.row.name == result.table.spec.reference}
     compared: dict[str, Comparison] = {}
     for row in result.rows:
         found = row.cells[Column("AP")].difference if Column("AP") in row.cells else None
@@ -276,22 +277,27 @@ def compared_rows(result: TableResult) -> dict[str, Comparison]:
     return compared
 
 
-def _judged(result: TableResult, penalty: Mapping[str, float]) -> list[RowResult]:
+def _judged(result: TableResult, looks: Sequence[Look]) -> list[RowResult]:
     """Return the rows with their verdicts.
 
     Args:
-        penalty: the factor for the p-values of rows that were looked at repeatedly.
+        looks: the looks at the table while its seeds were added. Verdicts pay for them, and what a look has settled stays
+            settled.
     """
+    penalty, decisions = penalties(looks), last_decisions(looks)
     compared = {name: replace(comparison, penalty=penalty.get(name, 1.0)) for name, comparison in compared_rows(result).items()}
     judgements = dict(zip(compared, judge(list(compared.values())), strict=True))
+    for name, judgement in judgements.items():
+        if judgement.verdict == "undecided" and name in decisions and decisions[name].kind == "settled":
+            judgements[name] = replace(judgement, verdict=decisions[name].verdict, more_seeds=None)
     names = {row.evaluations: row.row.name for row in reversed(result.rows) if row.row.name in judgements}
     rows = []
     for row in result.rows:
-        name = names.get(row.evaluations)
-        if name is None or row.not_trained or row.cells[Column("AP")].difference is None:
+        first = names.get(row.evaluations)
+        if first is None or row.not_trained or row.cells[Column("AP")].difference is None:
             rows.append(row)
         else:
-            rows.append(replace(row, judgement=judgements[name], same_as=name if name != row.row.name else None))
+            rows.append(replace(row, judgement=judgements[first], same_as=first if first != row.row.name else None))
     return rows
 
 
@@ -301,25 +307,29 @@ def _as_run(config: Config) -> str:
     return f"{config.model.backbone.name}, {config.inference.sides()[0]} px, {width} channels"
 
 
-def _image_error(row: _RowRecords, reference: _RowRecords, metric: str) -> float | None:
+def _share_images(row: _RowRecords, reference: _RowRecords) -> bool:
+    """Return whether all evaluations of two rows are of the same validation images."""
+    records = [*row.evaluations.values(), *reference.evaluations.values()]
+    return len({(record.provenance.get("data"), record.result.get("images")) for record in records}) <= 1
+
+
+def _image_error(row: _RowRecords, reference: _RowRecords, metric: str, reference_seeds: Container[int]) -> float | None:
     """Return the standard error over images of the difference of the seeds' means.
 
+    Args:
+        reference_seeds: the seeds of the reference row that are compared.
+
     Returns:
-        None if an evaluation has no resamplings, or if they are of other images.
+        None if an evaluation has no resamplings.
     """
     means = []
-    conditions = set()
-    for entry in (row, reference):
-        values = []
-        for record in entry.evaluations.values():
-            resampled = record.result.get("resampled", {}).get(metric)
-            if resampled is None:
-                return None
-            values.append([np.nan if value is None else value for value in resampled])
-            conditions.add((record.provenance.get("data"), record.result.get("images"), len(resampled)))
-        if not values or len(conditions) > 1:
+    for entry, seeds in ((row, SEEDS), (reference, reference_seeds)):
+        resampled = [r.result.get("resampled", {}).get(metric) for seed, r in entry.evaluations.items() if seed in seeds]
+        if not resampled or any(values is None for values in resampled) or len({len(values) for values in resampled}) > 1:
             return None
-        means.append(np.mean(np.array(values), axis=0))
+        means.append(np.mean([[np.nan if value is None else value for value in values] for values in resampled], axis=0))
+    if len(means[0]) != len(means[1]):
+        return None
     differences = means[0] - means[1]
     differences = differences[~np.isnan(differences)]
     return float(differences.std(ddof=1)) if len(differences) > 1 else None

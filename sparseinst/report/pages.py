@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from sparseinst.ablation.store import Store
 from sparseinst.files import atomic
@@ -38,10 +41,7 @@ def write_report(results: Sequence[TableResult], folder: Path, *, page: Sequence
                     changed += [path, path.with_suffix(".png")]
     if page:
         path = folder / "figures" / f"{forest_file(page[0].profile)}.svg"
-        figure = forest(page)
-        if figure is not None and (changed or not path.exists()):
-            save(figure, path)
-            changed += [path, path.with_suffix(".png")]
+        changed += _save_if_changed(forest(page), path)
         path = page_file(folder, page[0].profile)
         if _write(path, web_page(page, Store(folder), folder / "figures")):
             changed.append(path)
@@ -49,6 +49,22 @@ def write_report(results: Sequence[TableResult], folder: Path, *, page: Sequence
     if _write(index, _index(folder)):
         changed.append(index)
     return changed
+
+
+def _save_if_changed(figure: Figure | None, path: Path) -> list[Path]:
+    """Save a plot as SVG and PNG if its bytes change; return the files that change."""
+    if figure is None:
+        return []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        drawn = Path(folder) / path.name
+        save(figure, drawn)
+        if path.exists() and path.read_bytes() == drawn.read_bytes():
+            return []
+        files = [path, path.with_suffix(".png")]
+        for file in files:
+            (Path(folder) / file.name).replace(file)
+    return files
 
 
 def page_file(folder: Path, profile: str) -> Path:

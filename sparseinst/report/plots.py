@@ -86,8 +86,7 @@ def _draw_measured(axes: mpl.axes.Axes, result: TableResult, column: Column, loo
             points.append((1000 / speed.mean if column.metric == "FPS" else speed.mean, ap.measured.mean, row.row.name))
     label = f"SparseInst, measured at {result.profile} scale: {column.device}"
     labels = _draw_points(axes, points, label, **{**style.MEASURED, **look}) if points else []
-    on_coco = result.peers if result.profile == "coco" else []
-    peers = [p for p in on_coco if column.device in p.whole_ms and p.figures.get("AP") is not None]
+    peers = [p for p in result.peers if column.device in p.whole_ms and p.figures.get("AP") is not None]
     for name, mark in zip(dict.fromkeys(peer.name for peer in peers), cycle(_PEER_MARKS), strict=False):
         points = [(p.whole_ms[str(column.device)], p.figures["AP"] or 0.0, str(p.short_side)) for p in peers if p.name == name]
         peer_look = {"marker": mark, "color": "0.3", "ls": ":", **look}

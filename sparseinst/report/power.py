@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +66,9 @@ def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours
             difference = row.cells[_AP].difference
             image_error = difference.image_error if difference is not None and difference.image_error is not None else typical
             variances = _variances(difference, prior)
-            sizes: Mapping[str, float | None] = {f"{size:g}": size for size in SIZES} | {"paper": row.paper_difference}
-            needed = {name: _seeds_for(size, variances, image_error) for name, size in sizes.items()}
-            settles = needed["paper"]
+            margin = result.table.spec.margin
+            needed = {f"{size:g}": _seeds_for(size, variances, image_error) for size in SIZES}
+            needed["paper"] = settles = _seeds_for(row.paper_difference, variances, image_error, margin)
             lines.append(
                 RowPower(
                     result.table.name,
@@ -76,15 +76,18 @@ def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours
                     _detectable(variances, seeds, image_error) if variances else None,
                     needed,
                     _quantiles(math.inf) * image_error if image_error is not None else None,
-                    2 * settles * hours_per_seed if settles is not None and hours_per_seed is not None else None,
+                    len(variances) * settles * hours_per_seed if settles is not None and hours_per_seed is not None else None,
                 )
             )
     return lines
 
 
 def _variances(difference: Difference | None, prior: Prior | None) -> list[float]:
-    """Return the variances over seeds of both rows: their own where they are known, else the pooled one."""
-    if difference is not None and len(difference.rows) == 2:
+    """Return the variances over seeds of both rows: their own where they are known, else the pooled one.
+
+    Two rows that evaluate the same trainings have one, that of their differences.
+    """
+    if difference is not None and difference.rows:
         return [row.variance for row in difference.rows]
     return [prior.variance] * 2 if prior is not None else []
 
@@ -96,16 +99,24 @@ def _quantiles(degrees: float) -> float:
     return found.quantile(1 - FALSE_DISCOVERIES / 2) + found.quantile(POWER)
 
 
-def _detectable(variances: Sequence[float], seeds: int, image_error: float | None) -> float:
+def _detectable(variances: Sequence[float], seeds: int, image_error: float | None, tails: int = 2) -> float:
     rows = tuple(SeedNoise(variance, max(seeds, 1), seeds) for variance in variances)
     found = Difference(0.0, rows, image_error)
-    return (found.quantile(1 - FALSE_DISCOVERIES / 2) + found.quantile(POWER)) * found.error
+    return (found.quantile(1 - FALSE_DISCOVERIES / tails) + found.quantile(POWER)) * found.error
 
 
-def _seeds_for(size: float | None, variances: Sequence[float], image_error: float | None) -> int | None:
-    if not size or not variances:
+def _seeds_for(size: float | None, variances: Sequence[float], image_error: float | None, margin: float = 0.0) -> int | None:
+    """Return the seeds that settle a difference; None if no number up to 200 does, or if something is unknown.
+
+    Args:
+        margin: a difference below it is asked for equivalence.
+    """
+    if size is None or not variances:
         return None
-    fits = (seeds for seeds in range(2, MOST_SEEDS + 1) if _detectable(variances, seeds, image_error) <= abs(size))
+    equivalence = abs(size) < margin
+    distance = margin - abs(size) if equivalence else abs(size)
+    tails = 1 if equivalence else 2
+    fits = (seeds for seeds in range(2, MOST_SEEDS + 1) if _detectable(variances, seeds, image_error, tails) <= distance)
     return next(fits, None)
 
 

@@ -14,6 +14,8 @@ from sparseinst.report.collect import EVALUATED, Cell, Column, TableResult
 
 IMAGES_ALONE = "†"
 """This sign marks an interval that covers the noise of images alone, because too few rows have several seeds."""
+SEEDS_ALONE = "‡"
+"""This sign marks an interval that covers the noise of seeds alone, because an evaluation has no resamplings of the images."""
 DIFFERENCE, PAPER_DIFFERENCE, VERDICT = "difference in AP", "in the paper", "verdict"
 AS_RUN = "as run"
 """The titles of the columns that a report adds to those of the spec."""
@@ -42,14 +44,13 @@ def frame(result: TableResult) -> pd.DataFrame:
         cells |= {column.title: _cell(entry.cells[column], entry.state_of(column.metric), column) for column in result.columns}
         cells |= {title: _paper_value(entry.cells[column].paper) for title, column in papers.items()}
         rows.append(cells)
-    # At another scale than the paper's, no value of COCO may share a column with ours.
-    on_coco = result.profile == "coco"
-    for peer in result.peers if on_coco else ():
+    for peer in result.peers:
         cells = {spec.columns[0]: peer.name, "size": str(peer.short_side)}
         cells = {name: text for name, text in cells.items() if name in spec.columns}
         cells |= {column.title: _peer_cell(peer, column) for column in result.columns}
         rows.append(cells)
-    for quoted in spec.quoted if on_coco else ():
+    # At another scale than the paper's, no value of COCO may share a column with ours.
+    for quoted in spec.quoted if result.profile == "coco" else ():
         cells = {name: str(quoted.labels.get(name, "")) for name in spec.columns}
         for column in result.columns:
             value = _quoted_value(quoted.figures, column.metric)
@@ -103,7 +104,9 @@ def _interval(difference: Difference | None) -> str:
     if difference is None:
         return ""
     text = f"{difference.value:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
-    return text if difference.seeds_known else f"{text} {IMAGES_ALONE}"
+    if not difference.seeds_known:
+        return f"{text} {IMAGES_ALONE}"
+    return text if difference.complete else f"{text} {SEEDS_ALONE}"
 
 
 def notes(result: TableResult) -> list[str]:
@@ -128,8 +131,8 @@ def notes(result: TableResult) -> list[str]:
             f"[{name}]: {protocol.device}, {protocol.description}; {protocol.source}."
             for name, protocol in result.table.spec.protocols.items()
         ]
-    elif result.table.spec.quoted or result.peers:
-        lines.append("The table of the profile coco has the values of other systems, which are of COCO.")
+    elif result.table.spec.quoted:
+        lines.append("The table of the profile coco has the published values of other systems, which are of COCO.")
     lines += list(result.table.spec.footnotes)
     lines += _same_runs(result)
     lines.append("Provenance: " + "; ".join(result.provenance) + "." if result.provenance else "Nothing is measured yet.")
@@ -149,6 +152,11 @@ def _comparison_notes(result: TableResult) -> list[str]:
     differences = [cell.difference for row in result.rows for cell in row.cells.values() if cell.difference is not None]
     if not all(found.seeds_known for found in differences):
         lines.append(f"{IMAGES_ALONE} over images alone: too few seeds to know their noise, so this difference stays undecided.")
+    if any(found.seeds_known and not found.complete for found in differences):
+        lines.append(
+            f"{SEEDS_ALONE} over seeds alone: an evaluation holds no resamplings of the images, so this difference stays "
+            "undecided. Remove its record and run the table again."
+        )
     if any(row.judgement is not None and row.judgement.more_seeds for row in result.rows):
         lines.append("(+n seeds): about n more seeds of both rows would settle it with 80 % power, if its estimates are right.")
     for row in result.rows:
@@ -263,6 +271,7 @@ def _tex(text: str) -> str:
         text = text.replace(plain, tex)
     for plain, tex in (
         ("†", "$\\dagger$"),
+        ("‡", "$\\ddagger$"),
         ("±", "$\\pm$"),
         ("|", "$|$"),
         ("<", "$<$"),

@@ -36,16 +36,24 @@ class Outcome:
     """The mean share of false verdicts among those of a table, counted as 0 in a table without any."""
     settled: float
     """The share of comparisons that are not undecided."""
+    false_equivalent: float
+    """The mean share, over tables, of false verdicts of equivalence among all verdicts."""
 
 
-def simulate(deviations: Sequence[float], seeds: int, repetitions: int, effects: Sequence[float] = (0.0,) * ROWS) -> Outcome:
+def simulate(
+    deviations: Sequence[float],
+    seeds: int,
+    repetitions: int,
+    effects: Sequence[float] = (0.0,) * ROWS,
+    image_error: float = IMAGE_ERROR,
+) -> Outcome:
     """Simulate tables of one reference and other rows.
 
     Args:
         effects: the true differences from the reference, which come first.
     """
     random = np.random.default_rng(0)
-    covered, false, decided = np.zeros(len(deviations) - 1), [], []
+    covered, false, decided, equivalent = np.zeros(len(deviations) - 1), [], [], []
     for _ in range(repetitions):
         samples = [
             Sample(tuple(random.normal(effect, deviation, seeds))) for effect, deviation in zip(effects, deviations, strict=True)
@@ -53,9 +61,9 @@ def simulate(deviations: Sequence[float], seeds: int, repetitions: int, effects:
         prior = estimate_prior(samples)
         comparisons = []
         for number, sample in enumerate(samples[1:]):
-            found = difference(sample, samples[0], prior, IMAGE_ERROR)
+            found = difference(sample, samples[0], prior, image_error)
             assert found is not None
-            found = type(found)(found.value + random.normal(0, IMAGE_ERROR), found.rows, found.image_error)
+            found = type(found)(found.value + random.normal(0, image_error), found.rows, found.image_error)
             covered[number] += found.low <= effects[number + 1] <= found.high
             comparisons.append(Comparison(found, -1.0, MARGIN))
         verdicts = [judgement.verdict for judgement in judge(comparisons)]
@@ -63,7 +71,9 @@ def simulate(deviations: Sequence[float], seeds: int, repetitions: int, effects:
         settled = sum(verdict != "undecided" for verdict in verdicts)
         false.append(wrong / settled if settled else 0.0)
         decided.append(settled / len(verdicts))
-    return Outcome(covered / repetitions, float(np.mean(false)), float(np.mean(decided)))
+        unequal = sum(v == "equivalent" and abs(effect) >= MARGIN for v, effect in zip(verdicts, effects[1:], strict=True))
+        equivalent.append(unequal / settled if settled else 0.0)
+    return Outcome(covered / repetitions, float(np.mean(false)), float(np.mean(decided)), float(np.mean(equivalent)))
 
 
 def _is_false(verdict: str, effect: float) -> bool:
@@ -156,7 +166,11 @@ def _sequential(values: np.ndarray, images: np.ndarray, image_error: float) -> t
     final = [
         Comparison(c.difference, c.paper, c.margin, PENALTIES[last[name]]) for name, c in zip(names, comparisons, strict=True)
     ]
-    return counts, [judgement.verdict for judgement in judge(final)]
+    verdicts = [judgement.verdict for judgement in judge(final)]
+    return counts, [
+        str(decisions[name].verdict) if decisions[name].kind == "settled" else verdict
+        for name, verdict in zip(names, verdicts, strict=True)
+    ]
 
 
 def main(repetitions: int) -> None:

@@ -17,7 +17,7 @@ from sparseinst.ablation.statistics import (
     judge,
     seeds_to_settle,
 )
-from tests.ablation.simulation import PATTERNS, ROWS, simulate
+from tests.ablation.simulation import MARGIN, PATTERNS, ROWS, simulate, study
 
 
 def test_the_prior_pools_variances_by_degrees_of_freedom() -> None:
@@ -74,7 +74,7 @@ def test_two_evaluations_of_the_same_weights_are_compared_seed_by_seed() -> None
     apart = difference(row, reference, prior)
     assert apart is not None
     assert apart.within_noise
-    paired = difference(row, reference, prior, same_weights=True)
+    paired = difference(row, reference, prior, 0.0, same_weights=True)
     assert paired is not None
     half = 4.302653 * (0.1 / math.sqrt(3)) / math.sqrt(3)  # t(0.975, 2); the differences are -0.5, -0.4, -0.5
     assert (paired.low, paired.high) == pytest.approx((-1.4 / 3 - half, -1.4 / 3 + half), abs=1e-5)
@@ -86,7 +86,7 @@ def test_two_evaluations_of_the_same_weights_are_compared_seed_by_seed() -> None
 
 def known(value: float, error: float = 0.05) -> Difference:
     """Return a difference whose noise is known well."""
-    return Difference(value, (SeedNoise(error**2, 1000.0, 1),), None)
+    return Difference(value, (SeedNoise(error**2, 1000.0, 1),), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -113,18 +113,29 @@ def test_the_comparisons_of_a_table_share_one_false_discovery_rate() -> None:
     found = known(stats.t.isf(0.015, 1000) * 0.05)
     doubtful = Comparison(found, 0.6, 0.6)
     assert doubtful.p_sign() == pytest.approx(0.03)
-    nothing = Comparison(Difference(0.4, (SeedNoise(1.0, 1000.0, 1),), None), 0.6, 0.6)
-    wide = Comparison(Difference(found.value * 20, (SeedNoise(1.0, 1000.0, 1),), None), 2.0, 0.6)
+    nothing = Comparison(Difference(0.4, (SeedNoise(1.0, 1000.0, 1),), 0.0), 0.6, 0.6)
+    wide = Comparison(Difference(found.value * 20, (SeedNoise(1.0, 1000.0, 1),), 0.0), 2.0, 0.6)
     assert judge([wide])[0].verdict != "undecided"
     assert judge([wide, *[nothing] * 9])[0].verdict == "undecided"
 
 
 def test_seeds_to_settle_counts_what_power_needs() -> None:
     """With a known deviation s, n = 15.7 (s / d)^2 seeds of both rows settle a difference d with 80 % power."""
-    found = Difference(2.0, (SeedNoise(4.0, 1000.0, 2), SeedNoise(4.0, 1000.0, 2)), None)
+    found = Difference(2.0, (SeedNoise(4.0, 1000.0, 2), SeedNoise(4.0, 1000.0, 2)), 0.0)
     assert seeds_to_settle(Comparison(found, 2.0, 0.5)) == math.ceil(15.7) - 2
     limited = Difference(2.0, found.rows, 5.0)
     assert seeds_to_settle(Comparison(limited, 2.0, 0.5)) is None
+    alone, shared = seeds_to_settle(Comparison(found, 2.0, 0.5)), seeds_to_settle(Comparison(found, 2.0, 0.5), tested=12)
+    assert alone is not None
+    assert shared is not None
+    assert shared > alone, "comparisons that share a rate need more"
+
+
+def test_unknown_noise_gives_no_verdict() -> None:
+    """Without the noise of images the interval is too narrow, so it must not settle anything."""
+    rows = (SeedNoise(0.01, 1000.0, 3),) * 2
+    [judgement] = judge([Comparison(Difference(-20.0, rows, None), -8.0, 0.5)])
+    assert judgement.verdict == "undecided"
 
 
 def test_repeated_looks_are_paid_for() -> None:
@@ -140,6 +151,22 @@ def test_intervals_and_verdicts_hold_in_simulated_tables(pattern: str) -> None:
     assert found.coverage.mean() >= 0.93
     assert found.coverage.min() >= 0.89
     assert found.false <= 0.05
+
+
+def test_equivalence_holds_its_rate_at_the_margin() -> None:
+    """All true differences equal the margin, so each verdict of equivalence is false."""
+    effects = [0.0, *[MARGIN] * (ROWS - 1)]
+    found = simulate((0.15,) * ROWS, 5, 100, effects, image_error=0.05)
+    assert found.settled > 0.05, "otherwise this tests nothing"
+    assert found.false_equivalent <= 0.05
+
+
+def test_the_sequential_design_needs_fewer_trainings_for_as_many_verdicts() -> None:
+    """docs/verdicts.md has the result of 100 studies: about half. The limits allow for the noise of 15."""
+    fixed, sequential = study(8, 1.0, 1.5, 15), study(None, 1.0, 1.5, 15)
+    assert sequential.right >= 0.85 * fixed.right > 2
+    assert sequential.trainings <= 0.65 * fixed.trainings
+    assert sequential.false <= 0.05
 
 
 def test_effects_are_found_in_simulated_tables() -> None:

@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparseinst.ablation.looks import look_file, read_looks, write_look
+from sparseinst.ablation.looks import look_file, look_name, make_look, read_looks, write_look
 from sparseinst.ablation.plan import make_plan
 from sparseinst.ablation.sequential import LOOKS, PENALTIES, Decision, decide, next_seeds, predictive_power, reference_seeds
 from sparseinst.ablation.statistics import Comparison, Difference, SeedNoise
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables, row_config
 from sparseinst.cli import run_cli
+from sparseinst.config import Config
 from sparseinst.errors import UserError
 from sparseinst.launch.settle import advance, describe, plan_looks
+from sparseinst.nested import merge
 from sparseinst.report.collect import read_results
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -33,6 +35,29 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def noise(value: float, deviation: float, seeds: int) -> Comparison:
     return Comparison(Difference(value, (SeedNoise(deviation**2, seeds, seeds),) * 2, 0.1), -1.0, 0.5)
+
+
+def test_another_study_has_another_log() -> None:
+    """Looks at results that other settings have replaced must not count."""
+    longer = MINI.model_copy(update={"settings": merge(MINI.settings, {"train": {"iterations": 5000}}, Config)})
+    wider = TABLES[0].model_copy(update={"spec": TABLES[0].spec.model_copy(update={"margin": 1.0})})
+    assert len({look_name(TABLES[0], MINI), look_name(TABLES[0], longer), look_name(wider, MINI)}) == 3
+
+
+def test_less_noise_never_lowers_the_chance() -> None:
+    chances = []
+    for deviation in (0.4, 0.3, 0.25, 0.2, 0.1):
+        noise_of_rows = (SeedNoise(deviation**2, 4, 2), SeedNoise(deviation**2, 8, 4))
+        chances.append(predictive_power(Comparison(Difference(0.02, noise_of_rows, 0.05), -1.0, 0.5), 0))
+    assert chances == sorted(chances)
+    assert chances[-1] == 1.0
+
+
+def test_a_dry_run_logs_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path / "results")
+    finish({"table5": {**dict.fromkeys(EFFECTS, 2), "dice + BCE": 4}}, store)
+    assert advance(TABLES, TABLES, MINI, store, "cpu", log=False)
+    assert read_looks(store.results, look_name(TABLES[0], MINI)) == []
 
 
 def test_the_reference_row_has_more_seeds() -> None:
@@ -55,7 +80,7 @@ def test_decisions() -> None:
 
 def test_predictive_power_is_how_often_the_last_look_settles() -> None:
     """Compare it with a simulation of the last look, for a known deviation."""
-    now = Comparison(Difference(-1.0, (SeedNoise(1.0, 1e6, 4),) * 2, None), -1.0, 0.0)
+    now = Comparison(Difference(-1.0, (SeedNoise(1.0, 1e6, 4),) * 2, 0.0), -1.0, 0.0)
     random = np.random.default_rng(0)
     truth = random.normal(-1.0, np.sqrt(2 / 4), 20000)
     further = random.normal(truth, np.sqrt(2 / 4))  # the mean of four more seeds of both rows
@@ -89,15 +114,14 @@ def test_seeds_are_spent_until_the_table_is_finished(tmp_path: Path) -> None:
     assert seen[0] == {"BCE alone": 2, "dice alone": 2, "dice + focal": 2, "dice + BCE": 4}
     assert 1 < len(seen) <= len(LOOKS)
     assert all("BCE alone" not in seeds or seeds["BCE alone"] < 8 for seeds in seen), "the clear row stops early"
-    looks = read_looks(store.results, "table5-mini")
+    looks = read_looks(store.results, look_name(TABLES[0], MINI))
     assert [look.seeds for look in looks] == seen
     lines = describe(TABLES[0], MINI, store)
     assert lines[-1] == "  finished"
     assert any("BCE alone" in line and "settled: same sign" in line for line in lines)
     [result] = read_results(["table5"], "mini", store.results)
-    unpaid = next(row for row in result.rows if row.row.name == "BCE alone")
-    assert unpaid.judgement is not None
-    assert unpaid.judgement.p_sign > 0
+    settled = next(row for row in result.rows if row.row.name == "BCE alone")
+    assert settled.verdict.startswith("same sign"), "the report says the same as the log"
 
 
 def test_verdicts_pay_for_the_looks(tmp_path: Path) -> None:
@@ -112,15 +136,16 @@ def test_verdicts_pay_for_the_looks(tmp_path: Path) -> None:
         return judgement.p_sign
 
     before = p_value()
-    write_look(store.results, "table5-mini", 0, {}, {"dice + focal": Decision("more seeds", "undecided", 0.5)})
-    write_look(store.results, "table5-mini", 1, {}, {"dice + focal": Decision("futile", "undecided", 0.1)})
+    name = look_name(TABLES[0], MINI)
+    write_look(store.results, name, make_look(0, {}, {"dice + focal": Decision("more seeds", "undecided", 0.5)}))
+    write_look(store.results, name, make_look(1, {}, {"dice + focal": Decision("futile", "undecided", 0.1)}))
     assert p_value() == pytest.approx(min(1.0, before * PENALTIES[1]), rel=0.35)
     assert p_value() > before
 
 
 def test_a_look_is_logged_once_and_never_changed(tmp_path: Path) -> None:
-    first = write_look(tmp_path, "table5-mini", 0, {"a": 2}, {"a": Decision("settled", "equivalent", 1.0)})
-    second = write_look(tmp_path, "table5-mini", 0, {"a": 4}, {"a": Decision("futile", "undecided", 0.0)})
+    first = write_look(tmp_path, "table5-mini", make_look(0, {"a": 2}, {"a": Decision("settled", "equivalent", 1.0)}))
+    second = write_look(tmp_path, "table5-mini", make_look(0, {"a": 4}, {"a": Decision("futile", "undecided", 0.0)}))
     assert first == second == read_looks(tmp_path, "table5-mini")[0]
     look_file(tmp_path, "table5-mini", 0).write_text("{}")
     with pytest.raises(UserError, match="restore it"):

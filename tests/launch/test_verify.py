@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparseinst.ablation.plan import make_plan
 from sparseinst.ablation.statistics import Prior
@@ -46,7 +47,28 @@ def test_the_same_code_gives_the_same_bits(
     key = keys(done)[stage]
     assert run_cli(["verify", key[:8], "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"key": key, "outcome": "same bits"}
-    assert (done / "runs/verify").is_dir(), "the original run stays as it is"
+    assert not list((done / "runs/verify").iterdir()), "the next verification does the work again"
+
+
+def test_each_verification_trains_anew(done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(done)
+    from sparseinst.training import train
+
+    threads = []
+    original = train.train
+
+    def counted(*arguments: object, **settings: object) -> object:
+        threads.append(torch.get_num_threads())
+        return original(*arguments, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "train", counted)
+    before = torch.get_num_threads()
+    try:
+        for number in ("1", "2"):
+            run_cli(["verify", keys(done)["train"], "--device", "cpu", "--threads", number])
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1, 2]
 
 
 def test_another_result_is_reported(done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
