@@ -240,7 +240,7 @@ def test_run_a_table(
     assert len(list((tmp_path / "pictures" / "table5" / "BCE alone").glob("*.jpg"))) == 6
     assert run_cli(["report", command[1], "--profile", str(profile_path), "--show"]) == 0
     out = capsys.readouterr().out
-    assert "in the paper" in out
+    assert "paper's" in out
     assert "-8.1" in out
     began = time.perf_counter()
     assert run_cli(command) == 0

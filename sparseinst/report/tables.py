@@ -146,7 +146,7 @@ def _comparison_notes(result: TableResult) -> list[str]:
         return []
     lines = [
         f"Differences are from the row '{spec.reference}', with a 95 % interval over seeds and images. Verdicts hold a false "
-        f"discovery rate of 5 % over the {result.comparisons} comparisons of this table; 'equivalent' means within "
+        f"discovery rate of 5 % over the comparisons of this table ({result.comparisons} so far); 'equivalent' means within "
         f"{spec.margin:g} AP. docs/verdicts.md explains each word."
     ]
     differences = [cell.difference for row in result.rows for cell in row.cells.values() if cell.difference is not None]

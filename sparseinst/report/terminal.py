@@ -5,13 +5,14 @@ from __future__ import annotations
 import textwrap
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
 from sparseinst.report.collect import TableResult
-from sparseinst.report.tables import frame, notes
+from sparseinst.report.tables import PAPER_DIFFERENCE, frame, notes
 
 WIDTH = 100
 """The width in characters that a table may have on any terminal."""
@@ -19,7 +20,7 @@ WIDTH = 100
 
 def print_table(result: TableResult) -> None:
     """Print the table and its notes. Columns that do not fit are named below the table."""
-    data = frame(result)
+    data = frame(result).rename(columns={PAPER_DIFFERENCE: "paper's"})
     width = max(Console().width, WIDTH)
     shown = len(data.columns)
     while shown > 1 and _width(_as_table(data.iloc[:, :shown], result)) > width:
@@ -35,7 +36,7 @@ def print_table(result: TableResult) -> None:
 
 def _as_table(data: pd.DataFrame, result: TableResult) -> Table:
     title = f"{result.table.spec.title} ({result.profile})"
-    table = Table(title=title, title_justify="left", show_lines=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     labels = len(result.table.spec.columns)
     for number, column in enumerate(data.columns):
         table.add_column(escape(str(column)), justify="left" if number < labels else "right", no_wrap=True)
