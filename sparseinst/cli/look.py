@@ -20,6 +20,7 @@ def predict(
     weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
     output: Annotated[Path, typer.Option(help="Folder for the overlays and predictions.json.")],
     score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Leave out instances with a lower score.")] = 0.4,
+    top: Annotated[int | None, typer.Option(min=1, help="Keep only this many instances of an image, the best ones.")] = None,
     maps: Annotated[bool, typer.Option("--maps", help="Also draw each instance's activation map (images only).")] = False,
     optimize: Optimize = None,
     device: Device = None,
@@ -29,11 +30,20 @@ def predict(
     from sparseinst.visualize.predict_files import find_images, predict_files
 
     files = find_images(inputs, videos=True)
-    failed = predict_files(load_model(weights, device, optimize=optimize), files, output, score=score, maps=maps)
-    done = len(files) - failed
+    model = load_model(weights, device, optimize=optimize)
+    found = predict_files(model, files, output, score=score, top=top, maps=maps)
+    done = len(files) - found.failed
     print(f"{done} file{'s' if done != 1 else ''}: overlays and predictions.json in {output}")
-    if failed:
-        raise RunFailed(f"{failed} of {len(files)} files could not be read; the warnings above say why")
+    if found.images:
+        highest = f"the highest score is {found.highest:.2f}" if found.highest is not None else "no map has a score at all"
+        print(
+            f"{found.instances} instance{'s' if found.instances != 1 else ''} with a score of {score:g} or more; "
+            f"none in {found.empty} of {found.images} image{'s' if found.images != 1 else ''}; {highest}"
+        )
+    if found.empty == found.images > 0:
+        print("Use a lower --score to see weaker instances. If the scores stay near zero, the model has not learned the task.")
+    if found.failed:
+        raise RunFailed(f"{found.failed} of {len(files)} files could not be read; the warnings above say why")
 
 
 @app.command()

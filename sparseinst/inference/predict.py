@@ -41,6 +41,8 @@ class FoundInstances:
     activations: NDArray[np.float32] | None = None
     """(K, h, w), in [0, 1]: the response of each instance's map over the image without its padding, averaged over the map's
     groups. None unless it was requested."""
+    highest: float | None = None
+    """The highest score in the image, also if it was left out; None if no map has a score above `inference.score_threshold`."""
 
 
 class Predictor:
@@ -70,13 +72,19 @@ class Predictor:
 
     @torch.no_grad()
     def predict(
-        self, image: str | Path | Image.Image | NDArray[Any], score: float = 0.0, *, activations: bool = False
+        self,
+        image: str | Path | Image.Image | NDArray[Any],
+        score: float = 0.0,
+        *,
+        top: int | None = None,
+        activations: bool = False,
     ) -> FoundInstances:
         """Segment one image.
 
         Args:
             image: a file, a Pillow image, or (H, W, 3) RGB or (H, W) grey uint8.
             score: instances below this score are left out.
+            top: return only this many instances, those with the highest scores.
             activations: also return each instance's activation map.
 
         Raises:
@@ -86,7 +94,8 @@ class Predictor:
         raw, size, padded = self.forward(picture)
         [found] = postprocess(raw, padded, [ImageSize(size, (picture.height, picture.width))], self.config.inference)
         order = found.scores.argsort(descending=True, stable=True)
-        order = order[found.scores[order] >= score]
+        highest = float(found.scores[order[0]]) if len(order) else None
+        order = order[found.scores[order] >= score][:top]
         labels = found.labels[order].cpu().numpy()
         return FoundInstances(
             found.scores[order].cpu().numpy(),
@@ -95,6 +104,7 @@ class Predictor:
             [self.categories[label].name for label in labels],
             found.maps[order].cpu().numpy(),
             self._activations(raw, size, found.maps[order]).cpu().numpy() if activations else None,
+            highest,
         )
 
     def forward(self, picture: Image.Image) -> tuple[Predictions, tuple[int, int], tuple[int, int]]:

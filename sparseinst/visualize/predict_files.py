@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,10 @@ class _CocoResult:
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
+        self.empty = 0
+        """The number of images and frames without an instance."""
+        self.highest: float | None = None
+        """The highest score in all images, also if it was left out."""
         self.data: dict[str, Any] = {"images": [], "annotations": [], "categories": list(map(asdict, predictor.categories))}
 
     def add(self, found: FoundInstances, size: tuple[int, int], **about: Any) -> None:
@@ -65,20 +69,37 @@ class _CocoResult:
             size: (width, height).
             about: the file's name and, in a video, the frame's number.
         """
+        self.empty += not len(found.scores)
+        self.highest = max((value for value in (self.highest, found.highest) if value is not None), default=None)
         images, annotations = self.data["images"], self.data["annotations"]
         images.append({"id": len(images) + 1, **about, "height": size[1], "width": size[0]})
         annotations += as_annotations(found, images[-1]["id"], self.predictor, len(annotations) + 1)
 
 
-def predict_files(predictor: Predictor, files: list[Path], output: Path, *, score: float, maps: bool = False) -> int:
+@dataclass(frozen=True)
+class Prediction:
+    """What `predict_files` found."""
+
+    failed: int
+    """The number of files that could not be read. A warning named each of them."""
+    images: int
+    """The number of images and video frames."""
+    empty: int
+    """The number of images and frames without an instance."""
+    instances: int
+    highest: float | None
+    """The highest score, also if its instance was left out; None if no image has one."""
+
+
+def predict_files(
+    predictor: Predictor, files: list[Path], output: Path, *, score: float, top: int | None = None, maps: bool = False
+) -> Prediction:
     """Write an overlay for each image or video and one `predictions.json` in COCO format for all.
 
     Args:
         score: instances below this score are left out.
+        top: keep only this many instances of an image, those with the highest scores.
         maps: also write a sheet of each image's activation maps, `NAME-maps.png`.
-
-    Returns:
-        The number of files that could not be read. A warning names each of them.
 
     Raises:
         UserError: there is a video and PyAV is not installed, or an overlay would overwrite its own image.
@@ -96,20 +117,22 @@ def predict_files(predictor: Predictor, files: list[Path], output: Path, *, scor
         for file, name in zip(bar.track(files, description="predict"), names, strict=True):
             try:
                 if is_video(file):
-                    _predict_video(predictor, file, output / name, result, score)
+                    _predict_video(predictor, file, output / name, result, score, top)
                 else:
-                    _predict_image(predictor, file, output / name, result, score, maps)
+                    _predict_image(predictor, file, output / name, result, score, top, maps)
             except DataError as error:
                 _log.warning("%s", error)
                 failed += 1
     with atomic(output / "predictions.json") as temporary:
         temporary.write_text(json.dumps(result.data), encoding="utf-8")
-    return failed
+    return Prediction(failed, len(result.data["images"]), result.empty, len(result.data["annotations"]), result.highest)
 
 
-def _predict_image(predictor: Predictor, file: Path, drawn: Path, result: _CocoResult, score: float, maps: bool) -> None:
+def _predict_image(
+    predictor: Predictor, file: Path, drawn: Path, result: _CocoResult, score: float, top: int | None, maps: bool
+) -> None:
     image = as_image(file)
-    found = predictor.predict(image, score, activations=maps)
+    found = predictor.predict(image, score, top=top, activations=maps)
     with atomic(drawn) as temporary:
         overlay(image, found).save(temporary, format="JPEG", quality=92)
     if maps:
@@ -118,11 +141,11 @@ def _predict_image(predictor: Predictor, file: Path, drawn: Path, result: _CocoR
     result.add(found, image.size, file_name=str(file))
 
 
-def _predict_video(predictor: Predictor, file: Path, drawn: Path, result: _CocoResult, score: float) -> None:
+def _predict_video(predictor: Predictor, file: Path, drawn: Path, result: _CocoResult, score: float, top: int | None) -> None:
     def keep(number: int, found: FoundInstances, size: tuple[int, int]) -> None:
         result.add(found, size, file_name=str(file), frame=number)
 
-    predict_video(predictor, file, drawn, keep, score=score)
+    predict_video(predictor, file, drawn, keep, score=score, top=top)
 
 
 def as_annotations(found: FoundInstances, image_id: int, predictor: Predictor, first_id: int) -> list[dict[str, Any]]:

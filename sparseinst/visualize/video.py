@@ -28,7 +28,13 @@ _USUAL_RATE = Fraction(25)
 
 
 def predict_video(
-    predictor: Predictor, file: Path, output: Path, keep: Callable[[int, FoundInstances, tuple[int, int]], None], *, score: float
+    predictor: Predictor,
+    file: Path,
+    output: Path,
+    keep: Callable[[int, FoundInstances, tuple[int, int]], None],
+    *,
+    score: float,
+    top: int | None = None,
 ) -> None:
     """Write a video (MP4, H.264) with the instances drawn over each frame. The result is upright and has no sound.
 
@@ -38,6 +44,7 @@ def predict_video(
     Args:
         keep: is called with each frame's number, its instances, and its (width, height).
         score: instances below this score are left out.
+        top: keep only this many instances of a frame, those with the highest scores.
 
     Raises:
         DataError: the file is no readable video.
@@ -62,7 +69,7 @@ def predict_video(
             number = -1
             frames = bar.track(_frames(source, file), total=stream.frames or None, description=file.name)
             for number, frame in enumerate(frames):
-                found = predictor.predict(frame, score)
+                found = predictor.predict(frame, score, top=top)
                 if number == 0:
                     # The format needs an even width and height.
                     drawn.width, drawn.height = (max(2, side - side % 2) for side in frame.size)

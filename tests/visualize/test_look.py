@@ -63,6 +63,23 @@ def test_the_overlay_tints_the_mask_and_no_distant_pixel() -> None:
     assert by_map[100, 150].tolist() == list(palette(4)[3]), "the colour belongs to map 3, not to the instance's rank"
 
 
+def test_predict_says_what_it_found(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    split = val_split(load_model(trained, "cpu").config.data)
+    command = ["predict", *(str(image.path) for image in split.images[:3]), "--weights", str(trained), "--device", "cpu"]
+    assert run_cli([*command, "--output", str(tmp_path / "none"), "--score", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 instances with a score of 1 or more; none in 3 of 3 images; the highest score is 0." in printed
+    assert "Use a lower --score" in printed
+    assert run_cli([*command, "--output", str(tmp_path / "top"), "--score", "0", "--top", "2"]) == 0
+    assert "6 instances with a score of 0 or more; none in 0 of 3 images" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "top/predictions.json").read_text())["annotations"]
+    assert run_cli([*command, "--output", str(tmp_path / "all"), "--score", "0"]) == 0
+    everything = json.loads((tmp_path / "all/predictions.json").read_text())["annotations"]
+    for number in (1, 2, 3):
+        best = sorted((e["score"] for e in everything if e["image_id"] == number), reverse=True)[:2]
+        assert [e["score"] for e in kept if e["image_id"] == number] == best
+
+
 @pytest.fixture
 def av() -> Any:
     return pytest.importorskip("av", reason="PyAV, the extra `video`, is not installed")
