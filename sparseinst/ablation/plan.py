@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sparseinst.ablation.store import Record, Store
@@ -212,13 +213,13 @@ def as_json(plan: Plan, cost: Costs) -> dict[str, Any]:
 
 def show(plan: Plan, cost: Costs) -> None:
     """Print the plan for people."""
-    table = Table(title=f"profile {plan.profile.name}; latency on {plan.device}", title_justify="left")
+    table = Table(title=f"profile {escape(plan.profile.name)}; latency on {plan.device}", title_justify="left")
     shown = [stage for stage in STAGES if any(run.stage == stage for run in plan.runs.values())]
     for name in ("table", "row", "seed", *shown):
         table.add_column(name)
     for planned in plan.rows:
         marks = [_mark(planned.keys.get(stage), plan) for stage in shown]
-        table.add_row(planned.table.name, planned.row.name, str(planned.seed), *marks)
+        table.add_row(escape(planned.table.name), escape(planned.row.name), str(planned.seed), *marks)
     Console(width=max(Console().width, 100)).print(table)
     left = plan.to_do()
     for stage in STAGES:

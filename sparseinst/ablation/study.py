@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from sparseinst.config import PRESETS, Config, NonNegative
 from sparseinst.errors import UserError
@@ -28,11 +28,29 @@ Figure = AccuracyFigure | MechanismFigure | LatencyFigure
 """The metrics that a column can show: mask AP in percent; mechanism metrics in percent (see `evaluation.mechanism`); the time of
 the whole forward pass and of its modules in milliseconds; images per second."""
 
-Labels = dict[str, str | int | float]
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"{text!r} holds a character that cannot be printed, such as a line break")
+    return text
+
+
+def _folder_name(name: str) -> str:
+    if not name.strip() or len(name) > _LONGEST_NAME or name.startswith(".") or set(name) & set("/\\\0"):
+        raise ValueError(
+            f"{name[:40]!r}: pictures are saved under this name, so it must have 1 to {_LONGEST_NAME} characters, "
+            "no slash, and no dot at its start"
+        )
+    return name
+
+
+_LONGEST_NAME = 100
+OneLine = Annotated[str, AfterValidator(_one_line)]
+Labels = dict[str, OneLine | int | float]
 
 
 class Row(Section):
-    name: str
+    name: Annotated[OneLine, AfterValidator(_folder_name)]
     """`--row` searches this name, and the row's pictures are saved under it."""
     labels: Labels
     """The row's labels by column, as in the paper."""
@@ -61,8 +79,8 @@ class Quoted(Section):
 class Spec(Section):
     """A table or figure of the paper, read from one YAML file."""
 
-    title: str
-    columns: tuple[str, ...]
+    title: OneLine
+    columns: tuple[OneLine, ...]
     """The columns of the labels."""
     figures: tuple[Figure, ...]
     """The metrics that the table shows."""
@@ -80,7 +98,7 @@ class Spec(Section):
     protocols: dict[str, Protocol] = Field(default_factory=dict)
     peers: tuple[str, ...] = ()
     """Other systems whose records are shown if they exist, by the names that `bench` and `evaluate` accept."""
-    footnotes: tuple[str, ...] = ()
+    footnotes: tuple[OneLine, ...] = ()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -218,6 +236,8 @@ def read_profile(name: str, folder: Path = EXPERIMENTS) -> Profile:
 
 def _find(what: str, name: str, folder: Path) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.stem.isprintable() or path.stem.startswith("."):
+        raise UserError(f"{path.name!r}: results are saved under this name, so it must be printable, with no dot at its start")
     if not path.exists():
         raise UserError(f"no such {what}: {name!r} ({path}){nearest(name, list_tables(folder))}")
     other = folder / f"{path.stem}.yaml"

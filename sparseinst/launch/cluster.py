@@ -84,6 +84,10 @@ class Cluster(Section):
             )
         if self.kind != "slurm" and (self.setup or self.container or self.extra):
             raise ValueError(f"kind {self.kind} does not support setup, container or extra; only kind slurm does")
+        texts = {"partition": self.partition, "account": self.account, "qos": self.qos, "constraint": self.constraint}
+        for name, value in {**texts, **self.extra}.items():
+            if isinstance(value, str) and not value.isprintable():  # a line break would add a line to the batch script
+                raise ValueError(f"{name}: {value!r} holds a character that cannot be printed, such as a line break")
         shortest = min(self.train.time, self.latency.time, (self.evaluate or self.train).time)
         if self.signal_delay >= 60 * (shortest - 1):  # SLURM may send the signal up to a minute early
             too_long = f"signal_delay={self.signal_delay} s is too long for jobs of {shortest} minutes"

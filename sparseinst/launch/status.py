@@ -203,7 +203,7 @@ def states_table(states: Sequence[Status]) -> Group:
             run = status.run
             attempts = f"{status.attempts} attempts" if status.attempts > 1 else ""
             why = "; ".join(part for part in (attempts, status.reason) if part)
-            table.add_row(run.key, run.stage, run.label, status.state, progress, eta, status.job or "", escape(why))
+            table.add_row(run.key, run.stage, escape(run.label), status.state, progress, eta, status.job or "", escape(why))
     counts = Counter(status.state for status in states)
     summary = ", ".join(f"{counts[state]} {state}" for state in get_args(State) if counts[state])
     return Group(table, summary) if table.row_count else Group(summary)

@@ -49,7 +49,7 @@ def forest(results: Sequence[TableResult]) -> Figure | None:
     at = 0
     names = []
     for result, rows in groups:
-        title = f"{result.table.spec.title.partition(':')[0]}, from '{result.table.spec.reference}'"
+        title = style.short(f"{result.table.spec.title.partition(':')[0]}, from '{result.table.spec.reference}'", 80)
         axes.text(0.0, at, title, transform=axes.get_yaxis_transform(), fontsize=8, fontweight="bold", va="center")
         reference = next(row for row in result.rows if row.row.name == result.table.spec.reference)
         for row in rows:
@@ -60,7 +60,7 @@ def forest(results: Sequence[TableResult]) -> Figure | None:
     axes.axvline(0, color="0.5", lw=0.8)
     axes.set_xscale("symlog", linthresh=_LINEAR)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
-    axes.set_yticks([y for y, _ in names], [name for _, name in names])
+    axes.set_yticks([y for y, _ in names], [style.short(name) for _, name in names])
     axes.set_ylim(at - 0.3, -0.7)
     axes.grid(axis="x")
     profile = results[0].profile

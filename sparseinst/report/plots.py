@@ -137,7 +137,7 @@ def module_times(result: TableResult) -> Figure | None:
         look: dict[str, Any] = {"color": style.COLOURS[index], "hatch": style.HATCHES[index], "edgecolor": "white"}
         axes.barh(range(len(bars)), widths, left=left, label=name, height=0.6, **look)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(bars)), [label for label, _ in bars])
+    axes.set_yticks(range(len(bars)), [style.short(label, 60) for label, _ in bars])
     axes.invert_yaxis()
     axes.set(xlabel="time of an image (ms), each module synchronised by itself")
     style.finish(axes, _title(result), sources(result), columns=4)
@@ -173,7 +173,7 @@ def differences(result: TableResult) -> Figure | None:
         if row.paper_difference is not None:
             axes.plot([row.paper_difference], [index + 0.12], label=once("the paper, on COCO"), **{**style.PAPER, "ls": ""})
     axes.axvline(0, color="0.5", lw=0.8)
-    axes.set_yticks(range(len(rows)), [row.row.name for row in rows])
+    axes.set_yticks(range(len(rows)), [style.short(row.row.name) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x")
     axes.set(xlabel=f"difference in mask AP (points) from '{result.table.spec.reference}'")

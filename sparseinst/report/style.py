@@ -36,6 +36,7 @@ _STYLE: Any = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "text.parse_math": False,  # names come from specs, and a dollar sign is no formula
     "axes.prop_cycle": cycler(color=COLOURS),
     # The ids in an SVG are the same each time, and its text stays text.
     "svg.hashsalt": "sparseinst",
@@ -62,6 +63,11 @@ def new(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
     """Return an empty figure of this size in inches, and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def short(name: str, most: int = 32) -> str:
+    """Return a name for an axis, cut off if it is so long that it would leave no room for the plot."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def finish(axes: mpl.axes.Axes, title: str, sources: Sequence[str], *, columns: int = 1) -> None:

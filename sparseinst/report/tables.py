@@ -10,6 +10,7 @@ import pandas as pd
 from sparseinst.ablation.peers import PeerResult
 from sparseinst.ablation.statistics import Difference
 from sparseinst.ablation.study import Figure
+from sparseinst.report import escape
 from sparseinst.report.collect import EVALUATED, Cell, Column, TableResult
 
 IMAGES_ALONE = "†"
@@ -183,11 +184,20 @@ def markdown(result: TableResult) -> str:
     data = frame(result)
 
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+        return "| " + " | ".join(map(escape.markdown, cells)) + " |\n"
 
-    text = f"# {result.table.spec.title} ({result.profile})\n\n" + line(list(data.columns)) + line(["---"] * len(data.columns))
+    text = (
+        f"# {escape.markdown(result.table.spec.title)} ({result.profile})\n\n"
+        + line(list(data.columns))
+        + line(["---"] * len(data.columns))
+    )
     text += "".join(line([str(value) for value in row]) for row in data.itertuples(index=False))
-    return text + "\n" + "".join(f"- {note}\n" for note in notes(result))
+    return text + "\n" + "".join(f"- {_plain_html(note)}\n" for note in notes(result))
+
+
+def _plain_html(text: str) -> str:
+    """Return a note for Markdown, in which no HTML can stand."""
+    return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
 def csv(result: TableResult) -> str:
@@ -201,8 +211,8 @@ def csv(result: TableResult) -> str:
                 {
                     "table": result.table.name,
                     "profile": result.profile,
-                    "row": entry.row.name,
-                    **{name: entry.row.labels.get(name, "") for name in result.table.spec.columns},
+                    "row": escape.csv(entry.row.name),
+                    **{name: _csv_label(entry.row.labels.get(name, "")) for name in result.table.spec.columns},
                     "figure": column.metric,
                     "device": column.device or "",
                     "state": entry.state,
@@ -224,6 +234,10 @@ def csv(result: TableResult) -> str:
     frame_of_lines = pd.DataFrame(lines)
     frame_of_lines["more_seeds"] = frame_of_lines["more_seeds"].astype("Int64")
     return frame_of_lines.to_csv(index=False, float_format="%.4f", lineterminator="\n")
+
+
+def _csv_label(label: str | float) -> str | float:
+    return escape.csv(label) if isinstance(label, str) else label
 
 
 def comparisons_json(result: TableResult) -> list[dict[str, Any]]:
@@ -257,37 +271,20 @@ def comparisons_json(result: TableResult) -> list[dict[str, Any]]:
 def latex(result: TableResult) -> str:
     """Return the table and its notes as a LaTeX table environment; it needs the package booktabs."""
     data = frame(result)
-    data.columns = data.columns.map(_tex)
-    styled = data.map(_tex).style.hide(axis="index")
-    below = "".join(f"\\par {_tex(note)}\n" for note in notes(result))
+    data.columns = data.columns.map(escape.tex)
+    styled = data.map(escape.tex).style.hide(axis="index")
+    below = "".join(f"\\par {escape.tex(note)}\n" for note in notes(result))
     table = styled.to_latex(
-        hrules=True, caption=_tex(f"{result.table.spec.title} ({result.profile})"), label=f"tab:{result.name}", position="t"
+        hrules=True, caption=escape.tex(f"{result.table.spec.title} ({result.profile})"), label=f"tab:{result.name}", position="t"
     )
     return table.replace("\\end{table}", f"\\footnotesize\n{below}\\end{{table}}")
-
-
-def _tex(text: str) -> str:
-    for plain, tex in (("\\", "\\textbackslash "), ("&", "\\&"), ("%", "\\%"), ("_", "\\_"), ("#", "\\#"), ("$", "\\$")):
-        text = text.replace(plain, tex)
-    for plain, tex in (
-        ("†", "$\\dagger$"),
-        ("‡", "$\\ddagger$"),
-        ("±", "$\\pm$"),
-        ("|", "$|$"),
-        ("<", "$<$"),
-        (">", "$>$"),
-        ("^", "\\^{}"),
-        ("~", "\\~{}"),
-    ):
-        text = text.replace(plain, tex)
-    return text
 
 
 def html(result: TableResult) -> str:
     """Return an HTML page with this table and its notes alone."""
     data = frame(result)
-    title = _escape(f"{result.table.spec.title} ({result.profile})")
-    below = "".join(f"<li>{_escape(note)}</li>\n" for note in notes(result))
+    title = escape.html(f"{result.table.spec.title} ({result.profile})")
+    below = "".join(f"<li>{escape.html(note)}</li>\n" for note in notes(result))
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>\n<style>\n'
         "body { font: 15px/1.45 sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em }\n"
@@ -296,10 +293,6 @@ def html(result: TableResult) -> str:
         "ul { color: #444; font-size: 13px; padding-left: 1.2em }\n</style></head>\n"
         f"<body>\n<h1>{title}</h1>\n{data.to_html(index=False, border=0)}\n<ul>\n{below}</ul>\n</body>\n</html>\n"
     )
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 FORMATS: dict[str, Callable[[TableResult], str]] = {"md": markdown, "csv": csv, "tex": latex, "html": html}

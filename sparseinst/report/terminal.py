@@ -35,7 +35,7 @@ def print_table(result: TableResult) -> None:
 
 
 def _as_table(data: pd.DataFrame, result: TableResult) -> Table:
-    title = f"{result.table.spec.title} ({result.profile})"
+    title = escape(f"{result.table.spec.title} ({result.profile})")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     labels = len(result.table.spec.columns)
     for number, column in enumerate(data.columns):
