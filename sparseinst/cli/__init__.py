@@ -65,5 +65,7 @@ def run_cli(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except SystemExit as ended:  # typer raises this after success and after its own one-line errors
+        if isinstance(ended.code, str):  # a training that was asked to stop
+            print(ended.code, file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else 1
     return 0

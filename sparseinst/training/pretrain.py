@@ -34,6 +34,7 @@ from sparseinst.models.backbone import Backbone
 from sparseinst.models.sparseinst import normalise
 from sparseinst.paths import SHIPPED, RunPaths
 from sparseinst.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from sparseinst.training.interrupt import StopRequest
 from sparseinst.training.monitor import Monitor, logging_to
 from sparseinst.training.schedule import parameter_groups
 from sparseinst.training.step import check_classes
@@ -202,7 +203,7 @@ class _Pretraining:
             device=self.device,
             check=self.attempt.check,
         )
-        with monitor:
+        with monitor, StopRequest() as stop:
             for iteration in range(start, settings.iterations):
                 self.attempt.at("data", iteration)
                 batch = next(batches)
@@ -211,9 +212,12 @@ class _Pretraining:
                 losses = self._step(batch)
                 monitor.step(iteration, losses, rate)
                 done = iteration + 1
-                if done % settings.checkpoint_every == 0 or done == settings.iterations:
+                stopping = stop.requested and done < settings.iterations
+                if done % settings.checkpoint_every == 0 or done == settings.iterations or stopping:
                     monitor.flush(rate)
                     self._save(done)
+                if stopping:
+                    raise stop.stopped(done, settings.iterations)
             accuracies = self._cell_accuracies()
             monitor.write({"iteration": settings.iterations, **accuracies}, "val")
         if rank() == 0:

@@ -27,6 +27,7 @@ from sparseinst.models.sparseinst import build_model
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths
 from sparseinst.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from sparseinst.training.interrupt import StopRequest
 from sparseinst.training.monitor import Monitor, diverged, logging_to
 from sparseinst.training.pretrain import ensure_start
 from sparseinst.training.step import Step, check_classes
@@ -145,7 +146,7 @@ class _Training:
             check=self.attempt.check,
             evaluated=self.evaluated == start,
         )
-        with monitor:
+        with monitor, StopRequest() as stop:
             if self._evaluates_after(start) and self.evaluated != start:  # the run was killed between checkpoint and evaluation
                 self._evaluate(monitor, start)
             batches: Iterator[Batch] = iter(loader)
@@ -162,7 +163,8 @@ class _Training:
                 values |= self.step.update()
                 monitor.step(iteration, losses, rate, **values)
                 done = iteration + 1
-                saves = done % train.checkpoint_every == 0 or done == train.iterations
+                stopping = stop.requested and done < train.iterations
+                saves = done % train.checkpoint_every == 0 or done == train.iterations or stopping
                 if saves:
                     monitor.flush(rate)
                     self._save(done)
@@ -170,6 +172,8 @@ class _Training:
                     self._evaluate(monitor, done)
                     if saves:  # save again, with the state of the evaluation
                         self._save(done)
+                if stopping:
+                    raise stop.stopped(done, train.iterations)
         if rank() == 0:
             state = self.step.trained().state_dict()
             save_weights(self.paths.weights, state, self.config, self.categories, self.attempt.check)

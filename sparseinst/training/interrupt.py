@@ -1,0 +1,47 @@
+"""End a training after its current step when the user or the system asks it to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from sparseinst.distributed import world_size
+
+_DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
+class StopRequest:
+    """Note SIGINT (Ctrl-C) and SIGTERM while the block runs, so that a training can save a checkpoint before it ends.
+
+    A second signal ends the process at once. Signals that somebody else handles, such as a scheduler's, stay as they are. Several
+    processes would have to stop after the same step, so a process group is ended at once, too; its last checkpoint counts.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._replaced: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread() and world_size() == 1:
+            for number, default in _DEFAULTS.items():
+                if signal.getsignal(number) == default:
+                    self._replaced[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._replaced.items():
+            signal.signal(number, handler)
+        self._replaced = {}
+
+    def stopped(self, done: int, total: int) -> SystemExit:
+        """Return the exit of a training that has saved a checkpoint after `done` steps. Its text is for the user."""
+        return SystemExit(f"stopped after step {done} of {total} with a checkpoint; the same command continues there")

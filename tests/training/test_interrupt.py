@@ -1,0 +1,45 @@
+"""Check that Ctrl-C and SIGTERM leave a checkpoint and one line."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparseinst.inference.weights import file_tensors_digest
+from sparseinst.paths import RunPaths
+from tests.test_cli import small_settings
+
+
+def command(root: Path, run: Path) -> list[str]:
+    settings = small_settings(**{"train.iterations": 30, "train.checkpoint_every": 1000, "train.log_every": 1})
+    return [sys.executable, "-m", "sparseinst", "train", "--data", str(root), "--output", str(run), "--device", "cpu", *settings]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_the_run_continues_to_the_same_bits(
+    number: signal.Signals, shapes_root: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = RunPaths(tmp_path / "stopped")
+    process = subprocess.Popen(command(shapes_root, run.root), env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (run.metrics.exists() and run.metrics.read_text().count("\n") >= 5):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    [line] = re.findall(r"stopped after step (\d+) of 30 with a checkpoint; the same command continues there", errors)
+    assert "Traceback" not in errors
+    assert run.checkpoint(int(line)).exists()
+    again = subprocess.run(command(shapes_root, run.root), env=environment, capture_output=True, text=True, check=True)
+    assert f"step {int(line) + 1}/30" in again.stderr
+    undisturbed = RunPaths(tmp_path / "undisturbed")
+    subprocess.run(command(shapes_root, undisturbed.root), env=environment, capture_output=True, check=True)
+    assert file_tensors_digest(run.weights) == file_tensors_digest(undisturbed.weights)
