@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import SymmetricalLogLocator
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
@@ -301,6 +302,9 @@ def draw(found: Fidelity, provenance: Iterable[str] = ()) -> Figure | None:
     axes.set(xlabel="difference of two rows in mask AP, the paper on COCO", ylabel=f"the same two rows at {found.profile} scale")
     axes.set_yscale("symlog", linthresh=5)
     axes.set_xscale("symlog", linthresh=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
+        axis.set_major_formatter(style.signed)
     axes.grid()
     style.finish(axes, f"Does {found.profile} order the rows as the paper does?", list(provenance), columns=2)
     return figure

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.axes
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import SymmetricalLogLocator
 
 from sparseinst.report import style
 from sparseinst.report.collect import Column, RowResult, TableResult
@@ -59,7 +60,8 @@ def forest(results: Sequence[TableResult]) -> Figure | None:
         at += 1
     axes.axvline(0, color="0.5", lw=0.8)
     axes.set_xscale("symlog", linthresh=_LINEAR)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
+    axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(style.signed)
     axes.set_yticks([y for y, _ in names], [style.short(name) for _, name in names])
     axes.set_ylim(at - 0.3, -0.7)
     axes.grid(axis="x")

@@ -131,18 +131,18 @@ def show(found: Sequence[RowPower], seeds: int, unit: str) -> None:
     )
     for name in ("table", "row"):
         table.add_column(name)
-    titles = ["detectable AP", *(f"seeds for {size:g}" for size in SIZES), "for the paper's", unit, "floor of the images"]
-    for name in titles:
-        table.add_column(name, justify="right")
+    for name in ("detectable", *(f"{size:g} AP" for size in SIZES), "paper's", unit, "floor"):
+        table.add_column(name, justify="right", no_wrap=True)
     for line in found:
         needed = [_text(line.seeds_for[f"{size:g}"]) for size in SIZES] + [_text(line.seeds_for["paper"])]
         cells = (_text(line.detectable), *needed, _text(line.hours), _text(line.floor))
         table.add_row(line.table, escape(line.row), *cells)
     Console(width=max(Console().width, 110)).print(table)
-    print(
-        "Hours: for the seeds of both rows that settle the paper's difference. "
-        f"-: unknown, or not settled by any number of seeds up to {MOST_SEEDS}."
-    )
+    sizes = ", ".join(f"{size:g}" for size in SIZES)
+    print("Detectable: the smallest difference in AP that these seeds settle.")
+    print(f"{sizes} AP and paper's: the seeds of both rows that settle such a difference. Hours: for the paper's.")
+    print("Floor: the smallest difference that any number of seeds settles with these validation images.")
+    print(f"-: unknown, or not settled by any number of seeds up to {MOST_SEEDS}.")
     if any(line.detectable is None for line in found):
         print("The noise of seeds is unknown until one row of this profile has two seeds.")
 

@@ -65,6 +65,11 @@ def new(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
     return figure, figure.subplots()
 
 
+def signed(value: float, _position: float = 0) -> str:
+    """Return a difference for an axis."""
+    return f"{value:+g}" if value else "0"
+
+
 def short(name: str, most: int = 32) -> str:
     """Return a name for an axis, cut off if it is so long that it would leave no room for the plot."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
