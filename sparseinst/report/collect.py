@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import numpy as np
-
-from sparseinst.ablation.gate import untrained_ap
 from sparseinst.ablation.looks import Look, last_decisions, look_name, penalties, read_looks
 from sparseinst.ablation.peers import PeerResult, find_peers
 from sparseinst.ablation.statistics import Comparison, Difference, Judgement, Prior, Sample, difference, estimate_prior, judge
-from sparseinst.ablation.store import RESULTS, Record, Store
+from sparseinst.ablation.store import RESULTS, Store
 from sparseinst.ablation.study import (
     AccuracyFigure,
     Figure,
-    MechanismFigure,
     Profile,
     Row,
     Table,
@@ -27,27 +23,21 @@ from sparseinst.ablation.study import (
     row_config,
 )
 from sparseinst.config import Config
-
-SEEDS = range(12)
-"""The seeds that a report looks for."""
-ACCURACY: tuple[str, ...] = get_args(AccuracyFigure)
-EVALUATED: tuple[str, ...] = (*ACCURACY, *get_args(MechanismFigure))
-"""The metrics that come from an evaluation; all others come from a timing."""
-_NOT_PERCENT = ("lift", "duplicates")
-"""The mechanism metrics that are not shares, so that they are not shown in percent."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: one metric, and for a timing one device."""
-
-    metric: Figure
-    device: str | None = None
-    """The device that was timed; the times of two devices never share a column."""
-
-    @property
-    def title(self) -> str:
-        return self.metric if self.device is None else f"{self.metric} ({self.device})"
+from sparseinst.report.records import (
+    ACCURACY,
+    EVALUATED,
+    SEEDS,
+    Column,
+    RowRecords,
+    columns_of,
+    evaluate_same_weights,
+    find_records,
+    image_error,
+    provenance_of,
+    sample_of,
+    share_images,
+    timed_spread,
+)
 
 
 @dataclass(frozen=True)
@@ -126,22 +116,6 @@ class TableResult:
         return f"{self.table.name}-{self.profile}"
 
 
-@dataclass
-class _RowRecords:
-    """The records of one row."""
-
-    evaluations: dict[int, Record]
-    """The evaluations, by seed."""
-    latencies: dict[str, Record]
-    """The timings, by device."""
-    trainings: list[str]
-    """The keys of the recorded trainings."""
-    state: str
-    timing: str = "done"
-    not_trained: list[str] = field(default_factory=list)
-    """The reasons why a training of this row is no evidence."""
-
-
 def read_results(
     names: Sequence[str], profile: str, results: Path = RESULTS, states: Mapping[str, str] | None = None
 ) -> list[TableResult]:
@@ -170,15 +144,15 @@ def seed_priors(tables: Sequence[Table], profile: Profile, store: Store, keys: s
 
     Each distinct training counts once. Rows that are not trained do not count.
     """
-    rows: dict[str, _RowRecords] = {}
+    rows: dict[str, RowRecords] = {}
     for table in tables:
         if "evaluate" in table.spec.stages():
             for row in table.spec.rows:
                 key = row_config(table.spec, row, profile).train_key()
                 if key not in rows:
-                    rows[key] = _find_records(table, row, profile, store, {}, keys)
+                    rows[key] = find_records(table, row, profile, store, {}, keys)
     trained = [records for records in rows.values() if not records.not_trained]
-    samples = {metric: [_sample(records, Column(metric)) for records in trained] for metric in get_args(AccuracyFigure)}
+    samples = {metric: [sample_of(records, Column(metric)) for records in trained] for metric in get_args(AccuracyFigure)}
     priors = {metric: estimate_prior(sample for sample in of_rows if sample is not None) for metric, of_rows in samples.items()}
     return {metric: prior for metric, prior in priors.items() if prior is not None}
 
@@ -199,10 +173,10 @@ def collect(
         keys: the keys of all records; None reads them from the store.
     """
     keys = store.keys() if keys is None else keys
-    records = {row.name: _find_records(table, row, profile, store, states, keys) for row in table.spec.rows}
+    records = {row.name: find_records(table, row, profile, store, states, keys) for row in table.spec.rows}
     peers = find_peers(store, table.spec.peers, profile.name, keys)
     devices = sorted({d for entry in records.values() for d in entry.latencies} | {d for peer in peers for d in peer.whole_ms})
-    columns = [column for metric in table.spec.figures for column in _columns(metric, devices)]
+    columns = [column for metric in table.spec.figures for column in columns_of(metric, devices)]
     reference = table.spec.reference
     configs = {row.name: row_config(table.spec, row, profile) for row in table.spec.rows}
     rows = []
@@ -227,13 +201,13 @@ def collect(
                 timing=entry.timing,
             )
         )
-    found = TableResult(table, profile.name, columns, rows, peers, _provenance(records.values()))
+    found = TableResult(table, profile.name, columns, rows, peers, provenance_of(records.values()))
     return replace(found, rows=_judged(found, read_looks(store.results, look_name(table, profile))))
 
 
 def _cell(
-    entry: _RowRecords,
-    reference: _RowRecords | None,
+    entry: RowRecords,
+    reference: RowRecords | None,
     column: Column,
     row: Row,
     priors: Mapping[Figure, Prior],
@@ -246,17 +220,17 @@ def _cell(
         reference: the records of the reference row; None for that row itself, and if the table has none.
         shares_training: both rows evaluate the same training.
     """
-    measured = _sample(entry, column)
+    measured = sample_of(entry, column)
     found = None
     if measured is not None and reference is not None and column.metric in ACCURACY:
-        same_weights = shares_training and _evaluate_same_weights(entry, reference)
+        same_weights = shares_training and evaluate_same_weights(entry, reference)
         # Two evaluations of the same weights are compared seed by seed, so the reference needs the row's seeds.
-        base = (_sample(reference, column, entry.evaluations) if same_weights else None) or _sample(reference, column)
-        if base is not None and _share_images(entry, reference):
-            error = _image_error(entry, reference, column.metric, entry.evaluations if same_weights else SEEDS)
+        base = (sample_of(reference, column, entry.evaluations) if same_weights else None) or sample_of(reference, column)
+        if base is not None and share_images(entry, reference):
+            error = image_error(entry, reference, column.metric, entry.evaluations if same_weights else SEEDS)
             found = difference(measured, base, priors.get(column.metric), error, same_weights=same_weights)
     timed = entry.latencies.get(column.device or "")
-    spread = _timed_spread(timed.result, column.metric) if timed is not None and column.metric not in EVALUATED else None
+    spread = timed_spread(timed.result, column.metric) if timed is not None and column.metric not in EVALUATED else None
     return Cell(measured, row.paper.get(column.metric), found, spread)
 
 
@@ -307,161 +281,8 @@ def _as_run(config: Config) -> str:
     return f"{config.model.backbone.name}, {config.inference.sides()[0]} px, {width} channels"
 
 
-def _share_images(row: _RowRecords, reference: _RowRecords) -> bool:
-    """Return whether all evaluations of two rows are of the same validation images."""
-    records = [*row.evaluations.values(), *reference.evaluations.values()]
-    return len({(record.provenance.get("data"), record.result.get("images")) for record in records}) <= 1
-
-
-def _image_error(row: _RowRecords, reference: _RowRecords, metric: str, reference_seeds: Container[int]) -> float | None:
-    """Return the standard error over images of the difference of the seeds' means.
-
-    Args:
-        reference_seeds: the seeds of the reference row that are compared.
-
-    Returns:
-        None if an evaluation has no resamplings.
-    """
-    means = []
-    for entry, seeds in ((row, SEEDS), (reference, reference_seeds)):
-        resampled = [r.result.get("resampled", {}).get(metric) for seed, r in entry.evaluations.items() if seed in seeds]
-        if not resampled or any(values is None for values in resampled) or len({len(values) for values in resampled}) > 1:
-            return None
-        means.append(np.mean([[np.nan if value is None else value for value in values] for values in resampled], axis=0))
-    if len(means[0]) != len(means[1]):
-        return None
-    differences = means[0] - means[1]
-    differences = differences[~np.isnan(differences)]
-    return float(differences.std(ddof=1)) if len(differences) > 1 else None
-
-
-def _evaluate_same_weights(row: _RowRecords, reference: _RowRecords) -> bool:
-    """Return whether two rows of one training evaluate the same files. A training that was done again can give other weights."""
-    digests = [
-        {record.provenance.get("weights") for entry in (row, reference) if (record := entry.evaluations.get(seed)) is not None}
-        for seed in row.evaluations
-    ]
-    return all(len(found) <= 1 for found in digests)
-
-
-def _columns(metric: Figure, devices: Sequence[str]) -> list[Column]:
-    """Return the columns of a metric: a timing has one for each device."""
-    if metric in EVALUATED:
-        return [Column(metric)]
-    return [Column(metric, device) for device in devices] or [Column(metric)]
-
-
-def _find_records(
-    table: Table, row: Row, profile: Profile, store: Store, states: Mapping[str, str], keys: set[str]
-) -> _RowRecords:
-    """Read the records of one row: all seeds and all devices."""
-    stages = table.spec.stages()
-    base = row_config(table.spec, row, profile)
-    entry = _RowRecords({}, {}, [], "done")
-    if "evaluate" in stages:
-        for seed in SEEDS:
-            config = base.model_copy(update={"train": base.train.model_copy(update={"seed": seed})})
-            key, training = config.evaluate_key(), config.train_key()
-            record = store.load(key) if key in keys else None
-            if training in keys:
-                entry.trainings.append(training)
-                trained = store.load(training) if record is not None else None
-                reasons = trained.result.get("not_trained", []) if trained is not None else []
-                entry.not_trained += [f"seed {seed}: {why}" for why in reasons]
-            if record is not None:
-                entry.evaluations[seed] = record
-                entry.not_trained += [f"seed {seed}: {why}" for why in untrained_ap(record.result["figures"].get("AP"))]
-            elif seed == SEEDS[0]:
-                known = (states.get(stage_key) for stage_key in (key, training))
-                entry.state = next((state for state in known if state not in (None, "pending", "done")), None) or "pending"
-        if entry.evaluations:
-            entry.state = "done"
-    if "latency" in stages:
-        prefix = base.latency_prefix()
-        for key in sorted(key for key in keys if key.startswith(f"{prefix}-")):
-            record = store.load(key)
-            if record is not None:
-                entry.latencies[record.provenance.get("device", "unknown device")] = record
-        if not entry.latencies:
-            not_done = (state for key, state in states.items() if key.startswith(f"{prefix}-") and state != "done")
-            entry.timing = next(not_done, "pending")
-    return entry
-
-
-def _sample(entry: _RowRecords, column: Column, seeds: Container[int] = SEEDS) -> Sample | None:
-    """Return the row's values in a column: one for each of the seeds, or one timing; None if there is none."""
-    if column.metric in EVALUATED:
-        records = [record for seed, record in sorted(entry.evaluations.items()) if seed in seeds]
-        values = [_evaluated_value(record.result, column.metric) for record in records]
-        known = tuple(float(value) for value in values if value is not None)
-        return Sample(known) if known else None
-    record = entry.latencies.get(column.device or "")
-    return Sample((_timed_value(record.result, column.metric),)) if record is not None else None
-
-
-def _evaluated_value(result: dict[str, Any], metric: str) -> float | None:
-    """Return a metric of an evaluation, AP and shares in percent; None if it has no value."""
-    if metric in ACCURACY:
-        ap: float | None = result["figures"].get(metric)
-        return ap
-    value = result.get("mechanism", {}).get(metric)
-    return value if value is None or metric in _NOT_PERCENT else 100 * value
-
-
-def _timed_value(result: dict[str, Any], metric: str) -> float:
-    """Return a metric of a timing, in milliseconds or images per second."""
-    if metric in result["modules_ms"]:
-        return float(result["modules_ms"][metric])
-    median = float(result["whole_ms"]["median"])
-    return median if metric == "ms" else 1000 / median
-
-
-def _timed_spread(result: dict[str, Any], metric: str) -> tuple[float, float] | None:
-    """Return the 5th and 95th percentile of a timing; None for a module, whose percentiles are not recorded."""
-    whole = result["whole_ms"]
-    if metric in result["modules_ms"] or not {"p5", "p95"} <= whole.keys():
-        return None
-    low, high = float(whole["p5"]), float(whole["p95"])
-    return (low, high) if metric == "ms" else (1000 / high, 1000 / low)
-
-
 def _paper_difference(table: Table, row: Row) -> float | None:
     reference = next((other for other in table.spec.rows if other.name == table.spec.reference), None)
     if reference is None or reference is row or "AP" not in row.paper or "AP" not in reference.paper:
         return None
     return round(row.paper["AP"] - reference.paper["AP"], 1)
-
-
-def _provenance(rows: Iterable[_RowRecords]) -> list[str]:
-    """Return the devices, seeds, versions and data in the records of all rows, each value once."""
-    records = [r for entry in rows for r in (*entry.evaluations.values(), *entry.latencies.values())]
-    if not records:
-        return []
-
-    def distinct(*path: str) -> str:
-        values = set()
-        for record in records:
-            value: Any = record.provenance
-            for name in path:
-                value = value.get(name) if isinstance(value, dict) else None
-            if value is not None:
-                values.add(str(value))
-        return ", ".join(sorted(values)) or "unknown"
-
-    code = [about for r in records for about in (r.provenance, r.provenance.get("trained", {}), *_earlier_code(r)) if about]
-    commits = sorted({str(about.get("commit") or "unknown")[:10] + ("+" if about.get("changes") else "") for about in code})
-    return [
-        f"{len(records)} records",
-        f"device {distinct('device')}",
-        f"seeds {distinct('seed')}",
-        f"sparseinst {distinct('versions', 'sparseinst')} at {', '.join(commits)}",
-        f"torch {distinct('versions', 'torch')}",
-        f"evaluator hotcoco {distinct('versions', 'hotcoco')}",
-        f"validation data {distinct('data')}",
-    ]
-
-
-def _earlier_code(record: Record) -> list[dict[str, Any]]:
-    """Return the versions of the code that trained the weights before the last version took over."""
-    earlier: list[dict[str, Any]] = record.provenance.get("trained", {}).get("earlier", [])
-    return earlier

@@ -27,7 +27,8 @@ from sparseinst.ablation.study import Table as StudyTable
 from sparseinst.ablation.study import list_tables, read_profile, read_tables
 from sparseinst.errors import UserError
 from sparseinst.report import style
-from sparseinst.report.collect import Column, TableResult, read_results, seed_priors
+from sparseinst.report.collect import TableResult, read_results, seed_priors
+from sparseinst.report.records import Column
 
 CLEAR = 0.5
 """The order of two rows is clear if their AP in the paper differs by this much or more."""

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import SymmetricalLogLocator
 
 from sparseinst.report import style
-from sparseinst.report.collect import Column, RowResult, TableResult
+from sparseinst.report.collect import RowResult, TableResult
+from sparseinst.report.records import Column
 
 _AP = Column("AP")
 _LOOKS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from sparseinst.ablation.study import LatencyFigure
 from sparseinst.report import style
-from sparseinst.report.collect import Column, TableResult
+from sparseinst.report.collect import TableResult
+from sparseinst.report.records import Column
 
 MODULES: tuple[LatencyFigure, ...] = ("backbone", "encoder", "decoder", "post")
 _QUOTED_MARKS = "s^v<>*"

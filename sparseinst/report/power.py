@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparseinst.ablation.statistics import FALSE_DISCOVERIES, POWER, Difference, Prior, SeedNoise
-from sparseinst.report.collect import Column, TableResult
+from sparseinst.report.collect import TableResult
+from sparseinst.report.records import Column
 
 SIZES = (0.5, 1.0, 2.0)
 """The differences in AP whose seeds are listed."""

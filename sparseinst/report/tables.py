@@ -11,7 +11,8 @@ from sparseinst.ablation.peers import PeerResult
 from sparseinst.ablation.statistics import Difference
 from sparseinst.ablation.study import Figure
 from sparseinst.report import escape
-from sparseinst.report.collect import EVALUATED, Cell, Column, TableResult
+from sparseinst.report.collect import Cell, TableResult
+from sparseinst.report.records import EVALUATED, Column
 
 IMAGES_ALONE = "†"
 """This sign marks an interval that covers the noise of images alone, because too few rows have several seeds."""

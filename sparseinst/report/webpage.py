@@ -17,8 +17,9 @@ from markupsafe import Markup
 from sparseinst.ablation.store import Record, Store
 from sparseinst.config import Config
 from sparseinst.nested import flatten
-from sparseinst.report.collect import ACCURACY, Cell, Column, RowResult, TableResult
+from sparseinst.report.collect import Cell, RowResult, TableResult
 from sparseinst.report.plots import figure_file, forest_file, plots
+from sparseinst.report.records import ACCURACY, Column
 from sparseinst.report.tables import DIFFERENCE, VERDICT, frame, notes
 
 _CHIPS = {
