@@ -38,7 +38,7 @@ Optimize = Annotated[
     typer.Option(help="Optimise the model first; compiling takes seconds (compiled) to minutes (best)."),
 ]
 Record = Annotated[bool, typer.Option("--record", help="Record a peer's metrics for the speed-accuracy plot.")]
-Budget = Annotated[float | None, typer.Option(help="Start nothing if the remaining runs cost more hours than this.")]
+Budget = Annotated[float | None, typer.Option(min=0.0, help="Start nothing if the remaining runs cost more hours than this.")]
 UntilSettled = Annotated[
     bool,
     typer.Option(

@@ -176,7 +176,8 @@ def _run_until_settled(
         if failures or plan_looks(tables, wanted, scale, store, device).to_do():
             raise RunFailed("some runs failed; `sparseinst status` shows why")
     for table in tables:
-        print("\n".join(describe(table, scale, store)))
+        for line in describe(table, scale, store):
+            print(line)
     where = f" --results {results}" if results != RESULTS else ""
     print(f"to see the tables: sparseinst report {' '.join(names)} --profile {profile}{where} --show")
 

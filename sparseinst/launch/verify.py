@@ -43,6 +43,8 @@ def verify(key: str, store: Store, device: str | None, *, threads: int | None = 
         UserError: there is no such record, or it cannot be verified.
     """
     record = find_record(key, store)
+    if not record.config:
+        raise UserError(f"{record.key}: its record holds no config, so its work cannot be done again")
     config = parse_config(record.config)
     recorded = record.provenance.get("arithmetic") or {}
     used = threads or recorded.get("threads")

@@ -99,6 +99,9 @@ def test_what_cannot_be_verified_is_refused(
 ) -> None:
     monkeypatch.chdir(done)
     Store(Path("results")).write(Record("peer", "peer-x", {"peer": "x", "short_side": 1}))
+    Store(Path("results")).write(Record("evaluate", "evaluate-x", {"figures": {"AP": 1.0}}))
+    assert run_cli(["verify", "evaluate-x"]) == 2
+    assert "its record holds no config" in capsys.readouterr().err
     assert run_cli(["verify", "nothing"]) == 2
     assert "there is no such record in results/records" in capsys.readouterr().err
     assert run_cli(["verify", "peer-x"]) == 2
