@@ -43,6 +43,10 @@ def verify(key: str, store: Store, device: str | None, *, threads: int | None = 
         UserError: there is no such record, or it cannot be verified.
     """
     record = find_record(key, store)
+    if record.kind not in ("train", "evaluate", "latency"):
+        raise UserError(
+            f"{record.key}: a record of the kind {record.kind!r} cannot be verified, only train, evaluate and latency"
+        )
     if not record.config:
         raise UserError(f"{record.key}: its record holds no config, so its work cannot be done again")
     config = parse_config(record.config)
