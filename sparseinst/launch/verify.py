@@ -59,10 +59,6 @@ def verify(key: str, store: Store, device: str | None, *, threads: int | None = 
     lines = [f"{record.kind} {record.key}: {used or 'default'} threads here, {recorded.get('threads', 'unknown')} in the record"]
     if record.kind == "latency":
         return _verify_timing(record, config, device, lines)
-    if record.kind not in ("train", "evaluate"):
-        raise UserError(
-            f"{record.key}: a record of the kind {record.kind!r} cannot be verified, only train, evaluate and latency"
-        )
     # Another number of threads or other code is another verification; a stopped one continues.
     folder = RUNS / "verify" / f"{config.train_key()}-{torch.get_num_threads()}-{code_digest()}"
     found = _verify_training(record, config, RunPaths(folder), store, device, lines, progress)
