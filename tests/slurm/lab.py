@@ -108,6 +108,11 @@ def job_of(run: StageRun) -> str:
     return submission.job
 
 
+def job_output(run: StageRun) -> str:
+    """Return what a run's job has printed."""
+    return "".join(path.read_text() for path in sorted(Path("runs/jobs").glob(f"{job_of(run)}_0_log.*")))
+
+
 def steps_done(run: StageRun) -> int:
     metrics = run_folder(run.key).metrics
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
