@@ -157,6 +157,19 @@ def _evaluate_peer(
     return found
 
 
+def _print_limits(result: Any, console: Any) -> None:
+    """Print AP at several numbers of predictions, and why they differ."""
+    from rich.table import Table
+
+    most = max(int(name.partition("@")[2]) for name in result.by_limit)
+    table = Table(*result.by_limit, title="AP@N: only the N best predictions of an image and category count", min_width=60)
+    table.add_row(*("-" if value is None else f"{value:.1f}" for value in result.by_limit.values()))
+    console.print(table)
+    print(f"An image holds up to {most} objects of one category, and COCO's metrics count 100 predictions: AP is AP@100.")
+    if result.maps is not None and result.maps < most:
+        print(f"The model has {result.maps} maps (model.decoder.iam.num_maps): it finds at most as many objects of an image.")
+
+
 def _print_metrics(result: Any, as_json: bool = False) -> None:
     import json
 
@@ -168,7 +181,10 @@ def _print_metrics(result: Any, as_json: bool = False) -> None:
 
     table = Table(*result.figures, title=f"COCO mask metrics over {result.images} images, in percent", min_width=60)
     table.add_row(*("-" if value is None else f"{value:.1f}" for value in result.figures.values()))
-    Console(width=max(Console().width, 100)).print(table)  # on a narrow terminal, lines wrap but no value is cut
+    console = Console(width=max(Console().width, 100))  # on a narrow terminal, lines wrap but no value is cut
+    console.print(table)
+    if result.by_limit:
+        _print_limits(result, console)
     if result.mechanism:
         print_mechanism(result.mechanism)
     if result.skipped:

@@ -1,4 +1,7 @@
-"""Compute COCO's twelve mask metrics, with hotcoco or, on request, with pycocotools. Both give the same values."""
+"""Compute COCO's twelve mask metrics, with hotcoco or, on request, with pycocotools. Both give the same values.
+
+COCO counts the 100 best predictions of an image and category at most. For data with more objects, AP is computed at more, too.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import contextlib
 import importlib
 import io
 import json
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pycocotools.coco import COCO
 
-from sparseinst.data.coco import decode, state_of_file
+from sparseinst.data.coco import CocoSplit, decode, state_of_file
 from sparseinst.data.transforms import as_segment
 from sparseinst.errors import DataError
 
@@ -20,6 +25,8 @@ FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 """COCO's twelve mask metrics, in percent."""
 
 Engine = Literal["hotcoco", "pycocotools"]
+COCO_LIMIT = 100
+"""The number of predictions that COCO's metrics count in an image for one category, at most."""
 
 
 def coco_figures(
@@ -35,18 +42,63 @@ def coco_figures(
     Raises:
         DataError: pycocotools is used and a segmentation of the annotations is invalid.
     """
-    coco = importlib.import_module(engine if engine == "hotcoco" else "pycocotools.coco")
-    evaluation = importlib.import_module(engine if engine == "hotcoco" else "pycocotools.cocoeval")
-    with contextlib.redirect_stdout(io.StringIO()):  # both print their summary
-        truth = _hotcoco_truth(annotations, state_of_file(annotations)) if engine == "hotcoco" else pycocotools_truth(annotations)
-        found = truth.loadRes(results) if results or engine == "hotcoco" else coco.COCO()  # pycocotools fails on []
-        comparison = evaluation.COCOeval(truth, found, "segm")
-        comparison.params.imgIds = sorted(image_ids)
-        comparison.evaluate()
-        comparison.accumulate()
+    comparison = _compared(annotations, results, image_ids, engine)
+    with contextlib.redirect_stdout(io.StringIO()):
         comparison.summarize()
     values = [float(value) for value in comparison.stats]
     return {name: None if value < 0 else 100 * value for name, value in zip(FIGURES, values, strict=True)}
+
+
+def most_objects(split: CocoSplit) -> int:
+    """Return the largest number of objects that an image has of one category. Crowds do not count."""
+    counts = Counter(
+        (image.id, annotation.label) for image in split.images for annotation in image.annotations if not annotation.crowd
+    )
+    return max(counts.values(), default=0)
+
+
+def figures_by_limit(
+    split: CocoSplit, results: list[dict[str, Any]], image_ids: list[int], engine: Engine = "hotcoco"
+) -> dict[str, float | None]:
+    """Return AP in percent if only so many predictions of an image and category count: `AP@1`, `AP@10`, `AP@100`, `AP@most`.
+
+    `most` is the largest number of objects that an image of the split has of one category. The recall with this limit, `AR@most`,
+    comes with them. The result is empty if `most` is at most 100, because COCO's metrics are then complete.
+    """
+    most = most_objects(split)
+    if most <= COCO_LIMIT:
+        return {}
+    limits = [1, 10, COCO_LIMIT, most]
+    comparison = _compared(split.file, results, image_ids, engine, limits)
+    precision = np.asarray(comparison.eval["precision"])[:, :, :, 0]  # thresholds, recalls, categories, limits; all object sizes
+    recall = np.asarray(comparison.eval["recall"])[:, :, 0, -1]  # thresholds, categories
+    figures = {f"AP@{limit}": _mean_percent(precision[..., number]) for number, limit in enumerate(limits)}
+    return {**figures, f"AR@{limits[-1]}": _mean_percent(recall)}
+
+
+def _mean_percent(values: np.ndarray) -> float | None:
+    """Return the mean in percent of the values that are not negative, which stand for categories without objects."""
+    known = values[values >= 0]
+    return float(100 * known.mean()) if known.size else None
+
+
+def _compared(
+    annotations: Path, results: list[dict[str, Any]], image_ids: list[int], engine: Engine, limits: list[int] | None = None
+) -> Any:
+    """Return the engine's comparison of results with annotations, accumulated but not summarised."""
+    coco = importlib.import_module(engine if engine == "hotcoco" else "pycocotools.coco")
+    evaluation = importlib.import_module(engine if engine == "hotcoco" else "pycocotools.cocoeval")
+    with contextlib.redirect_stdout(io.StringIO()):  # both print their progress
+        truth = _hotcoco_truth(annotations, state_of_file(annotations)) if engine == "hotcoco" else pycocotools_truth(annotations)
+        copies = [dict(result) for result in results]  # pycocotools adds fields
+        found = truth.loadRes(copies) if results or engine == "hotcoco" else coco.COCO()  # pycocotools fails on []
+        comparison = evaluation.COCOeval(truth, found, "segm")
+        comparison.params.imgIds = sorted(image_ids)
+        if limits is not None:
+            comparison.params.maxDets = limits
+        comparison.evaluate()
+        comparison.accumulate()
+    return comparison
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,7 @@ from sparseinst.data.transforms import as_mask, resize_segments
 from sparseinst.device import autocast
 from sparseinst.distributed import gather, rank, same_for_all, world_size
 from sparseinst.errors import DataError, UserError
-from sparseinst.evaluation.coco_metrics import Engine, coco_figures
+from sparseinst.evaluation.coco_metrics import Engine, coco_figures, figures_by_limit
 from sparseinst.evaluation.mechanism import Matches, Pairs, observe, summarise
 from sparseinst.files import atomic, file_digest
 from sparseinst.inference import optimize as optimizing
@@ -55,12 +55,17 @@ class Evaluation:
     """The ids of the skipped images."""
     mechanism: dict[str, float | None] = field(default_factory=dict)
     """The metrics of the instance activation maps; see `mechanism.METRICS`."""
+    by_limit: dict[str, float | None] = field(default_factory=dict)
+    """AP at several numbers of predictions, see `figures_by_limit`; empty if no image has over 100 objects of a category."""
+    maps: int | None = None
+    """The number of the model's maps, if `by_limit` is not empty: a model predicts at most so many instances of an image."""
     matches: Matches = field(default_factory=dict, repr=False, compare=False)
     """The map that the matching of the training assigns to each object."""
 
     def as_json(self) -> dict[str, Any]:
-        """Return all fields except the matches, which have an entry for every object."""
-        return {name: value for name, value in asdict(self).items() if name != "matches"}
+        """Return all fields except the matches, which have an entry for every object, and without empty limits."""
+        left_out = {"matches"} if self.by_limit else {"matches", "by_limit", "maps"}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 @torch.no_grad()
@@ -113,7 +118,7 @@ def evaluate(
     if attempt is not None:
         attempt.at("wait")
     shares = gather(own)
-    result = _compare(shares, split, predictions, engine, attempt) if rank() == 0 else None
+    result = _compare(shares, split, config, predictions, engine, attempt) if rank() == 0 else None
     result = same_for_all(result)
     assert result is not None
     return replace(result, seconds=round(time.perf_counter() - began, 2))
@@ -133,7 +138,12 @@ class _SegmentedImage(NamedTuple):
 
 
 def _compare(
-    shares: list[list[_SegmentedImage]], split: CocoSplit, predictions: Path | None, engine: Engine, attempt: Attempt | None
+    shares: list[list[_SegmentedImage]],
+    split: CocoSplit,
+    config: Config,
+    predictions: Path | None,
+    engine: Engine,
+    attempt: Attempt | None,
 ) -> Evaluation:
     """Return the evaluation of the images of all processes, in the split's order."""
     images = [image for group in itertools.zip_longest(*shares) for image in group if image is not None]
@@ -147,12 +157,15 @@ def _compare(
     if predictions is not None:
         write_predictions(predictions, results, attempt.check if attempt is not None else None)
     observed = [(image.id, image.pairs) for image in images if image.pairs is not None]
+    by_limit = figures_by_limit(split, results, image_ids, engine)
     return Evaluation(
         coco_figures(split.file, results, image_ids, engine),
         len(image_ids),
         skipped,
         skipped_images=[image.id for image in images if image.skipped],
         mechanism=summarise([pairs for _, pairs in observed]),
+        by_limit=by_limit,
+        maps=config.model.decoder.iam.num_maps if by_limit else None,
         matches={f"{image}-{number}": index for image, pairs in observed for number, index in pairs.matched.items()},
     )
 

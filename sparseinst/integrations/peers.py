@@ -23,7 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from sparseinst.data.coco import CocoSplit, category_names, read_image
 from sparseinst.data.transforms import resize_image, short_side_size
 from sparseinst.errors import UserError
-from sparseinst.evaluation.coco_metrics import Engine, coco_figures
+from sparseinst.evaluation.coco_metrics import Engine, coco_figures, figures_by_limit
 from sparseinst.evaluation.evaluate import Evaluation, in_coco_format, write_predictions
 from sparseinst.models.backbone import read_tensors
 from sparseinst.nested import nearest
@@ -193,8 +193,9 @@ def evaluate_peer(
             results += in_coco_format(record.id, found, ids)
     if predictions is not None:
         write_predictions(predictions, results)
-    figures = coco_figures(split.file, results, [image.id for image in split.images], engine)
-    return Evaluation(figures, len(split.images), seconds=round(time.perf_counter() - began, 2))
+    images = [image.id for image in split.images]
+    figures, by_limit = coco_figures(split.file, results, images, engine), figures_by_limit(split, results, images, engine)
+    return Evaluation(figures, len(images), seconds=round(time.perf_counter() - began, 2), by_limit=by_limit)
 
 
 def category_ids(names: Sequence[str], split: CocoSplit) -> list[int | None]:

@@ -208,7 +208,9 @@ def _evaluate(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome
     )
     if rank() != 0:
         return None
-    metrics = {"figures": result.figures, "mechanism": result.mechanism}
+    metrics: dict[str, Any] = {"figures": result.figures, "mechanism": result.mechanism}
+    if result.by_limit:
+        metrics |= {"by_limit": result.by_limit, "maps": result.maps}
     skipped = set(result.skipped_images)
     images = [image.id for image in split.images if image.id not in skipped]
     resampled = resampled_figures(split.file, read_predictions(run_folder(run.key).predictions), images)

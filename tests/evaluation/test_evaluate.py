@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from PIL import Image
 
 from sparseinst import load_model
 from sparseinst.config import Config
-from sparseinst.data.coco import decode, encode, read_split, val_split
+from sparseinst.data.coco import CocoSplit, decode, encode, read_split, val_split
 from sparseinst.errors import DataError, UserError
-from sparseinst.evaluation.coco_metrics import FIGURES, coco_figures
+from sparseinst.evaluation.coco_metrics import FIGURES, coco_figures, figures_by_limit
 from sparseinst.evaluation.evaluate import evaluate, evaluate_run, evaluate_weights
 from sparseinst.inference.weights import load_weights
 from sparseinst.models.sparseinst import build_model
@@ -181,3 +182,41 @@ def test_pycocotools_needs_no_area_and_iscrowd(tiny: Config, tmp_path: Path) -> 
     metrics = coco_figures(file, results, ids, "pycocotools")
     assert metrics["AP"] == pytest.approx(100)
     assert metrics == pytest.approx(coco_figures(file, results, ids))
+
+
+def _crowded(folder: Path, objects: int) -> tuple[CocoSplit, list[dict[str, Any]]]:
+    """Return a split with one image that holds a row of squares, and a perfect prediction of each, the best ones first."""
+    runs = []
+    for number in range(objects):
+        mask = np.zeros((8, 8 * objects), dtype=bool)
+        mask[:, 8 * number : 8 * number + 6] = True
+        runs.append(encode(mask[None])[0])
+    data = {
+        "images": [{"id": 1, "file_name": "row.png", "height": 8, "width": 8 * objects}],
+        "categories": [{"id": 1, "name": "square"}],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 48, "bbox": [8 * n, 0, 6, 8], "segmentation": run}
+            for n, run in enumerate(runs, start=1)
+        ],
+    }
+    (folder / "row.json").write_text(json.dumps(data))
+    results = [{"image_id": 1, "category_id": 1, "score": 1 - n / 1000, "segmentation": run} for n, run in enumerate(runs)]
+    return read_split(folder / "row.json", folder), results
+
+
+@pytest.mark.parametrize("engine", ["hotcoco", "pycocotools"])
+def test_data_with_more_than_100_objects_get_ap_at_their_own_number(tmp_path: Path, engine: Any) -> None:
+    """COCO's AP counts 100 predictions, so that perfect predictions of 160 objects reach 100 of 160 only."""
+    split, results = _crowded(tmp_path, 160)
+    figures = figures_by_limit(split, results, [1], engine)
+    assert list(figures) == ["AP@1", "AP@10", "AP@100", "AP@160", "AR@160"]
+    assert figures["AP@100"] == pytest.approx(coco_figures(split.file, results, [1], engine)["AP"])
+    assert figures["AP@10"] == pytest.approx(100 * 7 / 101)  # precision 1 at recalls 0 to 0.06
+    assert figures["AP@100"] == pytest.approx(100 * 63 / 101)
+    assert figures["AP@160"] == pytest.approx(100)
+    assert figures["AR@160"] == pytest.approx(100)
+
+
+def test_data_with_up_to_100_objects_have_no_other_limits(tmp_path: Path) -> None:
+    split, results = _crowded(tmp_path, 100)
+    assert figures_by_limit(split, results, [1]) == {}
