@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from sparseinst.ablation.provenance import code_version
-from sparseinst.ablation.sequential import PENALTIES, Decision
+from sparseinst.ablation.sequential import LOOKS, PENALTIES, Decision
 from sparseinst.ablation.study import Profile, Table, row_config
 from sparseinst.errors import UserError
 from sparseinst.files import atomic
@@ -38,11 +38,12 @@ class Look:
 
 
 def look_name(table: Table, profile: Profile) -> str:
-    """Return the name of a table's log. It changes with every setting that changes a result or a verdict of the table."""
+    """Return the name of a table's log. It changes with every setting that changes a result or a verdict, and with the looks."""
     spec = table.spec
     rows = {row.name: row_config(spec, row, profile).evaluate_key() for row in spec.rows}
     paper = {row.name: row.paper.get("AP") for row in spec.rows}
-    identity = content_hash({"rows": rows, "paper": paper, "margin": spec.margin, "reference": spec.reference})
+    design = {"looks": LOOKS, "penalties": PENALTIES}
+    identity = content_hash({"rows": rows, "paper": paper, "margin": spec.margin, "reference": spec.reference, **design})
     return f"{table.name}-{profile.name}-{identity[:8]}"
 
 

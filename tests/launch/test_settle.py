@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from sparseinst.ablation.looks import look_file, look_name, make_look, read_looks, write_look
 from sparseinst.ablation.plan import make_plan
-from sparseinst.ablation.sequential import LOOKS, PENALTIES, Decision, decide, next_seeds, predictive_power, reference_seeds
+from sparseinst.ablation.sequential import BOUNDARIES, LOOKS, PENALTIES, Decision, decide, next_seeds, predictive_power, reference_seeds
 from sparseinst.ablation.statistics import Comparison, Difference, SeedNoise
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables, row_config
@@ -61,32 +62,42 @@ def test_a_dry_run_logs_nothing(tmp_path: Path) -> None:
 
 
 def test_the_reference_row_has_more_seeds() -> None:
-    assert [reference_seeds(look, 3) for look in range(3)] == [4, 7, 12]
-    assert reference_seeds(0, 1) == 2
-    assert reference_seeds(1, 19) == 12
+    assert [reference_seeds(look, 3) for look in range(5)] == [2, 4, 6, 9, 12]
+    assert reference_seeds(0, 1) == 2, "one seed tells nothing about the noise"
+    assert reference_seeds(2, 19) == 12
+
+
+def test_the_boundaries_are_crossed_by_chance_in_one_of_twenty_studies() -> None:
+    """Without a difference, the standardised difference at the looks is a Brownian motion at the times seeds / 8."""
+    times = np.array(LOOKS) / LOOKS[-1]
+    correlation = np.sqrt(np.minimum.outer(times, times) / np.maximum.outer(times, times))
+    random = np.random.default_rng(0)
+    inside = stats.multivariate_normal.cdf(BOUNDARIES, cov=correlation, lower_limit=-np.array(BOUNDARIES), rng=random)
+    assert inside == pytest.approx(0.95, abs=2e-4)
+    assert np.array(BOUNDARIES) * np.sqrt(times) == pytest.approx(BOUNDARIES[-1], abs=1e-3), "O'Brien and Fleming's"
 
 
 def test_decisions() -> None:
-    compared = {"clear": noise(-20, 0.3, 4), "hopeless": noise(0.2, 6.0, 4), "open": noise(-1.4, 0.8, 4)}
-    found = decide(compared, 1)
+    compared = {"clear": noise(-20, 0.3, 5), "hopeless": noise(0.2, 6.0, 5), "open": noise(-1.4, 0.8, 5)}
+    found = decide(compared, 3)
     assert (found["clear"].kind, found["clear"].verdict) == ("settled", "same sign, other size")
     assert found["hopeless"].kind == "futile"
     assert found["open"].kind == "more seeds"
-    assert next_seeds(list(compared), found, 2, "reference") == {"open": 8, "reference": 12}
-    last = decide({"open": noise(-0.7, 0.8, 8)}, 2)
+    assert next_seeds(list(compared), found, 4, "reference") == {"open": 8, "reference": 12}
+    last = decide({"open": noise(-0.7, 0.8, 8)}, 4)
     assert last["open"].kind == "out of looks"
-    assert next_seeds(["clear"], {"clear": found["clear"]}, 2, "reference") == {}
+    assert next_seeds(["clear"], {"clear": found["clear"]}, 4, "reference") == {}
 
 
 def test_predictive_power_is_how_often_the_last_look_settles() -> None:
     """Compare it with a simulation of the last look, for a known deviation."""
-    now = Comparison(Difference(-1.0, (SeedNoise(1.0, 1e6, 4),) * 2, 0.0), -1.0, 0.0)
+    now = Comparison(Difference(-1.0, (SeedNoise(1.0, 1e6, 5),) * 2, 0.0), -1.0, 0.0)
     random = np.random.default_rng(0)
-    truth = random.normal(-1.0, np.sqrt(2 / 4), 20000)
-    further = random.normal(truth, np.sqrt(2 / 4))  # the mean of four more seeds of both rows
-    last = (-1.0 + further) / 2
-    settled = np.mean(np.abs(last) > 2.004 * np.sqrt(2 / 8))
-    assert predictive_power(now, 1) == pytest.approx(settled, abs=0.02)
+    truth = random.normal(-1.0, np.sqrt(2 / 5), 20000)
+    further = random.normal(truth, np.sqrt(2 / 3))  # the mean of three more seeds of both rows
+    last = (5 * -1.0 + 3 * further) / 8
+    settled = np.mean(np.abs(last) > BOUNDARIES[-1] * np.sqrt(2 / 8))
+    assert predictive_power(now, 3) == pytest.approx(settled, abs=0.02)
 
 
 def finish(wanted: dict[str, dict[str, int]], store: Store) -> int:
@@ -111,7 +122,7 @@ def test_seeds_are_spent_until_the_table_is_finished(tmp_path: Path) -> None:
         assert wanted == advance(TABLES, TABLES, MINI, store, "cpu"), "an unfinished look stays the same"
         seen.append(wanted["table5"])
         finish(wanted, store)
-    assert seen[0] == {"BCE alone": 2, "dice alone": 2, "dice + focal": 2, "dice + BCE": 4}
+    assert seen[0] == {"BCE alone": 1, "dice alone": 1, "dice + focal": 1, "dice + BCE": 2}
     assert 1 < len(seen) <= len(LOOKS)
     assert all("BCE alone" not in seeds or seeds["BCE alone"] < 8 for seeds in seen), "the clear row stops early"
     looks = read_looks(store.results, look_name(TABLES[0], MINI))
@@ -166,10 +177,10 @@ def test_the_command_runs_looks_and_a_budget_stops_it(capsys: pytest.CaptureFixt
     assert "of the budget are left: stopped" in capsys.readouterr().out
     assert run_cli(command) == 0
     printed = capsys.readouterr().out
-    assert "a look at table5: 21 runs" in printed
-    assert "table5: 1 of at most 3 looks" in printed
+    assert "a look at table5: 11 runs" in printed
+    assert "table5: 1 of at most 5 looks" in printed
     assert "finished" in printed
-    plan = make_plan(TABLES, read_profile("smoke"), Store(), seeds=range(2), device="cpu")
+    plan = make_plan(TABLES, read_profile("smoke"), Store(), seeds=range(1), device="cpu")
     assert not plan.to_do()
     assert run_cli(["status", "table5", "--profile", "smoke", "--device", "cpu"]) == 0
     assert "finished" in capsys.readouterr().out
