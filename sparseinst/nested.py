@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar, get_args
 
@@ -87,6 +89,40 @@ def leaf_paths(section: type[Section], prefix: str = "") -> Iterator[str]:
             yield from leaf_paths(field.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
+
+
+def explanations(section: type[Section], prefix: str = "") -> dict[str, str]:
+    """Return the explanation of every setting and group that has one, by dotted path: its docstring, in one line."""
+    found: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        path, group = f"{prefix}{name}", field.annotation
+        own = field.description
+        if isinstance(group, type) and issubclass(group, Section):
+            own = own or inspect.cleandoc(group.__doc__ or "")
+            found |= explanations(group, f"{path}.")
+        if own:
+            found[path] = " ".join(own.split())
+    return found
+
+
+def commented_yaml(data: Mapping[str, Any], comments: Mapping[str, str], prefix: str = "") -> str:
+    """Return nested plain data as YAML with a comment above each setting and group that has one.
+
+    Args:
+        comments: the comments, by dotted path.
+    """
+    lines: list[str] = []
+    depth = prefix.count(".")
+    indent = "  " * depth
+    for name, value in data.items():
+        path = f"{prefix}{name}"
+        if path in comments:
+            lines += textwrap.wrap(comments[path], 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{name}:", commented_yaml(value, comments, f"{path}.").rstrip("\n")]
+        else:
+            lines.append(f"{indent}{name}: {json.dumps(value)}")  # JSON is YAML
+    return "\n".join(lines) + "\n"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -37,7 +37,9 @@ class Only:
 class Section(BaseModel):
     """A frozen and strict section of settings. It rejects unknown keys, wrong types, NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
 
     def content(self, stage: Stage | None = None) -> dict[str, Any]:
         """Return the final values that can change a result, as plain data for `content_hash`.

@@ -1,10 +1,10 @@
 """Decide after each look at the results which rows get more seeds. Imports no torch.
 
-A group-sequential design: every row gets one seed, and each undecided row then 2, 3, 5 and 8. Looking several times would find more
-false differences, so each look demands more than a single test, by the boundaries of O'Brien and Fleming (1979): most at the first,
-hardly more than usual at the last. A row also stops if it is unlikely to be settled even with all of its seeds (futility); that is
-all that the first look decides. The reference row, which every comparison uses, gets about the square root of their number times the
-seeds of a row, which is the best division of a fixed number of trainings (Dunnett, 1955).
+A group-sequential design: every row gets one seed, and each undecided row then 2, 3, 5 and 8. Looking several times would find
+more false differences, so each look demands more than a single test, by the boundaries of O'Brien and Fleming (1979): most at
+the first, hardly more than usual at the last. A row also stops if it is unlikely to be settled even with all of its seeds
+(futility); that is all that the first look decides. The reference row, which every comparison uses, gets about the square root
+of their number times the seeds of a row, which is the best division of a fixed number of trainings (Dunnett, 1955).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ LOOKS = (1, 2, 3, 5, 8)
 """The seeds of a row at each look."""
 MOST_REFERENCE_SEEDS = 12
 BOUNDARIES = (5.653, 3.997, 3.264, 2.528, 1.999)
-"""The boundaries at a two-sided level of 5 % over all looks, in standard errors: 1.999 / sqrt(seeds / 8). The constant is such that
-a Brownian motion crosses one of them with a probability of 5 % (Jennison and Turnbull, "Group Sequential Methods", 2000, chapters 2
-and 19). Among 25 simulated designs (other looks, boundaries between those of O'Brien and Fleming and those of Pocock, and values of
-`LEAST_POWER`), this one needs the fewest trainings for as many right verdicts."""
+"""The boundaries at a two-sided level of 5 % over all looks, in standard errors: 1.999 / sqrt(seeds / 8). The constant is such
+that a Brownian motion crosses one of them with a probability of 5 % (Jennison and Turnbull, "Group Sequential Methods", 2000,
+chapters 2 and 19). Among 25 simulated designs (other looks, boundaries between those of O'Brien and Fleming and those of
+Pocock, and values of `LEAST_POWER`), this one needs the fewest trainings for as many right verdicts."""
 PENALTIES = tuple(FALSE_DISCOVERIES / (2 * float(stats.norm.sf(boundary))) for boundary in BOUNDARIES)
 """The factors for p-values at each look."""
 LEAST_POWER = 0.4

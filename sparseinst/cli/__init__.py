@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sparseinst import __version__
-from sparseinst.cli import bench, cluster, data, look, models, tables, weights
+from sparseinst.cli import bench, cluster, data, look, models, settings, tables, weights
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.inference.memory import keep_freed_memory
 from sparseinst.machine import wait_passively
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.add_typer(tables.app)
 app.add_typer(cluster.app)
 app.add_typer(models.app)
+app.add_typer(settings.app)
 app.add_typer(look.app)
 app.add_typer(weights.app)
 app.add_typer(bench.app)

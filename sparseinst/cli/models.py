@@ -13,6 +13,8 @@ from sparseinst.cli.options import Device, Json, Optimize, Overrides, ProfileNam
 from sparseinst.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from sparseinst.config import Config
 
 app = typer.Typer()
@@ -30,6 +32,9 @@ def train(
     weights: Annotated[
         Path | None, typer.Option(help="Weights to start from, such as imported ones; sets their model, with a new class head.")
     ] = None,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="Only check that the model learns eight of the images by heart.")
+    ] = False,
     override: Overrides = [],  # noqa: B006 (typer reads the default)
     device: Device = None,
 ) -> None:
@@ -40,7 +45,7 @@ def train(
     if data is not None:
         overrides = {"data.root": str(data), "data.source": "coco", **overrides}
     if weights is not None:
-        overrides = {**_model_overrides(weights), "train.start": str(weights), **overrides}
+        overrides = {**model_overrides(weights), "train.start": str(weights), **overrides}
     settings = load_config(config, preset=preset, model=model, overrides=overrides)
     if data is not None:
         settings = settings.replace(_data_overrides(settings, overrides))
@@ -49,12 +54,29 @@ def train(
     from sparseinst.training.train import train as run
 
     chosen = pick_device(device)
+    if preflight:
+        _preflight(settings, output, chosen)
+        return
     trained = run(settings, output, device=chosen)
     _print_metrics(evaluate_run(output, settings, device=chosen))
     print(f"weights: {trained}")
 
 
-def _model_overrides(weights: Path) -> dict[str, Any]:
+def _preflight(settings: Config, output: Path, device: torch.device) -> None:
+    from sparseinst.training.preflight import IMAGES, STEPS, preflight
+
+    found = preflight(settings, output, device=device)
+    print(
+        f"preflight passed in {found.seconds / 60:.1f} minutes: {STEPS} steps on {IMAGES} images lowered the loss from "
+        f"{found.loss_before:.2f} to {found.loss_after:.2f}, and AP50 on them is {found.ap50:.1f}"
+    )
+    hours = found.step_seconds * settings.train.iterations / 3600
+    print(
+        f"a step took {found.step_seconds:.2f} s, so {settings.train.iterations} steps may take {hours:.1f} hours (an estimate)"
+    )
+
+
+def model_overrides(weights: Path) -> dict[str, Any]:
     """Return the model settings of a weights file as overrides."""
     from sparseinst.inference.weights import load_weights
     from sparseinst.nested import flatten

@@ -1,0 +1,75 @@
+"""Commands about settings: the settings for own data, and all settings with their explanations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from sparseinst.cli.options import Json, Overrides
+
+app = typer.Typer()
+
+
+@app.command()
+def init(
+    data: Annotated[Path, typer.Option(help="A COCO-format folder.")],
+    output: Annotated[Path, typer.Option(help="The config file to write.")] = Path("config.yaml"),
+    size: Annotated[
+        Literal["auto", "small", "full"],
+        typer.Option(
+            help="small trains on a processor in an hour or two; full is the paper's model; auto: full if there is a GPU."
+        ),
+    ] = "auto",
+    weights: Annotated[Path | None, typer.Option(help="Trained weights to start from, such as imported ones or a run.")] = None,
+) -> None:
+    """Look at your data and write a config file for `train`, with a reason for each setting, and warnings."""
+    from sparseinst.data.recipe import write_recipe
+
+    start: dict[str, Any] | None = None
+    if weights is not None:
+        from sparseinst.cli.models import model_overrides
+
+        start = {**model_overrides(weights), "train.start": str(weights)}
+        size = "small" if start["model.width_factor"] < 1 else "full"
+    if size == "auto":
+        from sparseinst.device import pick_device
+
+        size = "full" if pick_device(None).type == "cuda" else "small"
+    facts, chosen = write_recipe(data, output, size, start)
+    print(
+        f"{facts.train_images} training and {facts.val_images} validation images, {facts.classes} categories, "
+        f"{facts.instances:.1f} instances an image (at most {facts.most_instances}), objects of {facts.median_object:.0f} pixels"
+    )
+    for path in (
+        "inference.short_side",
+        "model.decoder.iam.num_maps",
+        "train.iterations",
+        "train.batch_size",
+        "train.learning_rate",
+    ):
+        print(f"  {path} = {chosen.settings[path]}")
+    for warning in chosen.warnings:
+        print(f"warning: {warning}")
+    print(f"{output} holds all settings and their reasons. Next, a check of a few minutes on 8 images, and the training:")
+    print(f"  sparseinst train --config {output} --output runs/preflight --preflight")
+    print(f"  sparseinst train --config {output} --output runs/mine")
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[Path | None, typer.Option(help="A YAML or JSON file with any of the settings.")] = None,
+    preset: Annotated[str | None, typer.Option(help="The set of defaults: paper (default) or release.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model by name, such as r50-giam.")] = None,
+    override: Overrides = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Print all settings that a config file, a model and overrides give, with the explanation of each."""
+    from sparseinst.config import Config
+    from sparseinst.nested import commented_yaml, explanations
+    from sparseinst.overrides import load_config, parse_override
+
+    data = load_config(config, preset=preset, model=model, overrides=dict(map(parse_override, override))).model_dump(mode="json")
+    print(json.dumps(data, indent=1) if as_json else commented_yaml(data, explanations(Config)), end="\n" if as_json else "")

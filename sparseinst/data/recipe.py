@@ -1,0 +1,282 @@
+"""Choose settings for a data set from what it holds, with a reason for each (`sparseinst init`). Imports no torch.
+
+The rules follow this project's own trainings on shapes and on nuclei (docs/small-scale.md) and the paper's settings. They are a
+start: nobody has searched the best settings for your data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sparseinst.config import Config, DataConfig
+from sparseinst.data.coco import CocoSplit, decode, train_split, val_split
+from sparseinst.errors import DataError, UserError
+from sparseinst.nested import commented_yaml, nest
+from sparseinst.overrides import load_config
+
+Size = Literal["small", "full"]
+"""`small` has a tenth of ResNet-50's parameters and trains on a processor in an hour; `full` is the paper's model."""
+
+_MOST_MASKS = 5000  # masks whose area is measured; a random sample of a larger set
+_CELL = 4
+"""The stride of the predicted masks with the default `mask_scale`."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the training and validation splits hold. Sizes are in pixels of the original images."""
+
+    train_images: int
+    val_images: int
+    shared_images: int
+    """The number of file names that both splits have."""
+    classes: int
+    rare: tuple[str, ...]
+    """The categories with fewer than 20 training instances."""
+    short_side: float
+    """The median of the images' shorter sides."""
+    aspect: float
+    """The 95th percentile of longer side / shorter side."""
+    instances: float
+    """The mean number of instances of an image."""
+    most_instances: int
+    usual_instances: int
+    """The 99th percentile of the number of instances of an image."""
+    small_object: float
+    """The 10th percentile of the square roots of the objects' areas."""
+    median_object: float
+
+
+@dataclass
+class Recipe:
+    """Settings by dotted path, the reason for each, and warnings."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def choose(self, path: str, value: Any, reason: str) -> None:
+        self.settings[path] = value
+        self.reasons[path] = reason
+
+    def text(self, head: str) -> str:
+        """Return a config file: the settings in YAML, with the reasons and the warnings as comments."""
+        lines = [f"# {line}" for line in [*head.splitlines(), *(f"Warning: {warning}" for warning in self.warnings)]]
+        return "\n".join(lines) + "\n" + commented_yaml(nest(self.settings, Config), self.reasons)
+
+
+def look_at(config: DataConfig) -> Facts:
+    """Read both splits and measure them.
+
+    Raises:
+        DataError: an annotation file cannot be read, the training split has no instance, or a mask is not valid.
+    """
+    train, val = train_split(config), val_split(config)
+    used = train.with_instances()
+    if not used.images:
+        raise DataError(f"{train.file}: no image has an instance, so there is nothing to learn")
+    counts = np.array(used.instances_per_image())
+    labels = [annotation.label for image in used.images for annotation in image.annotations if not annotation.crowd]
+    by_class = np.bincount(labels, minlength=len(train.categories))
+    sides = np.array([(min(image.height, image.width), max(image.height, image.width)) for image in used.images])
+    roots = np.sqrt(np.fromiter(_areas(used), float))
+    return Facts(
+        len(used.images),
+        len(val.images),
+        len({image.path.name for image in train.images} & {image.path.name for image in val.images}),
+        len(train.categories),
+        tuple(category.name for category, number in zip(train.categories, by_class, strict=True) if number < 20),
+        float(np.median(sides[:, 0])),
+        float(np.percentile(sides[:, 1] / sides[:, 0], 95)),
+        float(counts.mean()),
+        int(counts.max()),
+        math.ceil(np.percentile(counts, 99)),
+        float(np.percentile(roots, 10)),
+        float(np.median(roots)),
+    )
+
+
+def _areas(split: CocoSplit) -> Iterator[int]:
+    """Yield the areas of the masks, or of a random sample of them."""
+    all_masks = [(image, annotation) for image in split.images for annotation in image.annotations if not annotation.crowd]
+    chosen = np.random.default_rng(0).permutation(len(all_masks))[:_MOST_MASKS]
+    for index in chosen.tolist():
+        image, annotation = all_masks[index]
+        try:
+            yield int(decode(annotation.segmentation, image.height, image.width).sum())
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{split.file}: annotation {annotation.id}: segmentation: {error}") from None
+
+
+def recipe(facts: Facts, data: Path, size: Size, start: Mapping[str, Any] | None = None) -> Recipe:
+    """Return settings for a data set.
+
+    Args:
+        data: the COCO-format folder.
+        size: the model.
+        start: the model settings of the weights that the training starts from, by dotted path; None for no such weights.
+    """
+    chosen = Recipe()
+    chosen.settings |= {"data.source": "coco", "data.root": str(data)}
+    chosen.choose("model.num_classes", facts.classes, "The number of categories in the training annotations.")
+    scale = _choose_input(chosen, facts, size)
+    _choose_maps(chosen, facts, size, start)
+    _choose_model(chosen, facts, size, start)
+    _choose_steps(chosen, facts, size, fine=start is not None)
+    _warn(chosen, facts, scale, size, start)
+    return chosen
+
+
+def _choose_input(chosen: Recipe, facts: Facts, size: Size) -> float:
+    """Choose the sizes of the input and of the masks. Return the factor from original pixels to input pixels."""
+    usual, most = (256, 512) if size == "small" else (640, 800)
+    wanted = facts.short_side * 4 * _CELL / facts.small_object
+    short = int(min(max(wanted, usual / 2), most, max(2 * facts.short_side, usual / 2)) / 32 + 0.5) * 32
+    if wanted <= usual <= 2 * facts.short_side:
+        short = usual
+    scale = short / facts.short_side
+    long = math.ceil(short * max(4 / 3, min(facts.aspect, 2.0)) / 32) * 32
+    why = (
+        f"The median image has a shorter side of {facts.short_side:.0f} pixels, and a tenth of the objects are smaller than "
+        f"{facts.small_object:.0f} x {facts.small_object:.0f} pixels, which become {scale * facts.small_object:.0f} pixels here."
+    )
+    chosen.choose("inference.short_side", short, why)
+    chosen.choose("inference.long_side", long, f"95 % of the images have an aspect ratio of at most {facts.aspect:.2f}.")
+    shorts = [short] if size == "small" else list(range(max(32, round(0.65 * short / 32) * 32), short + 1, 32))
+    chosen.choose("data.short_sides", shorts, "As in inference; the full model also sees smaller images, as in the paper.")
+    chosen.settings["data.long_side"] = long
+    cells = scale * facts.small_object / _CELL
+    if cells < 3:
+        chosen.choose(
+            "model.decoder.mask_scale",
+            4.0,
+            f"With the default of 2, small objects would be {cells:.1f} mask cells wide. Twice the resolution costs memory.",
+        )
+    return scale
+
+
+def _choose_maps(chosen: Recipe, facts: Facts, size: Size, start: Mapping[str, Any] | None) -> None:
+    has = start["model.decoder.iam.num_maps"] if start is not None else None
+    least = 100 if has is not None or size == "full" else 20
+    wanted = max(least, math.ceil(facts.usual_instances / 10) * 10)
+    holds = f"An image holds up to {facts.most_instances} instances; 99 % of the images hold at most {facts.usual_instances}."
+    if has is not None and has >= facts.usual_instances:
+        chosen.choose("model.decoder.iam.num_maps", has, f"{holds} The weights keep their {has} maps, which are trained.")
+    else:
+        new = "" if has is None else f" The weights have {has} maps; the layers of the maps start anew."
+        chosen.choose("model.decoder.iam.num_maps", wanted, f"{holds} Each instance needs a map of its own.{new}")
+
+
+def _choose_model(chosen: Recipe, facts: Facts, size: Size, start: Mapping[str, Any] | None) -> None:
+    if start is not None:
+        for path, value in start.items():
+            chosen.settings.setdefault(path, value)
+        chosen.settings["model.backbone.pretrained"] = False
+        return
+    if size == "full":
+        chosen.choose(
+            "model.backbone.name", "resnet50.tv_in1k", "ImageNet weights, which timm reads from its cache or downloads."
+        )
+        return
+    chosen.choose("model.width_factor", 0.25, "A quarter of the paper's channels: 64 instead of 256.")
+    chosen.choose("model.backbone.name", "small_resnet", "A ResNet-50 of a quarter of the width and fewer blocks.")
+    chosen.settings["model.backbone.pretrained"] = False
+    chosen.choose(
+        "pretrain.enabled", True, "There are no ImageNet weights for it: it first learns categories and centres densely."
+    )
+    steps = int(min(12_000, max(2000, 30 * facts.train_images / 8)) / 500) * 500
+    chosen.choose("pretrain.iterations", steps, "About 30 epochs of 8 images, between 2,000 and 12,000 steps.")
+
+
+def _choose_steps(chosen: Recipe, facts: Facts, size: Size, *, fine: bool) -> None:
+    # A step of the trainings that the rules come from holds 30 to 90 objects, and a whole training about 700,000.
+    batch = (2 if facts.instances > 20 else 4) if size == "small" else 16
+    if size == "small":
+        steps = min(30_000, max(7000, 700_000 / (batch * facts.instances)))
+    else:
+        steps = min(90_000, max(7000, 150 * facts.train_images / batch))
+    steps = round(steps / (3 if fine else 1) / 500) * 500
+    chosen.choose(
+        "train.iterations",
+        steps,
+        f"{steps * batch * facts.instances:,.0f} objects, or {steps * batch / facts.train_images:.0f} epochs of "
+        f"{facts.train_images} images. The maps find their objects late, so a short schedule costs much AP.",
+    )
+    chosen.choose("train.batch_size", batch, f"An image holds {facts.instances:.0f} instances on average.")
+    rate = (4e-4 if not fine else 1e-4) if size == "small" else 5e-5 * batch / 64
+    source = "as in the profile small" if size == "small" else "the paper's 5e-5 for a batch of 64, in proportion to the batch"
+    chosen.choose(
+        "train.learning_rate",
+        rate,
+        f"{source[0].upper()}{source[1:]}{', a quarter of it for trained weights' if fine and size == 'small' else ''}.",
+    )
+    if size == "small":
+        chosen.settings["train.backbone_multiplier"] = 0.5
+    chosen.settings["train.warmup_iterations"] = min(1000, steps // 20)
+    chosen.choose("train.clip_norm", 5.0, "Stops a single bad batch from ruining the run.")
+    chosen.choose("train.ema_decay", 0.998, "The average of the weights over the last 500 steps is evaluated and saved.")
+    chosen.choose("train.evaluate_every", max(500, steps // 10), "AP ten times during the run; `sparseinst curves` shows it.")
+    chosen.choose("train.evaluate_images", 200, "The evaluations during the run use only this many images.")
+    chosen.settings["train.checkpoint_every"] = max(250, steps // 40)
+    chosen.settings["train.log_every"] = 50
+
+
+def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping[str, Any] | None) -> None:
+    maps = chosen.settings["model.decoder.iam.num_maps"]
+    cell = 8 / chosen.settings.get("model.decoder.mask_scale", 2.0)
+    if facts.train_images < 300 and start is None:
+        chosen.warnings.append(
+            f"{facts.train_images} training images are few for a start without trained weights: AP may stay near zero. Start "
+            "from released weights with --weights, or label more images."
+        )
+    if not facts.val_images:
+        chosen.warnings.append("the validation split has no image, so there will be no AP: `sparseinst data split` makes one.")
+    elif facts.val_images < 30:
+        chosen.warnings.append(f"with {facts.val_images} validation images AP is uncertain by several points.")
+    if facts.shared_images:
+        chosen.warnings.append(
+            f"{facts.shared_images} file names are in both splits: AP is too high if they are the same images."
+        )
+    if scale * facts.small_object < 2 * cell:
+        chosen.warnings.append(
+            f"a tenth of the objects are smaller than two mask cells ({2 * cell:.0f} input pixels) and will hardly be found: cut "
+            "the images into tiles."
+        )
+    if facts.most_instances > maps:
+        chosen.warnings.append(
+            f"an image holds up to {facts.most_instances} instances, more than the {maps} maps: the others take no part in its "
+            "training and are never found. Cut such images into tiles, or raise model.decoder.iam.num_maps."
+        )
+    if facts.rare:
+        names = ", ".join(facts.rare[:5]) + (", ..." if len(facts.rare) > 5 else "")
+        chosen.warnings.append(f"{len(facts.rare)} of {facts.classes} categories have fewer than 20 instances: {names}.")
+    if size == "full" and start is None:
+        chosen.warnings.append("the full model takes days on a processor; --size small takes an hour or two.")
+
+
+def write_recipe(data: Path, output: Path, size: Size, start: Mapping[str, Any] | None = None) -> tuple[Facts, Recipe]:
+    """Look at a COCO-format folder and write a config file for it.
+
+    Raises:
+        UserError: the output exists or cannot be written.
+        DataError: as in `look_at`.
+    """
+    if output.exists():
+        raise UserError(f"{output}: exists; give another --output, or remove it")
+    facts = look_at(DataConfig(root=str(data)))
+    chosen = recipe(facts, data, size, start)
+    text = chosen.text(
+        f"Settings for {data}, chosen by `sparseinst init`. Every setting can be changed; `sparseinst config` lists all."
+    )
+    load_config(overrides=chosen.settings)  # a setting that is not valid must not reach the file
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
+    return facts, chosen

@@ -1,0 +1,109 @@
+"""Check a config before a long run: a model that cannot learn eight images by heart will not learn many (`train --preflight`)."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sparseinst.config import Config
+from sparseinst.errors import RunFailed
+from sparseinst.evaluation.evaluate import evaluate_run
+from sparseinst.paths import RunPaths
+from sparseinst.training.train import train
+
+IMAGES = 8
+STEPS = 500
+MOST_LEFT = 0.6
+"""The loss must fall below this fraction of what it was in the first steps."""
+LEAST_AP50 = 20.0
+LEAST_RATE = 4e-4
+"""A lower learning rate is raised to this one: it may suit a long run, but shows nothing in so few steps."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The result of a check that passed."""
+
+    loss_before: float
+    """The mean loss of the first tenth of the steps."""
+    loss_after: float
+    ap50: float
+    """On the images that it learned, in percent."""
+    seconds: float
+    step_seconds: float
+    """The median time of a step."""
+
+
+def preflight(config: Config, output: Path, *, device: torch.device) -> Preflight:
+    """Train a model on the first eight training images, and evaluate it on the same images.
+
+    The model and the losses are the config's. There is no augmentation and no stage `pretrain`: a backbone that would start from
+    that stage starts from random weights, and its norms are trained.
+
+    Args:
+        output: the folder of this run.
+
+    Raises:
+        UserError: the settings or the data are not valid for training.
+        RunFailed: the model did not learn the images. The message says what was reached.
+    """
+    began = time.perf_counter()
+    small = _small(config)
+    train(small, output, device=device, progress=True)
+    result = evaluate_run(output, small, device=device)
+    losses, seconds = _losses(output)
+    tenth = max(1, len(losses) // 10)
+    before, after = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    ap50 = result.figures["AP50"] or 0.0
+    reached = (
+        f"after {STEPS} steps on {IMAGES} images the loss went from {before:.2f} to {after:.2f}, and AP50 on them is {ap50:.1f}"
+    )
+    if after > MOST_LEFT * before:
+        raise RunFailed(
+            f"preflight: {reached}: it hardly learns. Check the masks (`data check`), the losses' weights and the start"
+        )
+    if ap50 < LEAST_AP50:
+        raise RunFailed(
+            f"preflight: {reached}, too little for images that it has seen {STEPS * small.train.batch_size // IMAGES} times. Objects "
+            "may be too small for the input (inference.short_side, model.decoder.mask_scale), or the masks may be wrong (`data look`)"
+        )
+    return Preflight(before, after, ap50, time.perf_counter() - began, sorted(seconds)[len(seconds) // 2])
+
+
+def _small(config: Config) -> Config:
+    """Return the config of the check."""
+    data, backbone = config.data, config.model.backbone
+    from_nothing = config.pretrain.enabled and config.train.start is None
+    return config.replace(
+        {
+            "data.train_limit": IMAGES,
+            "data.val_limit": IMAGES,
+            "data.val_images": data.train_images,
+            "data.val_annotations": data.train_annotations,
+            "data.short_sides": [config.inference.short_side],
+            "data.flip": 0.0,
+            "data.crop": 0.0,
+            "model.backbone.frozen_norm": backbone.frozen_norm and not from_nothing,
+            "pretrain.enabled": False,
+            "train.iterations": STEPS,
+            "train.learning_rate": max(config.train.learning_rate, LEAST_RATE),
+            "train.warmup_iterations": STEPS // 10,
+            "train.batch_size": min(IMAGES // 2, config.train.batch_size),
+            "train.accumulate": 1,
+            "train.ema_decay": None,
+            "train.evaluate_every": None,
+            "train.log_every": 1,
+            "train.checkpoint_every": STEPS,
+        }
+    )
+
+
+def _losses(run: Path) -> tuple[list[float], list[float]]:
+    """Return the loss and the seconds of each step of a run."""
+    records = [json.loads(line) for line in RunPaths(run).metrics.read_text(encoding="utf-8").splitlines()]
+    steps = [record for record in records if "loss" in record]
+    return [record["loss"] for record in steps], [record["seconds"] for record in steps]
