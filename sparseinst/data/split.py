@@ -56,9 +56,11 @@ def split_folder(config: DataConfig, *, by: str = "image", name: str = "split", 
         seed: chooses the groups.
 
     Raises:
-        UserError: `by` is not of these forms, an image has no group, there is only one group, or the files exist.
-        DataError: an annotation file cannot be used.
+        UserError: `by` or `name` is not valid, an image has no group, there is only one group, or the files exist.
+        DataError: an annotation file cannot be used, or two entries are the same image.
     """
+    if Path(name).name != name or name.startswith("."):
+        raise UserError(f"--name {name}: is no name for files; use letters and digits")
     root = Path(config.root)
     files = {split: root / "annotations" / f"{name}_{split}.json" for split in SPLITS}
     report = Report(root / f"{name}.yaml")
@@ -108,6 +110,9 @@ def _pool(config: DataConfig) -> tuple[list[Entry], list[Entry], Entry]:
             name = os.path.normpath(f"{prefix}/{entry['file_name']}")
             images.append({**entry, "file_name": name, _FILE: number, _NAME: entry["file_name"]})
         annotations += [{**entry, _FILE: number} for entry in content.get("annotations", [])]
+    [(path, uses)] = Counter(entry["file_name"] for entry in images).most_common(1)
+    if uses > 1:
+        raise DataError(f"{root}: {path} is listed {uses} times, so a split could have it on both sides")
     rest = {key: value for key, value in first.items() if key not in ("images", "annotations")}
     return *_with_unique_ids(images, annotations), rest
 
@@ -158,7 +163,7 @@ def _groups(images: list[Entry], key: Callable[[Entry], Any], by: str) -> dict[s
     for index, entry in enumerate(images):
         group = key(entry)
         if group is None:
-            without.append(entry["file_name"])
+            without.append(entry[_NAME])
         groups.setdefault(str(group), []).append(index)
     if without:
         raise UserError(f"--by {by}: finds no group for {len(without)} of {len(images)} images, the first is {without[0]}")

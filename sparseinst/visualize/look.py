@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.progress import track
 
 from sparseinst.config import Config
 from sparseinst.data.check import MEDIUM, SMALL
@@ -84,7 +86,9 @@ def look(config: Config, split: CocoSplit, output: Path, *, mask_stride: int, pi
     names = category_names(split.categories)
     numbers.categories = dict.fromkeys(names, 0)
     cells: list[tuple[str, Image.Image]] = []
-    for [draw] in islice(_order(whole, config), max(pictures, sample)):
+    draws = list(islice(_order(whole, config), max(pictures, sample)))
+    console = Console(stderr=True)
+    for [draw] in track(draws, "look", console=console, disable=not console.is_terminal):
         example, full = learned[draw], whole[draw]
         _count(example, full, names, numbers)
         if len(cells) < pictures:
@@ -185,24 +189,37 @@ def lines(found: dict[str, Any]) -> list[str]:
     (h1, h2), (w1, w2) = found["heights"], found["widths"]
     total, stride = max(1, found["instances"]), found["mask_stride"]
     text = [
-        f"{found['images']} images after augmentation: {_range(w1, w2)} pixels wide, {_range(h1, h2)} high",
-        f"{found['instances']} instances; in an image {least:g} to {most:g}, median {median:g}",
+        f"{_counted(found['images'], 'image')} after augmentation: {_range(w1, w2)} pixels wide, {_range(h1, h2)} high",
+        f"{_counted(found['instances'], 'instance')}; in an image {least:g} to {most:g}, median {median:g}",
         f"sizes (root of the area in pixels): {low:g} to {high:g}, median {middle:g}, 90% from {low5:g} to {high95:g}",
         "by COCO's limits: " + ", ".join(f"{count} {size} ({count / total:.0%})" for size, count in found["by_size"].items()),
         "categories: " + ", ".join(f"{count} {name}" for name, count in found["categories"].items()),
-        f"masks are learned at 1/{stride} of the image: {found['tiny']} instances cover less than {_TINY:g} mask pixels",
+        f"masks are learned at 1/{stride} of the image: {_counted(found['tiny'], 'instance', 'covers', 'cover')} "
+        f"less than {_TINY:g} mask pixels",
     ]
     if found["vanished"]:
-        text.append(f"{found['vanished']} more instances vanish at this size, the first in {found['first_vanished']}")
+        text.append(
+            f"{_counted(found['vanished'], 'more instance', 'has', 'have')} no pixel at this size, "
+            f"the first in {found['first_vanished']}"
+        )
     if found["lost"]:
-        text.append(f"{found['lost']} annotated instances have no pixel in the augmented image")
+        text.append(f"{_counted(found['lost'], 'annotated instance', 'has', 'have')} no pixel in the augmented image")
     if found["over_num_maps"]:
         text.append(
-            f"{found['over_num_maps']} instances exceed the model's {found['num_maps']} maps; set model.decoder.iam.num_maps"
+            f"{_counted(found['over_num_maps'], 'instance', 'exceeds', 'exceed')} the model's {found['num_maps']} maps; "
+            "set model.decoder.iam.num_maps"
         )
     if found["skipped"]:
-        text.append(f"{len(found['skipped'])} unreadable images were left out, the first: {found['skipped'][0]}")
+        text.append(
+            f"{_counted(len(found['skipped']), 'unreadable image', 'was', 'were')} left out, the first: {found['skipped'][0]}"
+        )
     return text
+
+
+def _counted(count: int, noun: str, one: str = "", many: str = "") -> str:
+    """Return a count with its noun, and with the verb that fits the number."""
+    verb = one if count == 1 else many
+    return f"{count} {noun}{'' if count == 1 else 's'}" + (f" {verb}" if verb else "")
 
 
 def _range(low: int, high: int) -> str:
