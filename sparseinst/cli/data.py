@@ -129,8 +129,10 @@ def split(
     for part, images in report.images.items():
         groups = "" if by == "image" else f" in {report.groups[part]} group{'' if report.groups[part] == 1 else 's'}"
         print(f"{part}: {images} images{groups} with {report.instances[part]} instances")
-        if report.missing[part]:
-            print(f"{part}: no instance of {', '.join(report.missing[part])}; another --seed or a larger --val may help")
+        missing = report.missing[part]
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            print(f"{part}: no instance of {', '.join(missing[:5])}{more}; another --seed may help")
     print(f"to use it: sparseinst train --config {report.config} --data {folder} --output RUN")
 
 
@@ -158,14 +160,11 @@ def look(
     settings = load_config(config, overrides=overrides)
     train = train_split(settings.data)
 
-    import torch
-
-    from sparseinst.models.sparseinst import build_model
+    from sparseinst.models.sparseinst import mask_stride
     from sparseinst.visualize.look import lines, summary
     from sparseinst.visualize.look import look as draw
 
-    with torch.device("meta"):  # only its stride is needed
-        stride = build_model(settings.model, load_pretrained=False).mask_stride()
+    stride = mask_stride(settings.model.decoder.mask_scale)
     numbers = draw(settings, train, output, mask_stride=stride, pictures=pictures, sample=sample)
     found = summary(numbers)
     print(json.dumps(found, indent=1) if as_json else "\n".join([*lines(found), f"{output}"]))

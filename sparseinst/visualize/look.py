@@ -70,7 +70,7 @@ def look(config: Config, split: CocoSplit, output: Path, *, mask_stride: int, pi
     Args:
         split: the training images.
         output: the sheet's file, PNG or JPEG.
-        mask_stride: the model's `mask_stride()`.
+        mask_stride: the stride of the masks that the model learns, see `mask_stride`.
         pictures: the number of images in the sheet.
         sample: the number of images that the numbers are about, at least those in the sheet.
 
@@ -193,7 +193,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{_counted(found['instances'], 'instance')}; in an image {least:g} to {most:g}, median {median:g}",
         f"sizes (root of the area in pixels): {low:g} to {high:g}, median {middle:g}, 90% from {low5:g} to {high95:g}",
         "by COCO's limits: " + ", ".join(f"{count} {size} ({count / total:.0%})" for size, count in found["by_size"].items()),
-        "categories: " + ", ".join(f"{count} {name}" for name, count in found["categories"].items()),
+        f"categories: {_categories(found['categories'])}",
         f"masks are learned at 1/{stride} of the image: {_counted(found['tiny'], 'instance', 'covers', 'cover')} "
         f"less than {_TINY:g} mask pixels",
     ]
@@ -214,6 +214,14 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"{_counted(len(found['skipped']), 'unreadable image', 'was', 'were')} left out, the first: {found['skipped'][0]}"
         )
     return text
+
+
+def _categories(counts: dict[str, int]) -> str:
+    """Return the counts, largest first, and the categories without an instance."""
+    used = [f"{count} {name}" for name, count in Counter(counts).most_common() if count]
+    unused = [name for name, count in counts.items() if not count]
+    more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+    return ", ".join(used) + (f"; no instance of {', '.join(unused[:5])}{more}" if unused else "")
 
 
 def _counted(count: int, noun: str, one: str = "", many: str = "") -> str:

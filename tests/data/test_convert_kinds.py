@@ -209,8 +209,8 @@ def test_labelme_groups_circles_masks_and_stored_images(tmp_path: Path) -> None:
     stored = base64.b64encode(png(np.full((HEIGHT, WIDTH, 3), 90, np.uint8))).decode()
     part = base64.b64encode(png(np.full((4, 3), 255, np.uint8))).decode()
     shapes = [
-        shape("car", group_id=1),
-        shape("car", group_id=1, points=[[12, 2], [16, 6]], shape_type="rectangle"),
+        shape("car", group_id=[1]),
+        shape("car", group_id=[1], points=[[12, 2], [16, 6]], shape_type="rectangle"),
         shape("car", group_id=2, points=[[25, 10], [25, 13]], shape_type="circle"),
         shape("person", group_id=1, points=[[12, 12], [14, 15]], shape_type="mask", mask=part),
     ]
@@ -400,6 +400,7 @@ def test_a_kind_that_does_not_fit_is_a_one_line_error(tmp_path: Path, capsys: py
     ("text", "message"),
     [
         ("train: images/train\n", "needs `names`, a list of the classes"),
+        ("path: 3\nnames: [car]\ntrain: 4\n", "4: no such folder or list of images"),
         ("names: {car: 0}\n", "the keys of `names` must be the class ids"),
         ("names: [car]\ntrain: nowhere\n", "nowhere: no such folder or list of images"),
         ("names: [car\n", "data.yaml: line"),

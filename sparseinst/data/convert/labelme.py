@@ -97,7 +97,7 @@ def _instances(file: Path, shapes: list[Any], size: Size, report: Report) -> Ite
             report.leave_out(f"a {kind} that cannot be read", where)
             continue
         number = shape.get("group_id")
-        key = (shape["label"], index, None) if number is None else (shape["label"], None, number)
+        key = (shape["label"], index, None) if number is None else (shape["label"], None, str(number))
         groups.setdefault(key, []).append((where, part))
         names[key] = shape["label"]
     for key, parts in groups.items():

@@ -40,12 +40,12 @@ def read(root: Path, category: str) -> Source:  # noqa: ARG001 (all readers have
     given = content["names"]
     try:
         names = {int(key): str(name) for key, name in (given.items() if isinstance(given, dict) else enumerate(given))}
-    except ValueError:
+    except (TypeError, ValueError):
         raise UserError(f"{file}: the keys of `names` must be the class ids") from None
     groups: list[tuple[str | None, Path, list[Path]]] = []
     for split in ("train", "val"):
         for place in _places(content.get(split) or (content.get("valid") if split == "val" else None)):
-            groups.append((split, *_images(root, content.get("path"), place, file)))
+            groups.append((split, *_images(root, str(content.get("path") or ""), place, file)))
     return _source(groups, names)
 
 
@@ -57,7 +57,7 @@ def _places(value: Any) -> list[str]:
     return [] if value is None else [str(place) for place in value] if isinstance(value, list) else [str(value)]
 
 
-def _images(root: Path, path: str | None, place: str, file: Path) -> tuple[Path, list[Path]]:
+def _images(root: Path, path: str, place: str, file: Path) -> tuple[Path, list[Path]]:
     """Return the folder and the images of a split, which `data.yaml` gives as a folder or as a text file that lists images."""
     bases = [root / path, root] if path else [root]
     # Roboflow writes ../train/images for a folder beside data.yaml.
