@@ -66,6 +66,7 @@ WITHOUT_TORCH = [
     "data.collage",
     "data.check",
     "data.convert",
+    "data.split",
     "ablation.study",
     "ablation.plan",
     "ablation.store",

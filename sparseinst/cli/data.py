@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -45,22 +45,57 @@ def collage(
     print(f"{train_images} + {val_images} images in {output}, from {sum(found.values())} cut-outs in {len(found)} classes")
 
 
-@app.command()
+_KINDS = """
+
+    masks: a folder for each image, with images/ and masks/ (one file for each instance) in it.
+
+    labelme: JSON files of LabelMe.
+
+    voc: Pascal VOC's JPEGImages/, SegmentationClass/ and SegmentationObject/.
+
+    cityscapes: *_instanceIds.png with Cityscapes' label ids.
+
+    label_maps: images/ and label_maps/ (or masks/, labels/); each positive pixel value is an instance.
+
+    yolo: data.yaml or classes.txt, images/ and labels/ with polygons in text files.
+    """
+
+
+@app.command(
+    help="Convert annotations in another format to a COCO-format folder, and print what was left out. KIND is detected if it is "
+    "not given." + _KINDS
+)
 def convert(
-    kind: Annotated[
-        Literal["masks"], typer.Argument(help="masks: one folder for each image, with one mask file for each instance.")
-    ],
-    source: Annotated[Path, typer.Argument(metavar="DIR")],
+    arguments: Annotated[list[str], typer.Argument(metavar="[KIND] DIR", help="The format, and the folder of the annotations.")],
     output: Annotated[Path, typer.Option(help="A new folder.")],
-    category: Annotated[str, typer.Option(help="The name of the only category.")] = "object",
-    val: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the images for the validation split.")] = 0.2,
+    category: Annotated[
+        str, typer.Option(help="The name of the only category, for formats that name none (masks, label_maps).")
+    ] = "object",
+    val: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of the images for the validation split.  [default: the source's own splits, or else 0.2]",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed that chooses the validation images.")] = 0,
 ) -> None:
-    """Convert annotations in another format to a COCO-format folder, and print what was left out."""
-    from sparseinst.data.convert import convert_masks
+    from typing import cast
 
-    assert kind == "masks"
-    report = convert_masks(source, output, category=category, val=val, seed=seed)
+    from sparseinst.data.convert import KINDS, Kind, detect
+    from sparseinst.data.convert import convert as run
+    from sparseinst.nested import nearest
+
+    if len(arguments) > 2:
+        raise UserError(f"convert takes a kind and one folder, not {len(arguments)} arguments")
+    source = Path(arguments[-1])
+    if len(arguments) == 2 and arguments[0] not in KINDS:
+        raise UserError(f"unknown kind {arguments[0]!r}{nearest(arguments[0], KINDS)}")
+    kind = cast(Kind, arguments[0]) if len(arguments) == 2 else detect(source)
+    if len(arguments) == 1:
+        print(f"{source}: read as {kind}")
+    report = run(source, output, kind=kind, category=category, val=val, seed=seed)
     for split, images in report.images.items():
         print(f"{split}: {images} images with {report.instances[split]} instances")
     for reason, count in report.left_out.most_common():
@@ -68,8 +103,77 @@ def convert(
 
 
 @app.command()
+def split(
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    by: Annotated[
+        str,
+        typer.Option(
+            help="image; field:KEY, a field of the image entries, such as field:video_id; or name:REGEX, a regular expression "
+            "that finds the group in the file name, such as 'name:^(.+)_[0-9]+'."
+        ),
+    ] = "image",
+    name: Annotated[str, typer.Option(help="Names the new files.")] = "split",
+    val: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the images for the validation split, about.")] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed that chooses the validation images or groups.")] = 0,
+    override: Overrides = [],  # noqa: B006
+) -> None:
+    """Split the images of a COCO-format folder anew, so that the images of a group are all on one side. No image is copied.
+
+    Writes DIR/annotations/NAME_train.json, NAME_val.json and DIR/NAME.yaml, a config that selects them.
+    """
+    from sparseinst.data.split import split_folder
+    from sparseinst.overrides import load_config, parse_override
+
+    settings = load_config(overrides={**dict(map(parse_override, override)), "data.root": str(folder)})
+    report = split_folder(settings.data, by=by, name=name, val=val, seed=seed)
+    for part, images in report.images.items():
+        groups = "" if by == "image" else f" in {report.groups[part]} group{'' if report.groups[part] == 1 else 's'}"
+        print(f"{part}: {images} images{groups} with {report.instances[part]} instances")
+        missing = report.missing[part]
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            print(f"{part}: no instance of {', '.join(missing[:5])}{more}; another --seed may help")
+    print(f"to use it: sparseinst train --config {report.config} --data {folder} --output RUN")
+
+
+@app.command()
+def look(
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    output: Annotated[Path, typer.Option(help="The sheet: a .png or .jpg file.")],
+    config: Annotated[Path | None, typer.Option(help="A YAML or JSON file with any of the settings.")] = None,
+    override: Overrides = [],  # noqa: B006
+    pictures: Annotated[int, typer.Option(min=1, help="The number of images in the sheet.")] = 12,
+    sample: Annotated[int, typer.Option(min=1, help="The number of images to count in.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """Draw the training images as a training with these settings sees them, and print the sizes of the instances.
+
+    The images are the first ones that the training uses, resized and augmented, with the masks at the size that the model learns.
+    A red ring marks an instance that vanishes at this size.
+    """
+    import json
+
+    from sparseinst.data.coco import train_split
+    from sparseinst.overrides import load_config, parse_override
+
+    overrides = {"data.source": "coco", **dict(map(parse_override, override)), "data.root": str(folder)}
+    settings = load_config(config, overrides=overrides)
+    train = train_split(settings.data)
+
+    from sparseinst.models.sparseinst import mask_stride
+    from sparseinst.visualize.look import lines, summary
+    from sparseinst.visualize.look import look as draw
+
+    stride = mask_stride(settings.model.decoder.mask_scale)
+    numbers = draw(settings, train, output, mask_stride=stride, pictures=pictures, sample=sample)
+    found = summary(numbers)
+    print(json.dumps(found, indent=1) if as_json else "\n".join([*lines(found), f"{output}"]))
+
+
+@app.command()
 def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    config: Annotated[Path | None, typer.Option(help="A YAML or JSON file with any of the settings.")] = None,
     override: Overrides = [],  # noqa: B006
     read: Annotated[bool, typer.Option(help="Decode every image, or only check that it exists.")] = True,
     as_json: Json = False,
@@ -78,7 +182,8 @@ def check(
     from sparseinst.data.check import check_folder, show
     from sparseinst.overrides import load_config, parse_override
 
-    settings = load_config(overrides={**dict(map(parse_override, override)), "data.root": str(folder)})
+    overrides = {**dict(map(parse_override, override)), "data.root": str(folder)}
+    settings = load_config(config, overrides=overrides)
     reports = check_folder(settings.data, read_images=read)
     show(reports, as_json=as_json)
     problems = sum(len(report.problems) for report in reports.values())

@@ -42,9 +42,8 @@ class SparseInst(nn.Module):
         return height, width
 
     def mask_stride(self) -> int:
-        """Return the input pixels per side of a mask pixel if they are an even divisor of `SIZE_DIVISOR`; 1 otherwise."""
-        stride = STRIDES[0] / self.decoder.mask_scale
-        return int(stride) if stride % 2 == 0 and SIZE_DIVISOR % stride == 0 else 1
+        """Return the stride of the training masks, as the function `mask_stride` does."""
+        return mask_stride(self.decoder.mask_scale)
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         """Return the model's input for RGB images, as the function `normalise` does with the model's mean and deviation."""
@@ -66,6 +65,16 @@ def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: Tensor | None 
         image[:, height:].zero_()
         image[:, :, width:].zero_()
     return normalised
+
+
+def mask_stride(mask_scale: float) -> int:
+    """Return the input pixels per side of a mask pixel if they are an even divisor of `SIZE_DIVISOR`; 1 otherwise.
+
+    Args:
+        mask_scale: the setting of the decoder: the factor by which it enlarges the masks.
+    """
+    stride = STRIDES[0] / mask_scale
+    return int(stride) if stride % 2 == 0 and SIZE_DIVISOR % stride == 0 else 1
 
 
 def build_model(config: ModelConfig, *, load_pretrained: bool = True) -> SparseInst:

@@ -39,8 +39,8 @@ def overlay(
     pen = ImageDraw.Draw(drawn)
     font = ImageFont.load_default(size=max(9, min(image.size) / 32))
     for index in order:
-        if found.masks[index].any():
-            text = found.names[index] + (f" {found.scores[index]:.2f}" if scores else "")
+        text = found.names[index] + (f" {found.scores[index]:.2f}" if scores else "")
+        if text and found.masks[index].any():
             _label(pen, font, text, found.masks[index], colours[index], image.size)
     return drawn
 

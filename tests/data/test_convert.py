@@ -1,4 +1,4 @@
-"""Check that annotations of other kinds become a COCO-format folder."""
+"""Check that folders of masks become a COCO-format folder, and the choice of the splits."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 from sparseinst.cli import run_cli
 from sparseinst.data.check import check_folder
 from sparseinst.data.coco import decode, read_split
-from sparseinst.data.convert import convert_masks
+from sparseinst.data.convert import convert
 from sparseinst.errors import UserError
 from sparseinst.overrides import load_config
 
@@ -30,7 +30,7 @@ def source(root: Path, images: int = 5) -> Path:
 
 
 def test_masks_become_instances(tmp_path: Path) -> None:
-    report = convert_masks(source(tmp_path / "in"), tmp_path / "out", category="nucleus")
+    report = convert(source(tmp_path / "in"), tmp_path / "out", category="nucleus")
     assert report.images == {"train": 4, "val": 1}
     assert report.instances == {"train": 8, "val": 2}
     assert not report.left_out
@@ -44,7 +44,7 @@ def test_masks_become_instances(tmp_path: Path) -> None:
 
 
 def test_boxes_and_areas(tmp_path: Path) -> None:
-    convert_masks(source(tmp_path / "in"), tmp_path / "out")
+    convert(source(tmp_path / "in"), tmp_path / "out")
     data = json.loads((tmp_path / "out" / "annotations" / "instances_val2017.json").read_text())
     assert [(a["bbox"], a["area"]) for a in data["annotations"]] == [([3, 2, 6, 5], 30), ([20, 10, 6, 5], 30)]
 
@@ -53,7 +53,7 @@ def test_the_splits_share_no_image_and_are_reproducible(tmp_path: Path) -> None:
     root = source(tmp_path / "in", images=10)
     names = []
     for output in ("a", "b"):
-        convert_masks(root, tmp_path / output, val=0.3)
+        convert(root, tmp_path / output, val=0.3)
         names.append([sorted(file.name for file in (tmp_path / output / f"{split}2017").iterdir()) for split in ("train", "val")])
     assert names[0] == names[1]
     train, val = names[0]
@@ -83,6 +83,6 @@ def test_mistakes_give_one_line_errors(tmp_path: Path, broken: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
     with pytest.raises(UserError) as error:
-        convert_masks(root, tmp_path / "out")
+        convert(root, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert (tmp_path / "out" / "mine").exists()
