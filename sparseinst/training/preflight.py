@@ -67,9 +67,10 @@ def preflight(config: Config, output: Path, *, device: torch.device) -> Prefligh
             f"preflight: {reached}: it hardly learns. Check the masks (`data check`), the losses' weights and the start"
         )
     if ap50 < LEAST_AP50:
+        times = STEPS * small.train.batch_size // IMAGES
         raise RunFailed(
-            f"preflight: {reached}, too little for images that it has seen {STEPS * small.train.batch_size // IMAGES} times. Objects "
-            "may be too small for the input (inference.short_side, model.decoder.mask_scale), or the masks may be wrong (`data look`)"
+            f"preflight: {reached}, too little for images that it saw {times} times. Objects may be too small for the input "
+            "(inference.short_side, model.decoder.mask_scale), or masks may be wrong (`data look`)"
         )
     return Preflight(before, after, ap50, time.perf_counter() - began, sorted(seconds)[len(seconds) // 2])
 

@@ -1,0 +1,124 @@
+"""Check the settings that are chosen for a data set, and the commands `init` and `config`."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sparseinst.cli import run_cli
+from sparseinst.config import Config, DataConfig
+from sparseinst.data.recipe import Facts, look_at, recipe
+from sparseinst.nested import explanations, leaf_paths
+from sparseinst.overrides import load_config
+from tests.conftest import annotation, box, write_coco
+
+FACTS = Facts(
+    train_images=2000,
+    val_images=400,
+    shared_images=0,
+    classes=3,
+    rare=(),
+    short_side=480,
+    aspect=1.34,
+    instances=6.0,
+    most_instances=18,
+    usual_instances=18,
+    small_object=30.0,
+    median_object=80.0,
+)
+NUCLEI = replace(FACTS, short_side=256, instances=44.0, most_instances=375, usual_instances=260, small_object=8.0, classes=1)
+
+
+def test_what_a_folder_holds(tmp_path: Path) -> None:
+    images = [{"id": n, "file_name": f"{n}.png", "height": 60, "width": 80} for n in range(1, 4)]
+    annotations = [annotation(n, 1, 7, box(10 * n, 0, 8, 8)) for n in range(1, 6)] + [annotation(9, 2, 7, box(0, 0, 20, 20))]
+    write_coco(tmp_path, images, annotations)
+    found = look_at(DataConfig(root=str(tmp_path)))
+    assert (found.train_images, found.val_images, found.shared_images) == (2, 3, 3), "an image without instances does not train"
+    assert (found.classes, found.rare) == (2, ("seven", "thousand"))
+    assert (found.short_side, found.instances, found.most_instances) == (60, 3.0, 5)
+    assert found.aspect == pytest.approx(80 / 60)
+    assert found.median_object == pytest.approx(8)
+
+
+def test_ordinary_photos_keep_the_usual_sizes() -> None:
+    chosen = recipe(FACTS, Path("d"), "full")
+    assert chosen.settings["inference.short_side"] == 640
+    assert chosen.settings["data.short_sides"][-1] == 640
+    assert chosen.settings["model.decoder.iam.num_maps"] == 100
+    assert "model.decoder.mask_scale" not in chosen.settings
+
+
+def test_small_objects_enlarge_the_input_or_the_masks() -> None:
+    nuclei = recipe(NUCLEI, Path("d"), "small")
+    assert nuclei.settings["inference.short_side"] == 512, "twice the images' size"
+    tiny_objects = recipe(replace(FACTS, short_side=2000, small_object=10.0), Path("d"), "small")
+    assert tiny_objects.settings["inference.short_side"] == 512
+    assert tiny_objects.settings["model.decoder.mask_scale"] == 4.0
+    assert any("two mask cells" in warning for warning in tiny_objects.warnings)
+
+
+def test_each_instance_has_a_map() -> None:
+    chosen = recipe(NUCLEI, Path("d"), "small")
+    assert chosen.settings["model.decoder.iam.num_maps"] == 260
+    assert any("more than the 260 maps" in warning for warning in chosen.warnings)
+    assert recipe(FACTS, Path("d"), "small").settings["model.decoder.iam.num_maps"] == 20
+
+
+def test_trained_weights_keep_their_maps() -> None:
+    start = {"model.decoder.iam.num_maps": 100, "model.width_factor": 1.0, "train.start": "w.safetensors"}
+    chosen = recipe(FACTS, Path("d"), "full", start)
+    assert chosen.settings["model.decoder.iam.num_maps"] == 100
+    assert chosen.settings["model.num_classes"] == 3
+    assert chosen.settings["train.iterations"] < recipe(FACTS, Path("d"), "full").settings["train.iterations"]
+    assert recipe(NUCLEI, Path("d"), "full", start).settings["model.decoder.iam.num_maps"] == 260
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        ({"train_images": 160}, "160 training images are few"),
+        ({"val_images": 0}, "no AP"),
+        ({"val_images": 12}, "uncertain"),
+        ({"shared_images": 5}, "in both splits"),
+        ({"rare": ("owl",)}, "fewer than 20 instances: owl"),
+    ],
+)
+def test_warnings(change: dict[str, object], warning: str) -> None:
+    assert not recipe(FACTS, Path("d"), "small").warnings
+    assert any(warning in line for line in recipe(replace(FACTS, **change), Path("d"), "small").warnings)  # type: ignore[arg-type]
+
+
+def test_init_writes_a_config_that_trains(shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, output = tmp_path / "own.yaml", tmp_path / "run"
+    assert run_cli(["init", "--data", str(shapes_root), "--output", str(file), "--size", "small"]) == 0
+    printed = capsys.readouterr().out
+    assert "24 training and 6 validation images, 6 categories" in printed
+    assert "warning: 24 training images are few" in printed
+    text = file.read_text()
+    assert "# Each" not in text.splitlines()[0]
+    assert "Each instance needs a map of" in text
+    assert load_config(file).data.root == str(shapes_root)
+    fast = ["-o", "train.iterations=2", "-o", "train.warmup_iterations=1", "-o", "pretrain.enabled=false"]
+    smaller = ["-o", "model.backbone.frozen_norm=false", "-o", "data.short_sides=[64]", "-o", "inference.short_side=64"]
+    assert run_cli(["train", "--config", str(file), "--output", str(output), "--device", "cpu", *fast, *smaller]) == 0
+    assert run_cli(["init", "--data", str(shapes_root), "--output", str(file)]) == 2, "an existing file is not replaced"
+
+
+def test_every_setting_is_explained_or_named_plainly(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["config", "--model", "r50-giam", "-o", "train.seed=3"]) == 0
+    text = capsys.readouterr().out
+    assert "# The gradient" not in text
+    assert "# The maximum gradient norm of the whole model; None does not clip." in text
+    assert "  seed: 3" in text
+    assert run_cli(["config", "--model", "r50-giam", "-o", "train.seed=3", "--json"]) == 0
+    assert Config.model_validate_json(capsys.readouterr().out) == load_config(model="r50-giam", overrides={"train.seed": 3})
+    assert len(explanations(Config)) > len(list(leaf_paths(Config))) / 2
+
+
+def test_the_printed_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["config", "--preset", "release"]) == 0
+    (tmp_path / "all.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "all.yaml") == load_config(preset="release")
+    assert json.loads(load_config(tmp_path / "all.yaml").to_json())["train"]["weight_decay"] == 0.05
