@@ -327,6 +327,19 @@ class TrainConfig(OptimizerConfig):
     """Evaluate each time this many steps are done: AP, metrics of the activation maps, and how often objects keep their maps."""
     evaluate_images: Annotated[PositiveInt | None, Operational()] = None
     """Use only this many images, the first of the validation split, in the evaluations during training."""
+    patience: Annotated[PositiveInt | None, Neutral(None)] = None
+    """End the training when this many evaluations in a row gave no better AP; it needs `evaluate_every`. None never does."""
+
+    def content(self, stage: Stage | None = None) -> dict[str, Any]:
+        """Return the content; with `patience`, the evaluations decide when the training ends, so their settings belong to it."""
+        evaluations = {name: getattr(self, name) for name in ("evaluate_every", "evaluate_images")} if self.patience else {}
+        return {**super().content(stage), **evaluations}
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> Self:
+        if self.patience is not None and self.evaluate_every is None:
+            raise ValueError(f"patience={self.patience} counts evaluations, so set evaluate_every, too")
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -40,6 +40,15 @@ class RunPaths:
     def checkpoint(self, iteration: int) -> Path:
         return self.checkpoints / f"{iteration:08d}.pt"
 
+    def saved_checkpoints(self) -> list[Path]:
+        """Return the checkpoints, newest first."""
+        return sorted(self.checkpoints.glob("[0-9]*.pt"), reverse=True)
+
+    @property
+    def best(self) -> Path:
+        """The weights with the highest AP in the evaluations during training, if there were any."""
+        return self.root / "best.safetensors"
+
     @property
     def weights(self) -> Path:
         """The trained model with its config. The file exists once training is done."""
