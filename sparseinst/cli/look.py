@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,6 +22,15 @@ def predict(
     score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Leave out instances with a lower score.")] = 0.4,
     top: Annotated[int | None, typer.Option(min=1, help="Keep only this many instances of an image, the best ones.")] = None,
     maps: Annotated[bool, typer.Option("--maps", help="Also draw each instance's activation map (images only).")] = False,
+    sheet: Annotated[bool, typer.Option("--sheet", help="Also draw all inputs on contact sheets, sheet-1.jpg ...")] = False,
+    colour: Annotated[
+        Literal["class", "instance"] | None,
+        typer.Option(
+            "--colour",
+            help="Give each class one colour, the same in all images, or each instance of an image; default: each instance, and "
+            "in videos each activation map.",
+        ),
+    ] = None,
     checkpoint: Checkpoint = None,
     optimize: Optimize = None,
     device: Device = None,
@@ -32,7 +41,7 @@ def predict(
 
     files = find_images(inputs, videos=True)
     model = load_model(weights, device, optimize=optimize, checkpoint=checkpoint)
-    found = predict_files(model, files, output, score=score, top=top, maps=maps)
+    found = predict_files(model, files, output, score=score, top=top, maps=maps, sheet=sheet, colour=colour)
     done = len(files) - found.failed
     print(f"{done} file{'s' if done != 1 else ''}: overlays and predictions.json in {output}")
     if found.images:
@@ -41,6 +50,15 @@ def predict(
             f"{found.instances} instance{'s' if found.instances != 1 else ''} with a score of {score:g} or more; "
             f"none in {found.empty} of {found.images} image{'s' if found.images != 1 else ''}; {highest}"
         )
+    if found.left_out:
+        print(f"--top left out {found.left_out} more instance{'s' if found.left_out != 1 else ''} with such a score")
+    if found.full:
+        print(
+            f"in {found.full} image{'s' if found.full != 1 else ''} all maps of the model have such a score; it cannot find "
+            "more objects than it has maps (model.decoder.iam.num_maps)"
+        )
+    for path in found.sheets:
+        print(f"contact sheet: {path}")
     if found.empty == found.images > 0:
         print("Use a lower --score to see weaker instances. If the scores stay near zero, the model has not learned the task.")
     if found.failed:
@@ -149,11 +167,12 @@ def curves(
     ),
 ) -> None:
     """Plot losses, learning rate, AP and matching stability over the training, for several runs in one figure."""
+    from sparseinst.paths import RunPaths
     from sparseinst.report.curves import draw_curves, read_metrics
     from sparseinst.report.style import save
 
     if output.suffix not in ("", ".png", ".svg"):
         raise UserError(f"{output}: curves are written as .png and .svg")
-    figure = draw_curves({str(run): read_metrics(run) for run in runs})
+    figure = draw_curves({RunPaths(run).title(): read_metrics(run) for run in runs})
     save(figure, output)
     print(f"{output.with_suffix('.png')} and {output.with_suffix('.svg')}")

@@ -23,7 +23,7 @@ CHECKPOINT_SUFFIX = ".pt"
 
 
 def find_weights(path: Path, checkpoint: str | None = None) -> Path:
-    """Return the file that holds the weights of a run, and say in one line which weights these are if they are not the final ones.
+    """Return the file with the weights of a run. If they are not the final ones, say in one line which weights they are.
 
     Args:
         path: the folder of a run. Any other path is returned as it is.

@@ -44,6 +44,8 @@ class FoundInstances:
     groups. None unless it was requested."""
     highest: float | None = None
     """The highest score in the image, also if it was left out; None if no map has a score above `inference.score_threshold`."""
+    before_top: int = 0
+    """The number of instances at the requested score, before `top` left some out."""
 
 
 class Predictor:
@@ -96,7 +98,8 @@ class Predictor:
         [found] = postprocess(raw, padded, [ImageSize(size, (picture.height, picture.width))], self.config.inference)
         order = found.scores.argsort(descending=True, stable=True)
         highest = float(found.scores[order[0]]) if len(order) else None
-        order = order[found.scores[order] >= score][:top]
+        order = order[found.scores[order] >= score]
+        before_top, order = len(order), order[:top]
         labels = found.labels[order].cpu().numpy()
         return FoundInstances(
             found.scores[order].cpu().numpy(),
@@ -106,6 +109,7 @@ class Predictor:
             found.maps[order].cpu().numpy(),
             self._activations(raw, size, found.maps[order]).cpu().numpy() if activations else None,
             highest,
+            before_top,
         )
 
     def forward(self, picture: Image.Image) -> tuple[Predictions, tuple[int, int], tuple[int, int]]:

@@ -81,6 +81,7 @@ def train(
                 # This comes after `_Training` has checked the settings: a run with invalid settings must not claim the folder.
                 with atomic(paths.config, held.check) as temporary:
                     temporary.write_text(config.to_yaml(), encoding="utf-8")
+            _log.info("training %s", paths.title())
             with tf32(config.train.precision == "tf32"):
                 training.run()
     return paths.weights
