@@ -10,7 +10,16 @@ from scipy import stats
 
 from sparseinst.ablation.looks import look_file, look_name, make_look, read_looks, write_look
 from sparseinst.ablation.plan import make_plan
-from sparseinst.ablation.sequential import BOUNDARIES, LOOKS, PENALTIES, Decision, decide, next_seeds, predictive_power, reference_seeds
+from sparseinst.ablation.sequential import (
+    BOUNDARIES,
+    LOOKS,
+    PENALTIES,
+    Decision,
+    decide,
+    next_seeds,
+    predictive_power,
+    reference_seeds,
+)
 from sparseinst.ablation.statistics import Comparison, Difference, SeedNoise
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables, row_config

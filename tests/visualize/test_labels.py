@@ -86,9 +86,8 @@ def test_failures_count_every_object_of_a_crowded_image(tmp_path: Path) -> None:
     """COCO counts 100 instances of a category and image; the other objects are not missed."""
     places = [(6 * (number % 20), 6 * (number // 20)) for number in range(180)]
     annotations = [annotation(number, 1, 3, box(x, y, 4, 4)) for number, (x, y) in enumerate(places, start=1)]
-    folder = write_coco(
-        tmp_path, [{"id": 1, "file_name": "1.png", "height": 60, "width": 120}], annotations, [{"id": 3, "name": "cell"}]
-    )
+    images = [{"id": 1, "file_name": "1.png", "height": 60, "width": 120}]
+    folder = write_coco(tmp_path, images, annotations, [{"id": 3, "name": "cell"}])
     file = folder / "annotations/instances_val2017.json"
     results = [
         {"image_id": 1, "category_id": 3, "score": 0.9, "segmentation": encode(decode(entry["segmentation"], 60, 120)[None])[0]}
