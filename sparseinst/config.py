@@ -56,10 +56,12 @@ class BackboneConfig(Section):
     deformable_stages: tuple[Literal[2, 3, 4, 5], ...] = ()
     """The ResNet stages whose 3x3 convolutions become deformable; the paper's DCN models use (4, 5)."""
     deformable_version: Literal[1, 2] = 1
+    """1: deformable convolutions without modulation, as in the paper; 2: with modulation."""
 
 
 class EncoderConfig(Section):
     channels: PositiveInt = 256
+    """The channels of all features of the encoder."""
     ppm: bool = True
     """Use pyramid pooling after C5 (Table 2)."""
     fusion: bool = True
@@ -70,11 +72,17 @@ class IAMConfig(Section):
     """The settings of F_iam, which computes the instance activation maps from the features (Tables 4 and 7)."""
 
     kind: Literal["conv", "cross_attention"] = "conv"
+    """Convolutions, or the cross-attention of learned queries (Table 7)."""
     num_maps: PositiveInt = 100
+    """The number of instance activation maps: a model finds at most so many instances of an image."""
     kernel_size: Literal[1, 3] = 3
+    """The kernel size of the convolutions."""
     convs: Literal[1, 2] = 1
+    """The number of convolutions, one after the other."""
     groups: PositiveInt = 1
+    """The groups of Group-IAM: each instance has so many maps, whose features are joined."""
     activation: Activation = "sigmoid"
+    """The function that makes the maps non-negative before each is divided by its sum."""
     heads: PositiveInt = 4
     """The number of attention heads; only `cross_attention` uses it."""
 
@@ -91,9 +99,11 @@ class DecoderConfig(Section):
     width: PositiveInt = 256
     """The channels of the convolutions in both branches."""
     coordinates: bool = True
+    """Append the x and y coordinates to the features of both branches."""
     deformable: bool = False
     """Make the last 3x3 convolution of each branch deformable (Table 3)."""
     deformable_version: Literal[1, 2] = 1
+    """As `backbone.deformable_version`."""
     kernel_dim: PositiveInt = 128
     """The channels of the mask features and of the mask kernels."""
     mask_scale: Positive = 2.0
@@ -112,6 +122,7 @@ class DecoderConfig(Section):
 
 class ModelConfig(Section):
     num_classes: PositiveInt = 80
+    """The number of object categories."""
     backbone: BackboneConfig = BackboneConfig()
     encoder: EncoderConfig = EncoderConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -151,16 +162,25 @@ class LossConfig(Section):
     """The settings of the training loss (paper Eqs. 3 and 4; Tables 5 and 6)."""
 
     dice: bool = True
+    """Use the Dice loss of the masks."""
     pixel: Literal["bce", "focal", "none"] = "bce"
+    """The pixel-wise loss of the masks."""
     objectness: Literal["bce", "l1", "none"] = "bce"
+    """The loss of the objectness, whose target is the IoU of the predicted mask."""
     class_weight: NonNegative = 2.0
+    """The weight of the focal loss of the classes."""
     dice_weight: NonNegative = 2.0
+    """The weight of the Dice loss."""
     pixel_weight: NonNegative = 2.0
+    """The weight of the pixel-wise loss."""
     objectness_weight: NonNegative = 1.0
+    """The weight of the objectness loss."""
     reduction: Literal["per_process", "global"] = "per_process"
     """Average the pixel and objectness losses over the matched pairs of one process, as the reference does, or of all."""
     focal_alpha: Fraction = 0.25
+    """The weight of positives in the focal losses."""
     focal_gamma: NonNegative = 2.0
+    """The exponent of the focal losses."""
     overfull: Literal["own", "reference"] = "own"
     """The target masks of later images if an image of the batch has more instances than maps: their own masks (`own`), or masks
     of an earlier image, as in the reference (`reference`). With 100 maps, both are the same on COCO."""
@@ -176,7 +196,9 @@ class MatcherConfig(Section):
     """The exponents of the matching score (paper Eq. 1): score = dice^alpha x p(class)^beta."""
 
     alpha: NonNegative = 0.8
+    """The exponent of the Dice similarity."""
     beta: NonNegative = 0.2
+    """The exponent of the class probability."""
 
 
 class ShapesConfig(Section):
@@ -185,6 +207,7 @@ class ShapesConfig(Section):
     train: PositiveInt = 16_000
     """The number of training images. A larger number adds images and keeps the first ones."""
     val: PositiveInt = 2000
+    """The number of validation images."""
     side: Annotated[int, Field(ge=32)] = 256
     """The side of each image in pixels; the images are square."""
 
@@ -193,27 +216,37 @@ class DataConfig(Section):
     source: Literal["coco", "shapes"] = "coco"
     """`coco` is a folder in COCO format at `root`. `shapes` is the embedded data set, written to `root` if it is missing."""
     root: str = "datasets/coco"
+    """The folder that the other paths of the data are relative to."""
     shapes: ShapesConfig = ShapesConfig()
     """Used only if the source is `shapes`."""
     train_images: Annotated[str, Only("pretrain", "train")] = "train2017"
+    """The folder of the training images."""
     train_annotations: Annotated[str, Only("pretrain", "train")] = "annotations/instances_train2017.json"
+    """The annotation file of the training images, in COCO's format."""
     val_images: Annotated[str, Only("evaluate")] = "val2017"
+    """The folder of the validation images."""
     val_annotations: Annotated[str, Only("evaluate")] = "annotations/instances_val2017.json"
+    """The annotation file of the validation images, in COCO's format."""
     train_limit: Annotated[PositiveInt | None, Only("pretrain", "train")] = None
     """Use only this many images, the first of the training split."""
     val_limit: Annotated[PositiveInt | None, Only("evaluate")] = None
+    """Use only this many images, the first of the validation split."""
     short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Only("pretrain", "train")] = tuple(range(416, 641, 32))
     """The lengths in pixels from which training draws the shorter side of an image."""
     long_side: Annotated[PositiveInt, Only("pretrain", "train")] = 853
     """The maximum of the longer side in pixels in training; the paper's text says 864."""
     flip: Annotated[Fraction, Only("pretrain", "train")] = 0.5
+    """The probability of a horizontal flip."""
     crop: Annotated[Fraction, Only("pretrain", "train")] = 0.0
     """The probability of the crop augmentation of Table 1."""
     crop_short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Only("pretrain", "train")] = (400, 500, 600)
+    """The lengths in pixels from which the shorter side is drawn before a crop."""
     crop_sizes: Annotated[tuple[PositiveInt, PositiveInt], Only("pretrain", "train")] = (384, 600)
+    """The smallest and the largest side of a crop in pixels."""
     on_bad_image: Literal["error", "skip"] = "error"
     """The reaction to a missing or unreadable image: `error` stops with its name; `skip` leaves it out and counts it."""
     workers: Annotated[int, Field(ge=0), Operational()] = 2
+    """The processes that load images; with 0, the training process loads them."""
 
     def content(self, stage: Stage | None = None) -> dict[str, Any]:
         """Return the content; for the embedded data set it has the version instead of the folder."""
@@ -231,16 +264,21 @@ class DataConfig(Section):
 
 class InferenceConfig(Section):
     short_side: PositiveInt = 640
+    """The length in pixels to which the shorter side of an image is resized."""
     long_side: PositiveInt = 853
+    """The maximum of the longer side in pixels."""
     size_factor: Annotated[Positive, Neutral(1.0)] = 1.0
     """Multiply both sides by this factor. In a small experiment, a side of 512 then means 4/5 of 640."""
     score_threshold: Fraction = 0.005
+    """Instances with a lower score are left out."""
     mask_threshold: Fraction = 0.45
+    """The probability from which a pixel belongs to a mask."""
     rescore: bool = True
     """Multiply the class probability by the objectness (Table 6)."""
     maskness: bool = True
     """Multiply the score by the mean probability of the mask's pixels, as the reference does; the paper does not mention it."""
     precision: Precision = "fp32"
+    """The type of numbers in which the network computes."""
 
     def sides(self) -> tuple[int, int]:
         """Return the shorter side of the resized image and the maximum of its longer side, in pixels."""
@@ -261,7 +299,9 @@ class OptimizerConfig(Section):
     batch_size: PositiveInt = REFERENCE_BATCH
     """The images per optimiser step, summed over all processes and accumulated parts."""
     learning_rate: Positive = 5e-5
+    """The learning rate after the warm-up."""
     weight_decay: NonNegative = 1e-4
+    """The weight decay of AdamW."""
     weight_decay_on: Literal["reference", "weights"] = "reference"
     """The parameters that decay. `reference`: all except those of norms, patch embeddings and class tokens. `weights`: only
     matrices and convolution kernels, and again none of norms and patch embeddings."""
@@ -270,15 +310,23 @@ class OptimizerConfig(Section):
     milestones: tuple[Fraction, ...] = (7 / 9, 25 / 27)
     """Fractions of `iterations`; the defaults are steps 210,000 and 250,000 of 270,000."""
     decay: Positive = 0.1
+    """The factor by which `step` multiplies the learning rate at each milestone."""
     warmup_iterations: Annotated[int, Field(ge=0)] = 1000
+    """The steps in which the learning rate rises linearly from `warmup_factor` to its full value."""
     warmup_factor: Fraction = 1e-3
+    """The fraction of the learning rate at the first step."""
     clip_norm: Positive | None = None
     """The maximum gradient norm of the whole model; None does not clip."""
     precision: Precision = "fp32"
+    """The type of numbers in which the network computes; the losses are always float32."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """The seed of the initial weights, the order of the images and the augmentation."""
     log_every: Annotated[PositiveInt, Operational()] = 20
+    """Write the mean losses each time this many steps are done."""
     checkpoint_every: Annotated[PositiveInt, Operational()] = 5000
+    """Save a checkpoint each time this many steps are done."""
     keep_checkpoints: Annotated[PositiveInt, Operational()] = 2
+    """The number of checkpoints that are kept."""
 
     @model_validator(mode="after")
     def _schedule_is_consistent(self) -> Self:
@@ -312,6 +360,7 @@ class TrainConfig(OptimizerConfig):
     accumulate: PositiveInt = 1
     """The forward and backward passes per optimiser step. The loss means treat each pass as one process."""
     backbone_multiplier: NonNegative = 1.0
+    """The backbone's learning rate as a multiple of the others'."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """The decay of an exponential moving average of the weights, which is then evaluated and saved; None keeps no average."""
     start: Annotated[str | None, Neutral(None)] = None
@@ -327,6 +376,19 @@ class TrainConfig(OptimizerConfig):
     """Evaluate each time this many steps are done: AP, metrics of the activation maps, and how often objects keep their maps."""
     evaluate_images: Annotated[PositiveInt | None, Operational()] = None
     """Use only this many images, the first of the validation split, in the evaluations during training."""
+    patience: Annotated[PositiveInt | None, Neutral(None)] = None
+    """End the training when this many evaluations in a row gave no better AP; it needs `evaluate_every`. None never does."""
+
+    def content(self, stage: Stage | None = None) -> dict[str, Any]:
+        """Return the content; with `patience`, the evaluations decide when the training ends, so their settings belong to it."""
+        evaluations = {name: getattr(self, name) for name in ("evaluate_every", "evaluate_images")} if self.patience else {}
+        return {**super().content(stage), **evaluations}
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> Self:
+        if self.patience is not None and self.evaluate_every is None:
+            raise ValueError(f"patience={self.patience} counts evaluations, so set evaluate_every, too")
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

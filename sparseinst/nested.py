@@ -96,13 +96,19 @@ def explanations(section: type[Section], prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for name, field in section.model_fields.items():
         path, group = f"{prefix}{name}", field.annotation
-        own = field.description
+        own = field.description or _inherited(section, name)
         if isinstance(group, type) and issubclass(group, Section):
             own = own or inspect.cleandoc(group.__doc__ or "")
             found |= explanations(group, f"{path}.")
         if own:
             found[path] = " ".join(own.split())
     return found
+
+
+def _inherited(section: type[Section], name: str) -> str | None:
+    """Return the explanation of a field that a base class has and this class only gives another default."""
+    bases = (base for base in section.__mro__[1:] if issubclass(base, Section))
+    return next((base.model_fields[name].description for base in bases if name in base.model_fields), None)
 
 
 def commented_yaml(data: Mapping[str, Any], comments: Mapping[str, str], prefix: str = "") -> str:

@@ -21,6 +21,17 @@ class RunPaths:
         return self.root / "config.yaml"
 
     @property
+    def name(self) -> Path:
+        """The run's name for people, in one line: table, row, seed, stage, profile. Only runs of tables have the file."""
+        return self.root / "name.txt"
+
+    def title(self) -> str:
+        """Return the name with the key, `table5 dice seed 1, train, profile mini (0ae70553)`; the folder if it has no name."""
+        if not self.name.exists():
+            return str(self.root)
+        return f"{self.name.read_text(encoding='utf-8').strip()} ({self.root.name[:8]})"
+
+    @property
     def log(self) -> Path:
         return self.root / "log.txt"
 
@@ -39,6 +50,15 @@ class RunPaths:
 
     def checkpoint(self, iteration: int) -> Path:
         return self.checkpoints / f"{iteration:08d}.pt"
+
+    def saved_checkpoints(self) -> list[Path]:
+        """Return the checkpoints, newest first."""
+        return sorted(self.checkpoints.glob("[0-9]*.pt"), reverse=True)
+
+    @property
+    def best(self) -> Path:
+        """The weights with the highest AP in the evaluations during training, if there were any."""
+        return self.root / "best.safetensors"
 
     @property
     def weights(self) -> Path:
@@ -91,6 +111,8 @@ RUNS = Path("runs")
 """The folder of all runs, in the working folder."""
 JOBS = RUNS / "jobs"
 """submitit's files: the jobs as they were sent, and the outputs of their processes."""
+NAMES = RUNS / "by-name"
+"""Links to the folders of runs of tables. Each has the run's name."""
 SNAPSHOTS = RUNS / "snapshots"
 """Copies of the package. Jobs on a cluster run these."""
 

@@ -133,6 +133,7 @@ OPERATIONAL = {
 }
 """The settings that cannot change a result."""
 COMPANIONS: dict[str, dict[str, Any]] = {
+    "train.patience": {"train.evaluate_every": 1000},
     "model.backbone.deformable_version": {"model.backbone.deformable_stages": [5]},
     "model.backbone.weights": {"model.backbone.pretrained": False},
     "model.decoder.deformable_version": {"model.decoder.deformable": True},

@@ -34,6 +34,11 @@ class StageRun:
     remake: bool = False
     """Whether the stage is recorded, but its weights are gone and another stage needs them. Then it is done again."""
 
+    def name(self, profile: str) -> str:
+        """Return the run's name for people, which also states seed 0, the stage and the profile."""
+        seed = " seed 0" if self.stage in ("train", "evaluate") and self.config.train.seed == 0 else ""
+        return f"{self.label}{seed}, {self.stage}, profile {profile}"
+
     def is_done(self, store: Store) -> bool:
         """Return whether the stage has a record and, if its weights had to be made again, whether they exist."""
         return store.has(self.key) and not (self.remake and stored_weights(self.key) is None)

@@ -22,6 +22,8 @@ from sparseinst.section import Stage
 _log = logging.getLogger(__name__)
 
 RESULTS = Path("results")
+HERE = RESULTS / "here"
+"""The results folder of `run --again`, apart from the records that come with the repository."""
 Kind = Stage | Literal["peer"]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from sparseinst.cli.mechanism import print_mechanism
-from sparseinst.cli.options import Device, Optimize, Overrides
+from sparseinst.cli.options import Checkpoint, Device, Optimize, Overrides
 from sparseinst.errors import RunFailed, UserError
 
 app = typer.Typer()
@@ -17,11 +17,21 @@ app = typer.Typer()
 @app.command()
 def predict(
     inputs: Annotated[list[Path], typer.Argument(metavar="IMAGE|DIR|VIDEO ...")],
-    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
+    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a run, which may be unfinished.")],
     output: Annotated[Path, typer.Option(help="Folder for the overlays and predictions.json.")],
     score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Leave out instances with a lower score.")] = 0.4,
     top: Annotated[int | None, typer.Option(min=1, help="Keep only this many instances of an image, the best ones.")] = None,
     maps: Annotated[bool, typer.Option("--maps", help="Also draw each instance's activation map (images only).")] = False,
+    sheet: Annotated[bool, typer.Option("--sheet", help="Also draw all inputs on contact sheets, sheet-1.jpg ...")] = False,
+    colour: Annotated[
+        Literal["class", "instance"] | None,
+        typer.Option(
+            "--colour",
+            help="Give each class one colour, the same in all images, or each instance of an image; default: each instance, and "
+            "in videos each activation map.",
+        ),
+    ] = None,
+    checkpoint: Checkpoint = None,
     optimize: Optimize = None,
     device: Device = None,
 ) -> None:
@@ -30,8 +40,8 @@ def predict(
     from sparseinst.visualize.predict_files import find_images, predict_files
 
     files = find_images(inputs, videos=True)
-    model = load_model(weights, device, optimize=optimize)
-    found = predict_files(model, files, output, score=score, top=top, maps=maps)
+    model = load_model(weights, device, optimize=optimize, checkpoint=checkpoint)
+    found = predict_files(model, files, output, score=score, top=top, maps=maps, sheet=sheet, colour=colour)
     done = len(files) - found.failed
     print(f"{done} file{'s' if done != 1 else ''}: overlays and predictions.json in {output}")
     if found.images:
@@ -40,6 +50,15 @@ def predict(
             f"{found.instances} instance{'s' if found.instances != 1 else ''} with a score of {score:g} or more; "
             f"none in {found.empty} of {found.images} image{'s' if found.images != 1 else ''}; {highest}"
         )
+    if found.left_out:
+        print(f"--top left out {found.left_out} more instance{'s' if found.left_out != 1 else ''} with such a score")
+    if found.full:
+        print(
+            f"in {found.full} image{'s' if found.full != 1 else ''} all maps of the model have such a score; it cannot find "
+            "more objects than it has maps (model.decoder.iam.num_maps)"
+        )
+    for path in found.sheets:
+        print(f"contact sheet: {path}")
     if found.empty == found.images > 0:
         print("Use a lower --score to see weaker instances. If the scores stay near zero, the model has not learned the task.")
     if found.failed:
@@ -48,13 +67,14 @@ def predict(
 
 @app.command()
 def maps(
-    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
+    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a run, which may be unfinished.")],
     output: Annotated[Path, typer.Option(help="Folder for the sheets and the metrics.")],
     data: Annotated[
         Path | None, typer.Option(help="A folder in COCO format or a folder of images; default: the validation data of the run.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first images, up to this number.")] = None,
     sheets: Annotated[int, typer.Option(min=0, help="Draw each object's map for this many images.")] = 8,
+    checkpoint: Checkpoint = None,
     device: Device = None,
 ) -> None:
     """Show where the activation maps respond, for each object and as a mean over a data set (the paper's Figures 4 and 6).
@@ -72,7 +92,7 @@ def maps(
     from sparseinst.visualize.object_maps import write_object_maps
     from sparseinst.visualize.predict_files import find_images
 
-    model = load_model(weights, device)
+    model = load_model(weights, device, checkpoint=checkpoint)
     settings = model.config
     split: CocoSplit | None = None
     if data is None or (data / settings.data.val_annotations).exists():
@@ -99,7 +119,7 @@ def maps(
 
 @app.command()
 def failures(
-    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
+    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a run, which may be unfinished.")],
     output: Annotated[Path, typer.Option(help="Folder for the sheets and failures.json.")],
     data: Annotated[
         Path | None, typer.Option(help="A folder in COCO format; default: the data that the model was trained on.")
@@ -107,6 +127,7 @@ def failures(
     score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Ignore instances with a lower score.")] = 0.4,
     most: Annotated[int, typer.Option(min=1, help="The largest number of images in a sheet.")] = 12,
     override: Overrides = [],  # noqa: B006 (typer reads the default)
+    checkpoint: Checkpoint = None,
     device: Device = None,
 ) -> None:
     """Show where a model fails: the images with the lowest AP, the missed objects by size, and the false positives."""
@@ -116,15 +137,17 @@ def failures(
     from sparseinst.device import pick_device
     from sparseinst.evaluation.evaluate import evaluate_weights
     from sparseinst.files import make_folder
+    from sparseinst.inference.checkpoints import find_weights
     from sparseinst.inference.weights import load_weights
     from sparseinst.overrides import parse_override
     from sparseinst.visualize.failures import find_failures, write_failures
 
     overrides = {} if data is None else {"data.root": str(data), "data.source": "coco"}
     overrides |= dict(map(parse_override, override))
+    weights = find_weights(weights, checkpoint)
+    split = val_split(load_weights(weights)[1].replace(overrides).data)
     predictions = make_folder(output) / "predictions.json"
     evaluation = evaluate_weights(weights, overrides, device=pick_device(device), predictions=predictions)
-    split = val_split(load_weights(weights)[1].replace(overrides).data)
     results = json.loads(predictions.read_text(encoding="utf-8"))
     images = [image.id for image in split.images if image.id not in evaluation.skipped_images]
     found = find_failures(split.file, results, images, score)
@@ -144,11 +167,12 @@ def curves(
     ),
 ) -> None:
     """Plot losses, learning rate, AP and matching stability over the training, for several runs in one figure."""
+    from sparseinst.paths import RunPaths
     from sparseinst.report.curves import draw_curves, read_metrics
     from sparseinst.report.style import save
 
     if output.suffix not in ("", ".png", ".svg"):
         raise UserError(f"{output}: curves are written as .png and .svg")
-    figure = draw_curves({str(run): read_metrics(run) for run in runs})
+    figure = draw_curves({RunPaths(run).title(): read_metrics(run) for run in runs})
     save(figure, output)
     print(f"{output.with_suffix('.png')} and {output.with_suffix('.svg')}")

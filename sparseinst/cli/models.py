@@ -9,7 +9,7 @@ import typer
 
 from sparseinst.ablation.store import RESULTS
 from sparseinst.cli.mechanism import print_mechanism
-from sparseinst.cli.options import Device, Json, Optimize, Overrides, ProfileName, Record, Results
+from sparseinst.cli.options import Checkpoint, Device, Json, Optimize, Overrides, ProfileName, Record, Results
 from sparseinst.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def train(
         settings = settings.replace(_data_overrides(settings, overrides))
     from sparseinst.device import pick_device
     from sparseinst.evaluation.evaluate import evaluate_run
+    from sparseinst.paths import RunPaths
     from sparseinst.training.train import train as run
 
     chosen = pick_device(device)
@@ -60,6 +61,8 @@ def train(
     trained = run(settings, output, device=chosen)
     _print_metrics(evaluate_run(output, settings, device=chosen))
     print(f"weights: {trained}")
+    if (best := RunPaths(output).best).exists():
+        print(f"the weights with the best AP during training: {best} (use them with --weights {output} --checkpoint best)")
 
 
 def _preflight(settings: Config, output: Path, device: torch.device) -> None:
@@ -106,7 +109,7 @@ def _data_overrides(settings: Config, overrides: dict[str, Any]) -> dict[str, An
 
 @app.command()
 def evaluate(
-    weights: Annotated[Path | None, typer.Option(help="A weights file, or the folder of a finished run.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="A weights file, or the folder of a run, which may be unfinished.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="A COCO-format folder; default: the data that the model was trained on.")
     ] = None,
@@ -118,6 +121,7 @@ def evaluate(
     peer: Annotated[
         str | None, typer.Option(help="Evaluate another system instead of ours: mask-rcnn-r50-fpn, or detectron2:CONFIG.")
     ] = None,
+    checkpoint: Checkpoint = None,
     optimize: Optimize = None,
     record: Record = False,
     profile: ProfileName = "coco",
@@ -131,6 +135,8 @@ def evaluate(
 
     overrides: dict[str, Any] = {} if data is None else {"data.root": str(data), "data.source": "coco"}
     overrides |= dict(map(parse_override, override))
+    if peer is not None and checkpoint is not None:
+        raise UserError("evaluate: --checkpoint belongs to the folder of a run, so it does not go with --peer")
     if peer is not None:
         found = _evaluate_peer(peer, weights, overrides, predictions, engine, device, (profile, results) if record else None)
     elif weights is None:
@@ -139,7 +145,9 @@ def evaluate(
         raise UserError("evaluate: --record is for peers only; `run` and `launch` record their results without it")
     else:
         from sparseinst.evaluation.evaluate import evaluate_weights
+        from sparseinst.inference.checkpoints import find_weights
 
+        weights = find_weights(weights, checkpoint)
         found = evaluate_weights(
             weights, overrides, device=pick_device(device), predictions=predictions, engine=engine, optimize=optimize
         )

@@ -23,6 +23,14 @@ Overrides = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        metavar="last|best|STEP",
+        help="Of a run's folder, use the last weights (the default; of an unfinished run, its newest checkpoint), those with the "
+        "best AP during training, or the checkpoint after this step.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 _TABLES = "table1 ... table8, figure1, the path of a spec, or all."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparseinst.ablation.store import RESULTS, Store
+from sparseinst.ablation.store import HERE, RESULTS, Store
 from sparseinst.cli.options import (
     Budget,
     Device,
@@ -95,12 +95,20 @@ def run(
     pictures: Annotated[Path | None, typer.Option(help="Draw predictions of each row in subfolders of this folder.")] = None,
     device: Device = None,
     until_settled: UntilSettled = False,
+    again: Annotated[
+        bool,
+        typer.Option("--again", help=f"Run here what others have measured; the records go to {HERE} (as with --results {HERE})."),
+    ] = False,
     seeds_of: Annotated[Path | None, typer.Option(hidden=True, help="A file with the seeds of each row of one look.")] = None,
 ) -> None:
     """Run on this machine what the tables still need. Runs that are done are not repeated."""
-    from sparseinst.launch.run import run_in_processes, run_plan
+    from sparseinst.launch.run import made_elsewhere, run_in_processes, run_plan
     from sparseinst.launch.work import draw
+    from sparseinst.paths import RUNS
 
+    if again and results != RESULTS:
+        raise UserError("run: --again chooses the folder of the records, so it does not go with --results")
+    results = HERE if again else results
     if seeds_of is not None:
         from sparseinst.launch.settle import plan_wanted
 
@@ -139,6 +147,11 @@ def run(
                 draw(key, table_plan.runs[key].config, pictures / planned.table.name / planned.row.name, device)
     already = len(table_plan.runs) - len(table_plan.to_do())
     print(f"{len(table_plan.runs)} runs done" + (f", {already} of them before this command" if already else ""))
+    if foreign := made_elsewhere(table_plan, store):
+        print(
+            f"{len(foreign)} of {len(table_plan.runs)} results were not measured here: their records are in {store.folder}, but"
+        )
+        print(f"{RUNS} has no folder of these runs. Add --again (without --results) to measure them here.")
     where = f" --results {results}" if results != RESULTS else ""
     print(f"to see the tables: sparseinst report {' '.join(tables)} --profile {profile}{where} --show")
 
@@ -236,7 +249,7 @@ def _show_looks(names: list[str] | None, profile: str, results: Path) -> None:
 @app.command()
 def logs(
     run: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run's key, the beginning of its key, or a part of the row's name.")
+        str, typer.Argument(metavar="RUN", help="A run's folder, a key or its beginning, TABLE/ROW, or a part of a row's name.")
     ],
     profile: ProfileName = "coco",
     seeds: Seeds = 1,

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from sparseinst.cli.options import Checkpoint
+
 app = typer.Typer()
 
 
@@ -47,7 +49,7 @@ def import_weights(
 
 @app.command()
 def export(
-    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a finished run.")],
+    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a run, which may be unfinished.")],
     output: Annotated[Path, typer.Option(help="The file to write: model.onnx, or model.pt2 with --form torch.")],
     form: Annotated[Literal["onnx", "torch"], typer.Option(help="onnx, or torch for an archive of torch.export.")] = "onnx",
     normalised: Annotated[
@@ -57,12 +59,14 @@ def export(
         bool, typer.Option("--probabilities", help="Return masks as probabilities instead of booleans.")
     ] = False,
     half: Annotated[bool, typer.Option("--half", help="Use fp16 weights; scores and masks stay fp32.")] = False,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Export the whole inference as a graph that takes one image of any size and returns scores, labels and masks."""
+    from sparseinst.inference.checkpoints import find_weights
     from sparseinst.inference.export import export_model
     from sparseinst.inference.weights import load_weights
 
-    model, config, categories = load_weights(weights)
+    model, config, categories = load_weights(find_weights(weights, checkpoint))
     export_model(model, config.inference, output, form=form, normalise=not normalised, probabilities=probabilities, half=half)
     size = output.stat().st_size / 1e6
     print(f"{output}: {size:.1f} MB, {len(categories)} classes, {config.model.decoder.iam.num_maps} maps an image")

@@ -248,10 +248,21 @@ def evaluate_weights(
     config = config.replace(overrides)
     split = val_split(config.data)
     check_categories(split, categories, f"{weights}")
+    _warn_of_few_maps(split, config.model.decoder.iam.num_maps)
     model = model.to(device)
     if optimize is not None:
         model = optimizing.optimize(model, device=device, mode=optimize, precision=config.inference.precision)
     return evaluate(model, split, config, device=device, predictions=predictions, engine=engine)
+
+
+def _warn_of_few_maps(split: CocoSplit, maps: int) -> None:
+    """Warn if images have more objects than the model has maps, since each map finds at most one of them."""
+    counts = [count for count in split.instances_per_image() if count > maps]
+    if counts:
+        _log.warning(
+            "%d of %d images have more than model.decoder.iam.num_maps=%d objects, up to %d; the model cannot find the others",
+            len(counts), len(split.images), maps, max(counts),
+        )  # fmt: skip
 
 
 def forward_batch(model: SparseInst, batch: Batch, config: Config, device: torch.device) -> Predictions:

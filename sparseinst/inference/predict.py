@@ -18,6 +18,7 @@ from sparseinst.data.network_input import at_test_size, pad
 from sparseinst.device import autocast, pick_device
 from sparseinst.errors import DataError
 from sparseinst.inference import optimize as optimizing
+from sparseinst.inference.checkpoints import find_weights
 from sparseinst.inference.weights import load_weights
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst
@@ -43,6 +44,8 @@ class FoundInstances:
     groups. None unless it was requested."""
     highest: float | None = None
     """The highest score in the image, also if it was left out; None if no map has a score above `inference.score_threshold`."""
+    before_top: int = 0
+    """The number of instances at the requested score, before `top` left some out."""
 
 
 class Predictor:
@@ -95,7 +98,8 @@ class Predictor:
         [found] = postprocess(raw, padded, [ImageSize(size, (picture.height, picture.width))], self.config.inference)
         order = found.scores.argsort(descending=True, stable=True)
         highest = float(found.scores[order[0]]) if len(order) else None
-        order = order[found.scores[order] >= score][:top]
+        order = order[found.scores[order] >= score]
+        before_top, order = len(order), order[:top]
         labels = found.labels[order].cpu().numpy()
         return FoundInstances(
             found.scores[order].cpu().numpy(),
@@ -105,6 +109,7 @@ class Predictor:
             found.maps[order].cpu().numpy(),
             self._activations(raw, size, found.maps[order]).cpu().numpy() if activations else None,
             highest,
+            before_top,
         )
 
     def forward(self, picture: Image.Image) -> tuple[Predictions, tuple[int, int], tuple[int, int]]:
@@ -146,18 +151,21 @@ def load_model(
     *,
     optimize: OptimizeMode | None = None,
     precision: Precision | None = None,
+    checkpoint: str | None = None,
 ) -> Predictor:
-    """Load a model from a weights file or from the folder of a finished run, ready for `predict`.
+    """Load a model from a weights file or from the folder of a run, ready for `predict`.
 
     Args:
         device: `cpu`, `cuda` or `cuda:1`, for example; None takes a GPU if there is one.
         optimize: `folded`, `compiled`, `graph` or `best` for speed (see `inference.optimize`); None leaves the model as it is.
         precision: `fp32`, `tf32`, `bf16` or `fp16`; None takes the config's `inference.precision`.
 
+        checkpoint: `last`, `best` or the number of a step, for the folder of a run; see `find_weights`.
+
     Raises:
-        UserError: there is no such file, or it is not a weights file of this package.
+        UserError: there is no such file or checkpoint, or it is not a weights file of this package.
     """
-    model, config, categories = load_weights(Path(path))
+    model, config, categories = load_weights(find_weights(Path(path), checkpoint))
     if precision is not None:
         config = config.replace({"inference.precision": precision})
     predictor = Predictor(model, config, categories, pick_device(device))

@@ -15,12 +15,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sparseinst.config import Config
-from sparseinst.data.coco import Category
+from sparseinst.data.coco import Category, train_split
 from sparseinst.errors import UserError
 from sparseinst.files import atomic, no_space_explained
+from sparseinst.inference.checkpoints import CHECKPOINT_SUFFIX, find_weights, model_state, read_checkpoint
 from sparseinst.models.sparseinst import SparseInst, build_model
-from sparseinst.overrides import parse_config
-from sparseinst.paths import SHIPPED, WEIGHTS
+from sparseinst.overrides import load_config, parse_config
+from sparseinst.paths import SHIPPED, RunPaths
 
 Check = Callable[[], None] | None
 
@@ -36,16 +37,20 @@ def save_weights(
     check: Check = None,
     *,
     half: bool = False,
+    training: Mapping[str, float] | None = None,
 ) -> None:
     """Write the tensors as safetensors, with the config and the categories in the same file, so that `load_model` can read it.
 
     Args:
         half: write kernels and matrices in half precision, which halves the file.
+        training: facts about unfinished training to keep in the file: the `step` of the weights and their `AP`.
     """
     kept = halved(state) if half else state
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
     metadata = {"config": config.to_json(), "categories": json.dumps([asdict(category) for category in categories])}
     metadata["sparseinst"] = version("sparseinst")
+    if training is not None:
+        metadata["training"] = json.dumps(training)
     metadata["checksum"] = _checksum(tensors, metadata)
     with no_space_explained(path.parent), atomic(path, check) as temporary:
         temporary.write_bytes(save(tensors, metadata))
@@ -71,7 +76,8 @@ def file_tensors_digest(path: Path) -> str:
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """Return the checksum of a weights file's content."""
-    text = "\n".join([tensors_digest(tensors), *(metadata.get(name, "") for name in ("config", "categories", "sparseinst"))])
+    names = ["config", "categories", "sparseinst", *(["training"] if "training" in metadata else [])]
+    text = "\n".join([tensors_digest(tensors), *(metadata.get(name, "") for name in names)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -110,15 +116,17 @@ def load_weights(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
     """Return a model in evaluation mode on the CPU, its config and its categories.
 
     Args:
-        path: a weights file, the folder of a run that holds one, or the name of a model in the package (`demo`).
+        path: a weights file, the folder of a run (see `find_weights`), a checkpoint in such a folder, or the name of a model in
+            the package (`demo`).
 
     Raises:
         UserError: there is no such file, it is not a weights file of this package, it is damaged, or its tensors do not fit its
             config.
     """
-    if path.is_dir():
-        path = path / WEIGHTS
-    elif str(path) in SHIPPED_MODELS and not path.exists():
+    path = find_weights(path)
+    if path.suffix == CHECKPOINT_SUFFIX and path.exists():
+        return _load_checkpoint(path)
+    if str(path) in SHIPPED_MODELS and not path.exists():
         path = SHIPPED / f"{path}.safetensors"
     try:
         with safe_open(path, "pt") as file:
@@ -131,7 +139,7 @@ def load_weights(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
     if not {"config", "categories"} <= metadata.keys():
         raise UserError(f"{path} carries no config, so this package did not write it")
     checksum = metadata.get("checksum")  # files of earlier versions have none
-    unknown = metadata.keys() - {"config", "categories", "sparseinst", "checksum"}  # a damaged name
+    unknown = metadata.keys() - {"config", "categories", "sparseinst", "checksum", "training"}  # a damaged name
     if unknown or (checksum is not None and checksum != _checksum(state, metadata)):
         raise UserError(f"{path}: is damaged: its content does not match its checksum; copy it again, or train again")
     try:
@@ -140,9 +148,26 @@ def load_weights(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: its metadata cannot be read ({' '.join(str(error).split())[:100]})") from None
     config = parse_config(settings, where=f"{path}: config")
+    return _filled(config, state, path), config, categories
+
+
+def _load_checkpoint(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
+    """Return the model of a training's checkpoint, its config and its categories, as `load_weights` does."""
+    paths = RunPaths(path.parent.parent)
+    if not paths.config.exists():
+        raise UserError(f"{path}: this is no checkpoint in the folder of a run, because {paths.config} is missing")
+    config = load_config(paths.config)
+    saved = read_checkpoint(path)
+    entries = saved.get("categories")  # checkpoints of earlier versions have none
+    categories = train_split(config.data).categories if entries is None else tuple(Category(**entry) for entry in entries)
+    return _filled(config, model_state(saved), path), config, categories
+
+
+def _filled(config: Config, state: Mapping[str, Tensor], path: Path) -> SparseInst:
+    """Return a model in evaluation mode with these tensors, which come from the file `path`."""
     model = build_model(config.model, load_pretrained=False)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path}: the tensors do not fit the file's own config: {str(error).splitlines()[1].strip()}") from None
-    return model.eval(), config, categories
+    return model.eval()

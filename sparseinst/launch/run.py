@@ -20,7 +20,7 @@ from sparseinst.attempts import Attempt, Held, reason
 from sparseinst.launch.status import Status, watch
 from sparseinst.launch.work import StageContext, do_stage
 from sparseinst.machine import usable_cores
-from sparseinst.paths import RUNS, RunPaths
+from sparseinst.paths import RUNS, RunPaths, run_folder
 
 _WAIT = 1.0  # seconds between checks of stages that other processes are doing
 
@@ -37,6 +37,15 @@ def run_plan(plan: Plan, store: Store, *, device: str | None, progress: bool = T
     worker = _Worker(plan, store, context)
     worker.work()
     return worker.failed
+
+
+def made_elsewhere(plan: Plan, store: Store) -> list[StageRun]:
+    """Return the stages that others did: their records were in the store when the plan was made, and they have no folder here.
+
+    The stages that come with the package itself are not among them.
+    """
+    done = [run for run in plan.runs.values() if run.key in plan.done and store.path(run.key).exists()]
+    return [run for run in done if not run_folder(run.key).root.exists()]
 
 
 class _Worker:

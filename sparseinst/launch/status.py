@@ -19,6 +19,7 @@ from rich.table import Table
 from sparseinst.ablation.plan import Plan, StageRun
 from sparseinst.attempts import AttemptRecord, describe_hang, latest_attempt
 from sparseinst.errors import UserError
+from sparseinst.launch.names import folded, named_runs
 from sparseinst.launch.submission import (
     Queue,
     Submission,
@@ -223,20 +224,20 @@ def watch(get_states: Callable[[], Sequence[Status]], going_on: Callable[[], boo
 
 
 def find_runs(text: str, plan: Plan) -> list[StageRun]:
-    """Return the stages whose key begins with the text; if there is none, those whose label contains it.
+    """Return the stages whose key begins with the text; if there is none, those whose label contains it (`table5/dice`, `dice`).
 
     Raises:
         UserError: no stage matches.
     """
     runs = plan.runs.values()
-    found = [run for run in runs if run.key.startswith(text)] or [run for run in runs if text.casefold() in run.label.casefold()]
+    found = [run for run in runs if run.key.startswith(text)] or [run for run in runs if folded(text) in folded(run.label)]
     if not found:
         raise UserError(f"no run is called {text!r}; `sparseinst status` lists them")
     return found
 
 
 def find_log(text: str, plan: Plan, rank: int | None = None) -> Path:
-    """Return the log of the one stage that the text matches, as in `find_runs`.
+    """Return the log of the one stage that the text matches, as in `find_runs`, or else of a run in `runs` with such a name.
 
     Args:
         rank: return the output of this rank of its job on a cluster instead of the stage's own log.
@@ -245,20 +246,39 @@ def find_log(text: str, plan: Plan, rank: int | None = None) -> Path:
         UserError: the text matches no stage, or several, or the stage has no log yet.
     """
 
-    def log(run: StageRun) -> Path:
-        paths = run_folder(run.key)
+    def log(paths: RunPaths) -> Path:
         submission = read_submission(paths)
         if submission is None or (rank is None and paths.log.exists()):
             return paths.log
         return submission.log(rank or 0)
 
-    found = find_runs(text, plan)
-    found = [run for run in found if log(run).exists()] or found
+    if (folder := RunPaths(Path(text))).log.exists():  # the folder of any run
+        return folder.log
+    found = _find_folders(text, plan)
+    if not found:
+        raise UserError(f"no run is called {text!r}; `sparseinst status` lists them")
+    found = {key: run for key, run in found.items() if log(run[0]).exists()} or found
+    if len(found) > 1:  # several rows share a pretraining, which has the name of the first of them
+        found = {key: run for key, run in found.items() if ", pretrain, " not in run[1]} or found
     if len(found) > 1:
-        raise UserError(f"{text!r} matches {len(found)} runs: {', '.join(f'{run.key} ({run.label})' for run in found[:5])}")
-    if not log(found[0]).exists():
-        raise UserError(f"{found[0].label} ({found[0].key}) has no log yet")
-    return log(found[0])
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        names = ", ".join(f"{key} ({name})" for key, (_, name) in list(found.items())[:5])
+        raise UserError(f"{text!r} matches {len(found)} runs: {names}{more}")
+    [(key, (paths, name))] = found.items()
+    if not log(paths).exists():
+        raise UserError(f"{name} ({key}) has no log yet; only trainings and the jobs of a cluster write one")
+    return log(paths)
+
+
+def _find_folders(text: str, plan: Plan) -> dict[str, tuple[RunPaths, str]]:
+    """Return the folder and the name of each run with such a key, or else with such a name, by key.
+
+    These are the stages of the plan, and the runs in `runs`, which may have another profile or belong to a spec of the user.
+    """
+    known = {run.key: (run_folder(run.key), run.label) for run in plan.runs.values()}
+    known |= {paths.root.name: (paths, name) for paths, name in named_runs()}
+    by_key = {key: run for key, run in known.items() if key.startswith(text)}
+    return by_key or {key: run for key, run in known.items() if folded(text) in folded(run[1])}
 
 
 def follow(path: Path, *, every: float = 1.0) -> Iterable[str]:

@@ -19,6 +19,7 @@ from sparseinst.attempts import Attempt
 from sparseinst.config import Config
 from sparseinst.errors import RunFailed
 from sparseinst.files import file_digest
+from sparseinst.launch.names import give_name
 from sparseinst.machine import energy_counters, energy_since
 from sparseinst.paths import RunPaths, run_folder, stored_weights
 from sparseinst.section import Stage
@@ -59,6 +60,8 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
             return
         if run.remake:
             _log.warning("%s: the weights of %s %s are gone, so they are made again", run.label, run.stage, run.key)
+        if attempt.rank == 0:
+            give_name(run_folder(run.key), run.name(context.profile))
         energy = energy_counters()
         outcome = _DO[run.stage](run, context, attempt)
         if outcome is None:

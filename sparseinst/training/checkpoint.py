@@ -33,7 +33,7 @@ def save_checkpoint(paths: RunPaths, iteration: int, state: dict[str, Any], keep
     """
     with no_space_explained(paths.checkpoints), atomic(paths.checkpoint(iteration), check) as temporary:
         write_state(state, temporary)
-    for old in _newest_first(paths)[keep:]:
+    for old in paths.saved_checkpoints()[keep:]:
         old.unlink()
 
 
@@ -49,7 +49,7 @@ def newest_checkpoint(paths: RunPaths) -> Path | None:
     Raises:
         RunFailed: all checkpoints are damaged.
     """
-    candidates = _newest_first(paths)
+    candidates = paths.saved_checkpoints()
     for path in candidates:
         problem = _damage(path)
         if problem is None:
@@ -65,10 +65,6 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     """Return the state that `save_checkpoint` wrote."""
     state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     return state
-
-
-def _newest_first(paths: RunPaths) -> list[Path]:
-    return sorted(paths.checkpoints.glob("[0-9]*.pt"), reverse=True)
 
 
 def _damage(path: Path) -> str | None:

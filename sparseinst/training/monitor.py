@@ -122,6 +122,12 @@ class Monitor:
         self.pending.clear()
         self.last_flush = time.perf_counter()
 
+    def say(self, text: str) -> None:
+        """Write a line to the log, and above the progress bar if there is one."""
+        _log.info("%s", text)
+        if not self.progress.disable:
+            self.progress.console.print(text, highlight=False, markup=False)
+
     def write(self, record: Mapping[str, Any], group: str) -> None:
         """Write a record to metrics.jsonl as one line, and its numbers to TensorBoard. It must have the key `iteration`."""
         if not self.lead:

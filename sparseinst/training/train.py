@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from sparseinst.inference.weights import save_weights, start_from
 from sparseinst.models.sparseinst import build_model
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths
+from sparseinst.training.best import BestSoFar
 from sparseinst.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from sparseinst.training.interrupt import StopRequest
 from sparseinst.training.monitor import Monitor, diverged, logging_to
@@ -80,6 +81,7 @@ def train(
                 # This comes after `_Training` has checked the settings: a run with invalid settings must not claim the folder.
                 with atomic(paths.config, held.check) as temporary:
                     temporary.write_text(config.to_yaml(), encoding="utf-8")
+            _log.info("training %s", paths.title())
             with tf32(config.train.precision == "tf32"):
                 training.run()
     return paths.weights
@@ -129,6 +131,7 @@ class _Training:
         self.matches: Matches = {}
         self.evaluated = 0
         """The number of steps before the last evaluation during training."""
+        self.best = BestSoFar()
 
     def run(self) -> None:
         """Run all steps. A step depends only on its number and the state, so a resumed run gives exactly the same weights."""
@@ -151,6 +154,8 @@ class _Training:
                 self._evaluate(monitor, start)
             batches: Iterator[Batch] = iter(loader)
             for iteration in range(start, train.iterations):
+                if self._gives_up():
+                    break
                 self.attempt.at("data", iteration)
                 waited = time.perf_counter()
                 parts = [next(batches) for _ in range(order.passes)]
@@ -170,9 +175,10 @@ class _Training:
                     self._save(done)
                 if self._evaluates_after(done):
                     self._evaluate(monitor, done)
-                    if saves:  # save again, with the state of the evaluation
+                    if saves or self._gives_up():  # save (again), with the state of the evaluation
+                        monitor.flush(rate)
                         self._save(done)
-                if stopping:
+                if stopping and not self._gives_up():
                     raise stop.stopped(done, train.iterations)
         if rank() == 0:
             state = self.step.trained().state_dict()
@@ -183,6 +189,11 @@ class _Training:
         every = self.config.train.evaluate_every
         return bool(every) and done % (every or 1) == 0 and 0 < done < self.config.train.iterations
 
+    def _gives_up(self) -> bool:
+        """Return whether the training ends early, because the last `train.patience` evaluations gave no better AP."""
+        patience = self.config.train.patience
+        return patience is not None and self.best.without_better >= patience
+
     def _evaluate(self, monitor: Monitor, iteration: int) -> None:
         model = self.step.trained().eval()
         result = evaluate(model, self.val, self.config, device=self.device, progress=False, attempt=self.attempt)
@@ -191,7 +202,16 @@ class _Training:
         self.matches, self.evaluated = result.matches, iteration
         self.step.model.train()
         monitor.write({"iteration": iteration, **logged}, "val")
-        _log.info("step %d: AP %s", iteration, result.figures["AP"])
+        ap, total = result.figures["AP"], self.config.train.iterations
+        if self.best.note(iteration, ap) and rank() == 0:
+            about = {"step": iteration, "AP": self.best.ap or 0.0}
+            state = model.state_dict()
+            save_weights(self.paths.best, state, self.config, self.categories, self.attempt.check, training=about)
+        monitor.say(self.best.describe(iteration, total, ap))
+        if self._gives_up():
+            monitor.say(
+                f"the last {self.best.without_better} evaluations gave no better AP, so the training ends (train.patience)"
+            )
 
     def _save(self, iteration: int) -> None:
         """Save a checkpoint. Raises `RunFailed` if a weight is NaN or infinite."""
@@ -206,6 +226,8 @@ class _Training:
             **self.step.state_dict(),
             "matches": self.matches,
             "evaluated": self.evaluated,
+            "best": self.best.state_dict(),
+            "categories": [asdict(category) for category in self.categories],
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -221,6 +243,7 @@ class _Training:
         # Checkpoints of earlier versions lack these keys.
         self.matches = state.get("matches", {})
         self.evaluated = state.get("evaluated", state["iteration"])
+        self.best.load_state_dict(state.get("best", {}))
         torch.set_rng_state(state["random"].cpu())
         if state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,23 +15,27 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
 from sparseinst.inference.predict import FoundInstances
+from sparseinst.visualize.labels import Box, place_labels
+
+ColourBy = Literal["instance", "class", "map"]
 
 
 def overlay(
-    image: Image.Image, found: FoundInstances, *, opacity: float = 0.45, by_map: bool = False, scores: bool = True
+    image: Image.Image, found: FoundInstances, *, opacity: float = 0.45, colour: ColourBy = "instance", scores: bool = True
 ) -> Image.Image:
-    """Return the image with each mask tinted and outlined, and with its name and score at its top.
+    """Return the image with each mask tinted and outlined, and with its name and score beside it.
 
     The best instances are drawn last. The outline is a line of the instance's colour and a white line around it, so that it is
     visible on objects of any colour.
 
     Args:
-        by_map: give each instance activation map a colour, the same in every image, instead of giving each rank one.
+        colour: what has a colour of its own: each `instance` of the image by its rank, each `class`, or each instance activation
+            `map`. Those of classes and maps are the same in every image.
         scores: write the scores beside the names.
     """
     canvas = np.asarray(image, dtype=np.float32).copy()  # H W 3
     line = max(1, round(min(image.size) / 240))
-    ranks = found.maps.tolist() if by_map else list(range(len(found.scores)))
+    ranks = {"map": found.maps.tolist(), "class": found.labels.tolist(), "instance": list(range(len(found.scores)))}[colour]
     colours = [palette(rank + 1)[rank] for rank in ranks]
     order = list(range(len(found.scores)))[::-1]
     for index in order:
@@ -38,10 +43,12 @@ def overlay(
     drawn = Image.fromarray(canvas.round().astype(np.uint8))
     pen = ImageDraw.Draw(drawn)
     font = ImageFont.load_default(size=max(9, min(image.size) / 32))
-    for index in order:
-        text = found.names[index] + (f" {found.scores[index]:.2f}" if scores else "")
-        if text and found.masks[index].any():
-            _label(pen, font, text, found.masks[index], colours[index], image.size)
+    texts = [name + (f" {score:.2f}" if scores else "") for name, score in zip(found.names, found.scores, strict=True)]
+    plates = [pen.textbbox((0, 0), text, font=font) for text in texts]
+    sizes = [(box[2] - box[0] + 4, box[3] - box[1] + 4) for box in plates]
+    for index, place in enumerate(place_labels(found.masks, sizes)):
+        if place is not None and texts[index]:
+            _label(pen, font, texts[index], place, colours[index], _nearest_pixel(found.masks[index], place))
     return drawn
 
 
@@ -157,21 +164,28 @@ def outline(mask: NDArray[np.bool_], width: int, *, edge: bool = False) -> NDArr
     return mask & ~binary_erosion(mask, iterations=width, border_value=edge)
 
 
+def _nearest_pixel(mask: NDArray[np.bool_], place: Box) -> tuple[float, float] | None:
+    """Return the mask's pixel (x, y) that is nearest to a label, or None if the label touches the mask."""
+    rows, columns = np.nonzero(mask)
+    x, y = columns.clip(place[0], place[2]), rows.clip(place[1], place[3])
+    distances = np.hypot(columns - x, rows - y)
+    nearest = int(distances.argmin())
+    return (float(columns[nearest]), float(rows[nearest])) if distances[nearest] > 3 else None
+
+
 def _label(
     pen: ImageDraw.ImageDraw,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     text: str,
-    mask: NDArray[np.bool_],
+    place: Box,
     colour: tuple[int, int, int],
-    size: tuple[int, int],
+    target: tuple[float, float] | None,
 ) -> None:
-    """Draw text on a plate of the instance's colour, at the mask's topmost pixels and inside the image."""
-    top = int(mask.any(axis=1).argmax())
-    left = int(np.flatnonzero(mask[top]).mean())
+    """Draw text on a plate of the instance's colour, with a line to the pixel `target` if there is one."""
+    if target is not None:
+        x, y = min(max(target[0], place[0]), place[2]), min(max(target[1], place[1]), place[3])
+        pen.line((x, y, *target), fill=colour, width=1)
     box = pen.textbbox((0, 0), text, font=font)
-    width, height = box[2] - box[0] + 4, box[3] - box[1] + 4
-    x = min(max(0, left - width / 2), max(0, size[0] - width))
-    y = min(max(0, top - height), max(0, size[1] - height))
-    pen.rectangle((x, y, x + width, y + height), fill=colour)
+    pen.rectangle(place, fill=colour)
     light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
-    pen.text((x + 2 - box[0], y + 2 - box[1]), text, fill="black" if light else "white", font=font)
+    pen.text((place[0] + 2 - box[0], place[1] + 2 - box[1]), text, fill="black" if light else "white", font=font)

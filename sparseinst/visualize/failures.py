@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sparseinst.data.coco import CocoSplit, ImageRecord, decode, read_image
-from sparseinst.evaluation.coco_metrics import pycocotools_truth
+from sparseinst.evaluation.coco_metrics import COCO_LIMIT, pycocotools_truth
 from sparseinst.files import atomic, make_folder
 from sparseinst.inference.predict import FoundInstances
 from sparseinst.visualize.draw import fitted, outlined, overlay, picture_grid
@@ -118,7 +118,8 @@ def _evaluated(truth: COCO, found: COCO, images: list[int], thresholds: list[flo
     evaluation = COCOeval(truth, found, "segm")
     evaluation.params.imgIds = images
     evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-    evaluation.params.maxDets = [100]
+    # An image with more objects than COCO's limit needs a higher one, or found objects would count as missed.
+    evaluation.params.maxDets = [max((COCO_LIMIT, *(len(truth.imgToAnns[image]) for image in images)))]
     if thresholds is not None:
         evaluation.params.iouThrs = np.array(thresholds)
     evaluation.evaluate()

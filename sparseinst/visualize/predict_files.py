@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from sparseinst.data.coco import encode
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import atomic, make_folder
 from sparseinst.inference.predict import FoundInstances, Predictor, as_image
 from sparseinst.progress import progress_bar
-from sparseinst.visualize.draw import activation_sheet, overlay
+from sparseinst.visualize.contact_sheet import ContactSheets, sheet_names
+from sparseinst.visualize.draw import ColourBy, activation_sheet, overlay
 from sparseinst.visualize.video import VIDEO_SUFFIXES, predict_video
 
 _log = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ class _CocoResult:
         self.predictor = predictor
         self.empty = 0
         """The number of images and frames without an instance."""
+        self.left_out = self.full = 0
+        """See `Prediction`."""
         self.highest: float | None = None
         """The highest score in all images, also if it was left out."""
         self.data: dict[str, Any] = {"images": [], "annotations": [], "categories": list(map(asdict, predictor.categories))}
@@ -70,6 +74,8 @@ class _CocoResult:
             about: the file's name and, in a video, the frame's number.
         """
         self.empty += not len(found.scores)
+        self.left_out += found.before_top - len(found.scores)
+        self.full += found.before_top == self.predictor.config.model.decoder.iam.num_maps
         self.highest = max((value for value in (self.highest, found.highest) if value is not None), default=None)
         images, annotations = self.data["images"], self.data["annotations"]
         images.append({"id": len(images) + 1, **about, "height": size[1], "width": size[0]})
@@ -89,10 +95,24 @@ class Prediction:
     instances: int
     highest: float | None
     """The highest score, also if its instance was left out; None if no image has one."""
+    left_out: int = 0
+    """The number of instances at the score that `top` left out."""
+    full: int = 0
+    """The number of images and frames in which every map of the model found an instance, so that there may be more objects."""
+    sheets: tuple[Path, ...] = ()
+    """The files of the contact sheets."""
 
 
 def predict_files(
-    predictor: Predictor, files: list[Path], output: Path, *, score: float, top: int | None = None, maps: bool = False
+    predictor: Predictor,
+    files: list[Path],
+    output: Path,
+    *,
+    score: float,
+    top: int | None = None,
+    maps: bool = False,
+    sheet: bool = False,
+    colour: ColourBy | None = None,
 ) -> Prediction:
     """Write an overlay for each image or video and one `predictions.json` in COCO format for all.
 
@@ -100,52 +120,71 @@ def predict_files(
         score: instances below this score are left out.
         top: keep only this many instances of an image, those with the highest scores.
         maps: also write a sheet of each image's activation maps, `NAME-maps.png`.
+        sheet: also write contact sheets with all overlays, `sheet-1.jpg` and so on; a video shows its frame with most instances.
+        colour: see `overlay`; None gives each instance of an image a colour, and in a video each instance activation map.
 
     Raises:
         UserError: there is a video and PyAV is not installed, or an overlay would overwrite its own image.
     """
     make_folder(output)
-    names = _overlay_names(files)
+    sheets = sheet_names(len(files)) if sheet else []
+    names = _overlay_names(files, sheets)
+    written = {(output / name).resolve() for name in sheets}
     for file, name in zip(files, names, strict=True):
-        if file.resolve() == (output / name).resolve():
+        if file.resolve() in written | {(output / name).resolve()}:
             raise UserError(f"{file} would be overwritten; name another folder with --output")
     if maps and any(map(is_video, files)):
         _log.warning("--maps draws activation maps for images only; the videos get none")
-    result = _CocoResult(predictor)
+    result, contacts = _CocoResult(predictor), ContactSheets(output) if sheet else None
     failed = 0
     with progress_bar("files") as bar:
         for file, name in zip(bar.track(files, description="predict"), names, strict=True):
             try:
                 if is_video(file):
-                    _predict_video(predictor, file, output / name, result, score, top)
+                    drawn = _predict_video(predictor, file, output / name, result, score, top, colour or "map")
                 else:
-                    _predict_image(predictor, file, output / name, result, score, top, maps)
+                    drawn = _predict_image(predictor, file, output / name, result, score, top, maps, colour or "instance")
+                if contacts is not None:
+                    contacts.add(file.name, drawn)
             except DataError as error:
                 _log.warning("%s", error)
                 failed += 1
     with atomic(output / "predictions.json") as temporary:
         temporary.write_text(json.dumps(result.data), encoding="utf-8")
-    return Prediction(failed, len(result.data["images"]), result.empty, len(result.data["annotations"]), result.highest)
+    counts = failed, len(result.data["images"]), result.empty, len(result.data["annotations"])
+    pages = contacts.finish() if contacts is not None else ()
+    return Prediction(*counts, result.highest, result.left_out, result.full, pages)
 
 
 def _predict_image(
-    predictor: Predictor, file: Path, drawn: Path, result: _CocoResult, score: float, top: int | None, maps: bool
-) -> None:
+    predictor: Predictor,
+    file: Path,
+    drawn: Path,
+    result: _CocoResult,
+    score: float,
+    top: int | None,
+    maps: bool,
+    colour: ColourBy,
+) -> Image.Image:
     image = as_image(file)
     found = predictor.predict(image, score, top=top, activations=maps)
+    picture = overlay(image, found, colour=colour)
     with atomic(drawn) as temporary:
-        overlay(image, found).save(temporary, format="JPEG", quality=92)
+        picture.save(temporary, format="JPEG", quality=92)
     if maps:
         with atomic(drawn.with_name(f"{drawn.stem}-maps.png")) as temporary:
             activation_sheet(image, found).save(temporary, format="PNG")
     result.add(found, image.size, file_name=str(file))
+    return picture
 
 
-def _predict_video(predictor: Predictor, file: Path, drawn: Path, result: _CocoResult, score: float, top: int | None) -> None:
+def _predict_video(
+    predictor: Predictor, file: Path, drawn: Path, result: _CocoResult, score: float, top: int | None, colour: ColourBy
+) -> Image.Image:
     def keep(number: int, found: FoundInstances, size: tuple[int, int]) -> None:
         result.add(found, size, file_name=str(file), frame=number)
 
-    predict_video(predictor, file, drawn, keep, score=score, top=top)
+    return predict_video(predictor, file, drawn, keep, score=score, top=top, colour=colour)
 
 
 def as_annotations(found: FoundInstances, image_id: int, predictor: Predictor, first_id: int) -> list[dict[str, Any]]:
@@ -166,10 +205,10 @@ def as_annotations(found: FoundInstances, image_id: int, predictor: Predictor, f
     ]
 
 
-def _overlay_names(files: list[Path]) -> list[str]:
-    """Return a file name for each overlay. The names differ even if files in several folders have the same name."""
+def _overlay_names(files: list[Path], reserved: Iterable[str] = ()) -> list[str]:
+    """Return a file name for each overlay, none of them reserved. They differ even if files in several folders have one name."""
     names: list[str] = []
-    taken: set[str] = set()
+    taken = set(reserved)
     for file in files:
         suffix = ".mp4" if is_video(file) else ".jpg"
         name, number = f"{file.stem}{suffix}", 2

@@ -15,7 +15,7 @@ from sparseinst.errors import DataError, RunFailed, UserError
 from sparseinst.files import atomic
 from sparseinst.inference.predict import FoundInstances, Predictor
 from sparseinst.progress import progress_bar
-from sparseinst.visualize.draw import overlay
+from sparseinst.visualize.draw import ColourBy, overlay
 
 if TYPE_CHECKING:
     from av.container import InputContainer, OutputContainer
@@ -35,7 +35,8 @@ def predict_video(
     *,
     score: float,
     top: int | None = None,
-) -> None:
+    colour: ColourBy = "map",
+) -> Image.Image:
     """Write a video (MP4, H.264) with the instances drawn over each frame. The result is upright and has no sound.
 
     Each instance activation map has its own colour, so that an object keeps its colour as long as the same map finds it. If the
@@ -45,6 +46,11 @@ def predict_video(
         keep: is called with each frame's number, its instances, and its (width, height).
         score: instances below this score are left out.
         top: keep only this many instances of a frame, those with the highest scores.
+
+        colour: see `overlay`.
+
+    Returns:
+        The frame with the most instances, drawn; the first of several.
 
     Raises:
         DataError: the file is no readable video.
@@ -66,7 +72,7 @@ def predict_video(
             codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
             drawn = target.add_stream(codec, rate=stream.average_rate or _USUAL_RATE)
             drawn.pix_fmt = "yuv420p"
-            number = -1
+            number = most = -1
             frames = bar.track(_frames(source, file), total=stream.frames or None, description=file.name)
             for number, frame in enumerate(frames):
                 found = predictor.predict(frame, score, top=top)
@@ -74,11 +80,15 @@ def predict_video(
                     # The format needs an even width and height.
                     drawn.width, drawn.height = (max(2, side - side % 2) for side in frame.size)
                 keep(number, found, frame.size)
-                _write(target, drawn, overlay(frame, found, by_map=True))
+                picture = overlay(frame, found, colour=colour)
+                _write(target, drawn, picture)
+                if len(found.scores) > most:
+                    fullest, most = picture, len(found.scores)
             if number < 0:
                 raise DataError(f"{file}: no frame can be read")
             target.mux(drawn.encode())
             target.close()
+    return fullest
 
 
 @contextmanager

@@ -94,10 +94,9 @@ def test_init_writes_a_config_that_trains(shapes_root: Path, tmp_path: Path, cap
     file, output = tmp_path / "own.yaml", tmp_path / "run"
     assert run_cli(["init", "--data", str(shapes_root), "--output", str(file), "--size", "small"]) == 0
     printed = capsys.readouterr().out
-    assert "24 training and 6 validation images, 6 categories" in printed
-    assert "warning: 24 training images are few" in printed
+    assert "23 training and 6 validation images, 6 categories" in printed
+    assert "warning: 23 training images are few" in printed
     text = file.read_text()
-    assert "# Each" not in text.splitlines()[0]
     assert "Each instance needs a map of" in text
     assert load_config(file).data.root == str(shapes_root)
     fast = ["-o", "train.iterations=2", "-o", "train.warmup_iterations=1", "-o", "pretrain.enabled=false"]
@@ -106,15 +105,14 @@ def test_init_writes_a_config_that_trains(shapes_root: Path, tmp_path: Path, cap
     assert run_cli(["init", "--data", str(shapes_root), "--output", str(file)]) == 2, "an existing file is not replaced"
 
 
-def test_every_setting_is_explained_or_named_plainly(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_setting_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(["config", "--model", "r50-giam", "-o", "train.seed=3"]) == 0
     text = capsys.readouterr().out
-    assert "# The gradient" not in text
     assert "# The maximum gradient norm of the whole model; None does not clip." in text
     assert "  seed: 3" in text
     assert run_cli(["config", "--model", "r50-giam", "-o", "train.seed=3", "--json"]) == 0
     assert Config.model_validate_json(capsys.readouterr().out) == load_config(model="r50-giam", overrides={"train.seed": 3})
-    assert len(explanations(Config)) > len(list(leaf_paths(Config))) / 2
+    assert not set(leaf_paths(Config)) - explanations(Config).keys()
 
 
 def test_the_printed_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

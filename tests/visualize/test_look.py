@@ -59,7 +59,7 @@ def test_the_overlay_tints_the_mask_and_no_distant_pixel() -> None:
     assert drawn[100, 150].tolist() == pytest.approx([(128 + c) / 2 for c in (red, green, blue)], abs=1)
     assert (drawn[130:] == 128).all()
     assert (drawn[60:150, 220:] == 128).all()
-    by_map = np.asarray(overlay(grey, found, opacity=1.0, by_map=True))
+    by_map = np.asarray(overlay(grey, found, opacity=1.0, colour="map"))
     assert by_map[100, 150].tolist() == list(palette(4)[3]), "the colour belongs to map 3, not to the instance's rank"
 
 
