@@ -3,6 +3,7 @@
     attempts/0003.json     the process that began the attempt, when and where
     attempts/0003.0.beat   rank 0's heartbeat: its current phase, and when that phase began
     attempts/0003.0.end    how the attempt ended for rank 0
+    attempts/0003.0.stacks what each thread of rank 0 was doing when it hung
 
 A lock is not enough on a cluster: a lost node never releases it, and a requeued job may run beside an old copy of itself that its
 node did not kill. A process therefore begins an attempt by creating the file with the next number, which only one process can do.
@@ -12,6 +13,7 @@ Before each write it checks for a higher number, and stops if there is one.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import socket
@@ -25,7 +27,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from sparseinst.errors import RunFailed, UserError
-from sparseinst.files import atomic
+from sparseinst.files import atomic, remove_temporaries
 from sparseinst.machine import machine_name, process_name
 from sparseinst.paths import RunPaths
 
@@ -213,6 +215,8 @@ class Attempt:
             raise Held(_held_message(paths, _read(paths, number))) from None
         finally:
             temporary.unlink()
+        for folder in (paths.root, paths.checkpoints, paths.attempts):  # no other process writes to them now
+            remove_temporaries(folder)
         return cls(paths, number, about)
 
     @classmethod
@@ -269,23 +273,38 @@ class Attempt:
         while not self._stop.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):  # a full disk must not end the run here; the run's own writes report it
                 self._beat()
+            with contextlib.suppress(OSError):
                 self._end_if_hung()
 
     def _beat(self) -> None:
         path = self.paths.beat(self.number, self.rank)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**self._at, "pid": os.getpid()}) + "\n", encoding="utf-8")
+        process = {"pid": os.getpid(), "process": process_name(os.getpid()), "machine": machine_name()}
+        temporary.write_text(json.dumps({**self._at, **process}) + "\n", encoding="utf-8")
         temporary.replace(path)
 
     def _end_if_hung(self) -> None:
-        """On rank 0, end the process if any rank hangs. The launcher then ends the other ranks."""
+        """Write this process's stacks if it hangs. On rank 0, then end the process; the launcher then ends the other ranks."""
         limit = self.about.get("hang_seconds")
-        if self.rank or not limit:
+        if not limit:
             return
-        hang = describe_hang(_read(self.paths, self.number), limit)
+        if time.time() - self._at["since"] > limit:
+            self._write_stacks()
+        if self.rank:
+            return
+        # The other ranks notice at the same time and need up to a heartbeat to write their stacks.
+        hang = describe_hang(_read(self.paths, self.number), limit + 2 * BEAT_SECONDS)
         if hang:
+            self._write_stacks()
             self._end("failed", hang)
             os._exit(1)
+
+    def _write_stacks(self) -> None:
+        """Write the stack of each thread of this process to a file of the attempt, once."""
+        path = self.paths.stacks(self.number, self.rank)
+        if not path.exists():
+            with path.open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
 
     def _end(self, outcome: Outcome, why: str | None = None, trace: str | None = None) -> None:
         end = {"outcome": outcome, "reason": why, "at": time.time(), "traceback": trace}

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sparseinst.errors import RunFailed, UserError
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -51,13 +57,58 @@ def atomic(path: Path, check: Callable[[], None] | None = None) -> Iterator[Path
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        try:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        except FileNotFoundError:
+            if check is not None:  # a newer attempt may have removed the file, and this is then the better reason
+                check()
+            raise
         if check is not None:
             check()
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path, *, older_than: float = 0.0) -> None:
+    """Remove the temporary files that killed writers left in a folder.
+
+    Args:
+        older_than: keep files that were changed in the last so many seconds, because their writers may still be at work.
+    """
+    for path in folder.glob(".*.tmp"):
+        try:
+            if time.time() - path.stat().st_mtime >= older_than:
+                path.unlink()
+        except FileNotFoundError:  # its writer has just ended, or another process removed it
+            continue
+
+
+def read_json_lines(path: Path, number: str) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file that holds one in each line. Damaged lines are left out, with a warning.
+
+    Args:
+        number: a key whose value is a whole number in every object; a line without it is damaged.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    found: list[dict[str, Any]] = []
+    damaged = []
+    for place, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if isinstance(entry, dict) and type(entry.get(number)) is int:
+            found.append(entry)
+        else:
+            damaged.append(str(place))
+    if damaged:
+        which = f"line {damaged[0]} is" if len(damaged) == 1 else f"lines {', '.join(damaged[:10])} are"
+        _log.warning("%s: %s damaged or incomplete and left out", path, which)
+    return found
 
 
 def file_digest(path: Path) -> str:

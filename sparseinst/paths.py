@@ -106,6 +106,10 @@ class RunPaths:
         """The outcome of an attempt for one rank."""
         return self.attempts / f"{number:04d}.{rank}.end"
 
+    def stacks(self, number: int, rank: int) -> Path:
+        """The stacks of a rank's threads when it hung."""
+        return self.attempts / f"{number:04d}.{rank}.stacks"
+
 
 RUNS = Path("runs")
 """The folder of all runs, in the working folder."""

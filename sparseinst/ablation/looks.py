@@ -29,7 +29,7 @@ class Look:
     number: int
     """Counted from 0."""
     seeds: dict[str, int]
-    """The seeds of each row that took part, the reference row included."""
+    """The number of seeds with a record of each row that took part, the reference row included."""
     decisions: dict[str, Decision]
     """What happened to each row that took part."""
     commit: str | None

@@ -149,6 +149,14 @@ class Store:
             with atomic(self.path(record.key), check) as temporary:
                 temporary.write_text(json.dumps(asdict(record), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
+    def retire(self, key: str, check: Callable[[], None]) -> None:
+        """Rename the record of a training whose weights are gone and were made again with other bits."""
+        check()
+        path = self.path(key)
+        if path.exists():
+            path.rename(path.with_suffix(".retired"))
+            _log.warning("%s describes weights that are gone: renamed to %s.retired", path, path.stem)
+
     def _set_aside(self, path: Path, why: str) -> None:
         if path.parent == SHIPPED:
             raise UserError(f"{path}: is damaged ({why}); install the package again")

@@ -10,6 +10,7 @@ import typer
 from sparseinst.ablation.store import RESULTS, Store
 from sparseinst.cli.options import (
     Budget,
+    FromScratch,
     ProfileName,
     Results,
     RowText,
@@ -45,6 +46,7 @@ def launch(
     budget: Budget = None,
     dry_run: DryRun = False,
     until_settled: UntilSettled = False,
+    from_scratch: FromScratch = False,
 ) -> None:
     """Send the runs that the tables still need to a cluster. Runs that are done, queued or running are not sent again.
 
@@ -53,7 +55,8 @@ def launch(
     """
     if until_settled and (row is not None or seeds != 1):
         raise UserError("launch: --until-settled chooses the seeds of all rows, so it allows no --seeds and no --row")
-    _send(tables, cluster, profile, seeds, row, results, budget, dry_run, retry=False, until_settled=until_settled)
+    options = {"until_settled": until_settled, "from_scratch": from_scratch}
+    _send(tables, cluster, profile, seeds, row, results, budget, dry_run, retry=False, **options)
 
 
 @app.command()
@@ -66,9 +69,17 @@ def retry(
     results: Results = RESULTS,
     budget: Budget = None,
     dry_run: DryRun = False,
+    until_settled: UntilSettled = False,
+    from_scratch: FromScratch = False,
 ) -> None:
-    """Send runs again that failed, were lost, cancelled or interrupted. A training continues from its last checkpoint."""
-    _send(tables, cluster, profile, seeds, row, results, budget, dry_run, retry=True)
+    """Send runs again that failed, were lost, cancelled or interrupted. A training continues from its last checkpoint.
+
+    With --until-settled, these are the runs of the look that `launch --until-settled` has sent.
+    """
+    if until_settled and (row is not None or seeds != 1):
+        raise UserError("retry: --until-settled chooses the seeds of all rows, so it allows no --seeds and no --row")
+    options = {"until_settled": until_settled, "from_scratch": from_scratch}
+    _send(tables, cluster, profile, seeds, row, results, budget, dry_run, retry=True, **options)
 
 
 def _send(
@@ -82,7 +93,8 @@ def _send(
     dry_run: bool,
     *,
     retry: bool,
-    until_settled: bool = False,
+    until_settled: bool,
+    from_scratch: bool,
 ) -> None:
     from sparseinst.launch import arrange
     from sparseinst.launch import submit as launcher
@@ -91,7 +103,7 @@ def _send(
 
     cluster = read_cluster(name)
     if until_settled:
-        looked = _plan_look(tables, cluster, profile, results, log=not dry_run)
+        looked = _plan_look(tables, cluster, profile, results, log=not dry_run and not retry)
         if looked is None:
             return
         plan, store = looked
@@ -110,7 +122,7 @@ def _send(
         for array in arrays:
             print(launcher.sbatch_text(array, cluster, SNAPSHOTS / "<copy of the code>"))
     else:
-        launcher.launch(plan, arrays, store, cluster, name)
+        launcher.launch(plan, arrays, store, cluster, name, from_scratch=from_scratch)
     print(f"{len(plan.done)} of {len(plan.runs)} runs are done; {'would send' if dry_run else 'sent'} {len(selection.runs)}:")
     for line in arrange.describe_arrays(arrays, cluster):
         print(f"  {line}")

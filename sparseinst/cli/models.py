@@ -9,7 +9,7 @@ import typer
 
 from sparseinst.ablation.store import RESULTS
 from sparseinst.cli.mechanism import print_mechanism
-from sparseinst.cli.options import Checkpoint, Device, Json, Optimize, Overrides, ProfileName, Record, Results
+from sparseinst.cli.options import Checkpoint, Device, FromScratch, Json, Optimize, Overrides, ProfileName, Record, Results
 from sparseinst.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def train(
     ] = False,
     override: Overrides = [],  # noqa: B006 (typer reads the default)
     device: Device = None,
+    from_scratch: FromScratch = False,
 ) -> None:
     """Train one model on any COCO-format data, then evaluate it."""
     from sparseinst.overrides import load_config, parse_override
@@ -58,7 +59,7 @@ def train(
     if preflight:
         _preflight(settings, output, chosen)
         return
-    trained = run(settings, output, device=chosen)
+    trained = run(settings, output, device=chosen, from_scratch=from_scratch)
     _print_metrics(evaluate_run(output, settings, device=chosen))
     print(f"weights: {trained}")
     if (best := RunPaths(output).best).exists():
@@ -148,10 +149,23 @@ def evaluate(
         from sparseinst.inference.checkpoints import find_weights
 
         weights = find_weights(weights, checkpoint)
+        _refuse_other_weights(weights, results)
         found = evaluate_weights(
             weights, overrides, device=pick_device(device), predictions=predictions, engine=engine, optimize=optimize
         )
     _print_metrics(found, as_json)
+
+
+def _refuse_other_weights(weights: Path, results: Path) -> None:
+    """Raise `UserError` if a run's folder holds other weights than the record of its training."""
+    from sparseinst.ablation.store import Store
+    from sparseinst.launch.work import check_weights
+    from sparseinst.paths import WEIGHTS
+
+    file = weights / WEIGHTS if weights.is_dir() else weights
+    record = Store(results).load(file.resolve().parent.name) if file.name == WEIGHTS else None
+    if record is not None and record.kind == "train" and file.exists():
+        check_weights(file, record)
 
 
 def _evaluate_peer(

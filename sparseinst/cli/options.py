@@ -46,6 +46,9 @@ Optimize = Annotated[
     typer.Option(help="Optimise the model first; compiling takes seconds (compiled) to minutes (best)."),
 ]
 Record = Annotated[bool, typer.Option("--record", help="Record a peer's metrics for the speed-accuracy plot.")]
+FromScratch = Annotated[
+    bool, typer.Option("--from-scratch", help="Train from step 0 where every checkpoint is damaged; otherwise that is an error.")
+]
 Budget = Annotated[float | None, typer.Option(min=0.0, help="Start nothing if the remaining runs cost more hours than this.")]
 UntilSettled = Annotated[
     bool,

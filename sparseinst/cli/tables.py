@@ -14,6 +14,7 @@ from sparseinst.ablation.store import HERE, RESULTS, Store
 from sparseinst.cli.options import (
     Budget,
     Device,
+    FromScratch,
     Json,
     ProfileName,
     Results,
@@ -99,6 +100,7 @@ def run(
         bool,
         typer.Option("--again", help=f"Run here what others have measured; the records go to {HERE} (as with --results {HERE})."),
     ] = False,
+    from_scratch: FromScratch = False,
     seeds_of: Annotated[Path | None, typer.Option(hidden=True, help="A file with the seeds of each row of one look.")] = None,
 ) -> None:
     """Run on this machine what the tables still need. Runs that are done are not repeated."""
@@ -112,13 +114,14 @@ def run(
     if seeds_of is not None:
         from sparseinst.launch.settle import plan_wanted
 
-        if run_plan(plan_wanted(seeds_of, tables, profile, Store(results), device), Store(results), device=device):
+        wanted = plan_wanted(seeds_of, tables, profile, Store(results), device)
+        if run_plan(wanted, Store(results), device=device, from_scratch=from_scratch):
             raise RunFailed("some runs failed")
         return
     if until_settled:
         if row is not None or pictures is not None or seeds != 1:
             raise UserError("run: --until-settled chooses the seeds of all rows, so it allows no --seeds, --row or --pictures")
-        _run_until_settled(tables, profile, results, jobs, budget, device)
+        _run_until_settled(tables, profile, results, jobs, budget, device, from_scratch)
         return
     table_plan, store = make_plan(tables, profile, seeds, row, results, device)
     warn_about_overruled_rows(table_plan)
@@ -128,6 +131,7 @@ def run(
 
         arguments = [*tables, "--profile", profile, "--seeds", str(seeds), "--results", str(results)]
         arguments += ["--row", row] if row is not None else []
+        arguments += ["--from-scratch"] if from_scratch else []
         failures = run_in_processes(
             ["run", *arguments],
             jobs,
@@ -137,7 +141,7 @@ def run(
         if failures:
             raise RunFailed(f"{failures} of {jobs} processes failed; `sparseinst status` shows why")
     else:
-        failed = run_plan(table_plan, store, device=device)
+        failed = run_plan(table_plan, store, device=device, from_scratch=from_scratch)
         if failed:
             raise RunFailed(f"{len(failed)} of {len(table_plan.runs)} runs failed; `sparseinst status` shows why")
     if pictures is not None:
@@ -157,7 +161,13 @@ def run(
 
 
 def _run_until_settled(
-    names: list[str], profile: str, results: Path, jobs: int, budget: float | None, device: str | None
+    names: list[str],
+    profile: str,
+    results: Path,
+    jobs: int,
+    budget: float | None,
+    device: str | None,
+    from_scratch: bool,
 ) -> None:
     """Run looks until every comparison is settled, hopeless or out of looks, or until the budget is too small for the next."""
     from sparseinst.ablation.plan import costs
@@ -183,9 +193,10 @@ def _run_until_settled(
         if jobs > 1:
             with wanted_file(wanted) as file:
                 command = ["run", *names, "--profile", profile, "--results", str(results), "--seeds-of", str(file)]
+                command += ["--from-scratch"] if from_scratch else []
                 failures = run_in_processes(command, jobs, _devices(device), partial(plan_status, look))
         else:
-            failures = len(run_plan(look, store, device=device))
+            failures = len(run_plan(look, store, device=device, from_scratch=from_scratch))
         if failures or plan_looks(tables, wanted, scale, store, device).to_do():
             raise RunFailed("some runs failed; `sparseinst status` shows why")
     for table in tables:

@@ -28,7 +28,7 @@ from sparseinst.evaluation.coco_metrics import Engine, coco_figures, figures_by_
 from sparseinst.evaluation.mechanism import Matches, Pairs, observe, summarise
 from sparseinst.files import atomic, file_digest
 from sparseinst.inference import optimize as optimizing
-from sparseinst.inference.weights import load_weights
+from sparseinst.inference.weights import file_tensors_digest, load_weights
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.nested import flatten
@@ -190,7 +190,7 @@ def read_predictions(file: Path) -> list[dict[str, Any]]:
 def evaluate_run(folder: Path, config: Config, *, device: torch.device) -> Evaluation:
     """Evaluate a finished run and keep the result in its folder.
 
-    A kept result for the same settings and the same annotation file is returned without a new evaluation.
+    A kept result for the same settings, annotation file and weights is returned without a new evaluation.
 
     Args:
         config: only its `data` and `inference` are used; the other settings come with the weights.
@@ -200,6 +200,7 @@ def evaluate_run(folder: Path, config: Config, *, device: torch.device) -> Evalu
     """
     paths = RunPaths(folder)
     identity = {"key": config.evaluate_key(), "annotations": file_digest(val_annotations(config.data))}
+    identity["weights"] = file_tensors_digest(paths.weights)
     kept = _read_kept(paths.evaluation, identity)
     if kept is not None:
         return kept

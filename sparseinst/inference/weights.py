@@ -69,9 +69,19 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def file_tensors_digest(path: Path) -> str:
-    """Return the `tensors_digest` of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return tensors_digest({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+    """Return the `tensors_digest` of a safetensors file. Raises `UserError` if it cannot be read."""
+    return tensors_digest(_read(path)[0])
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file. Raises `UserError` if it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no readable safetensors file ({str(error).splitlines()[0]})") from None
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -120,28 +130,24 @@ def load_weights(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
             the package (`demo`).
 
     Raises:
-        UserError: there is no such file, it is not a weights file of this package, it is damaged, or its tensors do not fit its
-            config.
+        UserError: there is no such file, it is not a weights file of this package, it is damaged, holds NaN or infinite values,
+            or its tensors do not fit its config.
     """
     path = find_weights(path)
     if path.suffix == CHECKPOINT_SUFFIX and path.exists():
         return _load_checkpoint(path)
     if str(path) in SHIPPED_MODELS and not path.exists():
         path = SHIPPED / f"{path}.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no readable safetensors file ({str(error).splitlines()[0]})") from None
+    state, metadata = _read(path)
     if not {"config", "categories"} <= metadata.keys():
         raise UserError(f"{path} carries no config, so this package did not write it")
     checksum = metadata.get("checksum")  # files of earlier versions have none
     unknown = metadata.keys() - {"config", "categories", "sparseinst", "checksum", "training"}  # a damaged name
     if unknown or (checksum is not None and checksum != _checksum(state, metadata)):
         raise UserError(f"{path}: is damaged: its content does not match its checksum; copy it again, or train again")
+    not_finite = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if not_finite:
+        raise UserError(f"{path}: {not_finite[0]} holds NaN or infinite values: the training diverged; train again")
     try:
         settings, entries = json.loads(metadata["config"]), json.loads(metadata["categories"])
         categories = tuple(Category(**entry) for entry in entries)

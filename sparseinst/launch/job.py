@@ -52,6 +52,10 @@ class StageJob:
     hang_seconds: float
     command: str
     """The command that sent the job."""
+    from_scratch: bool = False
+    """Whether a training whose checkpoints are all damaged begins at step 0."""
+    umask: int | None = None
+    """The file mode mask that the job sets; None keeps that of its process."""
 
     def checkpoint(self) -> DelayedSubmission:
         """Return the job that submitit requeues: this one unchanged, since its progress is on disk already.
@@ -67,6 +71,8 @@ class StageJob:
 
     def __call__(self) -> None:
         """Do all stages. Raises `RunFailed` if some failed, after the others are done."""
+        if self.umask is not None:
+            os.umask(self.umask)
         os.chdir(self.project)
         os.environ[COMMAND] = self.command
         logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
@@ -105,8 +111,9 @@ class StageJob:
         name = device_name(device)
         if name != self.device_name:
             raise RunFailed(f"the device here is {name}, but the cluster's profile says device: {self.device_name}")
+        context = StageContext(self.profile, device, name, False, self.parts, self.from_scratch, self._claim)
         try:
-            do_stage(run, store, StageContext(self.profile, device, name, False, self.parts, self._claim))
+            do_stage(run, store, context)
         except Held:
             if run.stage != "pretrain" or _processes() > 1:
                 raise

@@ -16,7 +16,7 @@ from dataclasses import replace
 from sparseinst.ablation.plan import Plan, StageRun
 from sparseinst.ablation.provenance import COMMAND, command_line
 from sparseinst.ablation.store import Store
-from sparseinst.attempts import Attempt, Held, reason
+from sparseinst.attempts import Attempt, Held, Superseded, reason
 from sparseinst.launch.status import Status, watch
 from sparseinst.launch.work import StageContext, do_stage
 from sparseinst.machine import usable_cores
@@ -25,15 +25,20 @@ from sparseinst.paths import RUNS, RunPaths, run_folder
 _WAIT = 1.0  # seconds between checks of stages that other processes are doing
 
 
-def run_plan(plan: Plan, store: Store, *, device: str | None, progress: bool = True) -> dict[str, str]:
+def run_plan(
+    plan: Plan, store: Store, *, device: str | None, progress: bool = True, from_scratch: bool = False
+) -> dict[str, str]:
     """Do all stages of a plan that have no record.
 
     If a stage fails, the stages that need its weights fail too; the others continue.
 
+    Args:
+        from_scratch: trainings whose checkpoints are all damaged begin at step 0; otherwise they fail.
+
     Returns:
         The reason of each failure, by the stage's key.
     """
-    context = StageContext(plan.profile.name, device, plan.device, progress)
+    context = StageContext(plan.profile.name, device, plan.device, progress, from_scratch=from_scratch)
     worker = _Worker(plan, store, context)
     worker.work()
     return worker.failed
@@ -94,7 +99,7 @@ class _Worker:
 
         try:
             do_stage(run, self.store, replace(self.context, claim=claim))
-        except Held:  # another process is doing it
+        except (Held, Superseded):  # another process is doing it, or has taken it over
             return False
         except Exception as error:  # noqa: BLE001 (no error of one stage may stop the others)
             self.failed[run.key] = reason(error)

@@ -62,7 +62,9 @@ def advance(
                 break
             result = collect(table, profile, store, {}, seed_priors([*tables, *priors_from], profile, store, store.keys()))
             decisions = _decide(result, names, number)
-            look = make_look(number, seeds, {row: decisions[row] for row in names if row in seeds})
+            # A row can have more records than the look asked for, and its decision is made from all of them.
+            held = {row.row.name: len(row.evaluations) for row in result.rows if row.row.name in seeds}
+            look = make_look(number, held, {row: decisions[row] for row in names if row in seeds})
             looks.append(write_look(store.results, look_name(table, profile), look) if log else look)
     return wanted
 

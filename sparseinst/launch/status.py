@@ -29,7 +29,7 @@ from sparseinst.launch.submission import (
     read_submission,
     scheduler_message,
 )
-from sparseinst.machine import process_name
+from sparseinst.machine import machine_name, process_name
 from sparseinst.paths import RunPaths, run_folder
 
 State = Literal["done", "running", "queued", "pending", "failed", "lost", "cancelled", "interrupted"]
@@ -111,6 +111,8 @@ def _is_gone(submission: Submission, queue: Queue | None) -> bool:
     """Return whether the job is known to exist no longer."""
     if submission.kind == "slurm":
         return queue is not None and queue.lacks(submission)
+    if submission.machine not in (None, machine_name()):
+        return False  # only heartbeats tell about processes of another machine
     return submission.process is None or process_name(int(submission.process.split()[0])) != submission.process
 
 
@@ -167,7 +169,7 @@ def _progress(run: StageRun, paths: RunPaths) -> tuple[float, float | None]:
         try:
             record = json.loads(line)
             done, seconds = int(record["iteration"]), float(record["seconds"])
-        except (ValueError, KeyError, TypeError):  # an incomplete line, or the metrics of an evaluation
+        except (ValueError, KeyError, TypeError, OverflowError):  # a damaged line, or the metrics of an evaluation
             continue
         total = (run.config.train if run.stage == "train" else run.config.pretrain).iterations
         return done / total, seconds * (total - done)

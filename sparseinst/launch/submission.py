@@ -36,6 +36,8 @@ class Submission:
     """The user who sent it."""
     process: str | None = None
     """The process of a local job, named as by `machine.process_name`; None on a cluster."""
+    machine: str | None = None
+    """The machine of a local job, named as by `machine.machine_name`; None on a cluster."""
     cancelled: bool = False
 
     def log(self, rank: int) -> Path:

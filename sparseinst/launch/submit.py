@@ -34,7 +34,7 @@ from sparseinst.launch.cluster import Cluster, Resources
 from sparseinst.launch.job import StageJob, plain
 from sparseinst.launch.status import plan_status
 from sparseinst.launch.submission import EXIT_TRAP, Submission, read_submission, write_submission
-from sparseinst.machine import process_name
+from sparseinst.machine import machine_name, process_name
 from sparseinst.paths import JOBS, SNAPSHOTS, run_folder
 from sparseinst.section import Stage
 
@@ -62,11 +62,14 @@ def largest_array(cluster: Cluster) -> int:
     return 1000
 
 
-def launch(plan: Plan, arrays: Sequence[Array], store: Store, cluster: Cluster, name: str) -> list[Submission]:
+def launch(
+    plan: Plan, arrays: Sequence[Array], store: Store, cluster: Cluster, name: str, *, from_scratch: bool = False
+) -> list[Submission]:
     """Send the arrays, and write a `Submission` to the folder of each of their stages.
 
     Args:
         name: the name of the cluster profile.
+        from_scratch: trainings whose checkpoints are all damaged begin at step 0; otherwise they fail.
 
     Returns:
         One submission for each job.
@@ -75,16 +78,20 @@ def launch(plan: Plan, arrays: Sequence[Array], store: Store, cluster: Cluster, 
         RunFailed: SLURM refused an array; the message says why. Arrays that were sent before stay in the queue.
     """
     code = _snapshot()
+    JOBS.mkdir(parents=True, exist_ok=True)  # with the user's own file mode mask
     sent: dict[str, str] = {}
     submissions = []
     for array in arrays:
         for part, dependency in _by_dependency(array, sent, plan.done):
             at = time.time()
-            jobs = [_stage_job(element, plan, store, cluster) for element in part]
-            ids = _submit(jobs, array.stage, cluster, code, dependency)
+            jobs = [_stage_job(element, plan, store, cluster, from_scratch) for element in part]
+            with private_files() as mask:
+                jobs = [replace(job, umask=mask) for job in jobs]
+                ids = _submit(jobs, array.stage, cluster, code, dependency, mask)
             for element, job in zip(part, ids, strict=True):
                 process = process_name(int(job)) if cluster.kind == "local" else None
-                submission = Submission(name, cluster.kind, job, str(JOBS.resolve()), at, getpass.getuser(), process)
+                machine = machine_name() if cluster.kind == "local" else None
+                submission = Submission(name, cluster.kind, job, str(JOBS.resolve()), at, getpass.getuser(), process, machine)
                 submissions.append(submission)
                 for run in element.runs:
                     write_submission(run_folder(run.key), submission)
@@ -117,7 +124,20 @@ def _job_before(element: Element, sent: dict[str, str], done: Container[str]) ->
     return sent.get(element.after) or (submission.job if submission is not None and submission.kind == "slurm" else None)
 
 
-def _stage_job(element: Element, plan: Plan, store: Store, cluster: Cluster) -> StageJob:
+@contextmanager
+def private_files() -> Iterator[int]:
+    """Let only this user read and write the files that are created meanwhile, and return the file mode mask from before.
+
+    submitit pickles the jobs, and whoever can write a pickle runs code as the user who sent it.
+    """
+    mask = os.umask(0o077)
+    try:
+        yield mask
+    finally:
+        os.umask(mask)
+
+
+def _stage_job(element: Element, plan: Plan, store: Store, cluster: Cluster, from_scratch: bool) -> StageJob:
     return StageJob(
         stages=tuple(plain(run) for run in element.runs),
         project=str(Path.cwd()),
@@ -128,20 +148,24 @@ def _stage_job(element: Element, plan: Plan, store: Store, cluster: Cluster) -> 
         parts=cluster.parts,
         hang_seconds=float(cluster.hang_seconds),
         command=command_line(),
+        from_scratch=from_scratch,
     )
 
 
-def _submit(jobs: Sequence[StageJob], stage: Stage, cluster: Cluster, code: Path, dependency: str | None) -> list[str]:
-    """Submit jobs that have the same dependency, and return their ids. Raises `RunFailed` if they are refused."""
+def _submit(jobs: Sequence[StageJob], stage: Stage, cluster: Cluster, code: Path, dependency: str | None, mask: int) -> list[str]:
+    """Submit jobs that have the same dependency, and return their ids. Raises `RunFailed` if they are refused.
+
+    Args:
+        mask: the file mode mask of the jobs' own files.
+    """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    JOBS.mkdir(parents=True, exist_ok=True)
     resources = cluster.resources(stage)
     try:
         if cluster.kind == "slurm":
             executor: Any = submitit.SlurmExecutor(JOBS.resolve(), max_num_timeout=_FOREVER)
-            executor.update_parameters(**slurm_parameters(stage, cluster, code, dependency))
+            executor.update_parameters(**slurm_parameters(stage, cluster, code, dependency, mask))
         elif cluster.kind == "local":
             executor = submitit.LocalExecutor(JOBS.resolve(), max_num_timeout=_FOREVER)
             executor.update_parameters(
@@ -165,8 +189,8 @@ def _submit(jobs: Sequence[StageJob], stage: Stage, cluster: Cluster, code: Path
     return [job.job_id for job in sent]
 
 
-def slurm_parameters(stage: Stage, cluster: Cluster, code: Path, dependency: str | None) -> dict[str, Any]:
-    """Return the parameters of submitit's SLURM executor; their names are sbatch's."""
+def slurm_parameters(stage: Stage, cluster: Cluster, code: Path, dependency: str | None, mask: int = 0o022) -> dict[str, Any]:
+    """Return the parameters of submitit's SLURM executor; their names are sbatch's. `mask` is the jobs' file mode mask."""
     resources = cluster.resources(stage)
     parameters = {
         "job_name": f"sparseinst-{stage}",
@@ -184,6 +208,7 @@ def slurm_parameters(stage: Stage, cluster: Cluster, code: Path, dependency: str
         "array_parallelism": cluster.parallelism,
         "dependency": dependency,
         "setup": [
+            f"umask {mask:04o}",
             *(line.format(folder=shlex.quote(str(JOBS.resolve()))) for line in EXIT_TRAP),
             *_setup(cluster, resources, code),
         ],
@@ -260,7 +285,7 @@ def cancel(runs: Sequence[StageRun], plan: Plan) -> list[str]:
         The jobs that were cancelled.
 
     Raises:
-        UserError: none of the stages is on a cluster now.
+        UserError: none of the stages is on a cluster now, or one runs in a process of another machine.
         RunFailed: SLURM refused.
     """
     keys = {run.key for run in runs}
@@ -274,6 +299,10 @@ def cancel(runs: Sequence[StageRun], plan: Plan) -> list[str]:
     jobs = {submissions[key].job: submissions[key] for key in plan.runs if key in keys and key in submissions}
     if not jobs:
         raise UserError("none of these runs is on a cluster; `sparseinst status` shows which are")
+    for job, submission in jobs.items():
+        if submission.kind != "slurm" and submission.machine not in (None, machine_name()):
+            host = str(submission.machine).partition(" ")[0]
+            raise UserError(f"job {job} was started on {host}, and this is another machine or container: cancel it there")
     slurm = [job for job, submission in jobs.items() if submission.kind == "slurm"]
     if slurm:
         try:
@@ -293,15 +322,18 @@ def cancel(runs: Sequence[StageRun], plan: Plan) -> list[str]:
 
 
 def _end_processes(key: str, submission: Submission) -> None:
-    """Interrupt the processes of a job on this machine: the ranks first, then the process that started them."""
+    """Interrupt the processes of a job on this machine: the ranks first, then the process that started them.
+
+    An id alone is not enough: on another machine, or after some time, it belongs to a process of somebody else.
+    """
     attempt = latest_attempt(run_folder(key))
-    pids = [beat.get("pid") for _, beat in attempt.beats.values()] if attempt is not None and attempt.at_work() else []
-    controller = int(submission.process.split()[0]) if submission.process is not None else None
-    alive = controller is not None and process_name(controller) == submission.process
-    for pid in (*pids, controller if alive else None):
-        if pid is not None:
+    beats = [beat for _, beat in attempt.beats.values()] if attempt is not None and attempt.at_work() else []
+    processes = [beat.get("process") for beat in beats if beat.get("machine") == machine_name()]
+    for process in (*processes, submission.process):
+        pid = int(process.split()[0]) if process else 0
+        if pid and process_name(pid) == process:
             with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGINT)
+                os.kill(pid, signal.SIGINT)
 
 
 def _last_line(error: BaseException) -> str:

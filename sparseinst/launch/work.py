@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -17,8 +16,8 @@ from sparseinst.ablation.provenance import describe, note_code, trained_by
 from sparseinst.ablation.store import Record, Store
 from sparseinst.attempts import Attempt
 from sparseinst.config import Config
-from sparseinst.errors import RunFailed
-from sparseinst.files import file_digest
+from sparseinst.errors import RunFailed, UserError
+from sparseinst.files import file_digest, read_json_lines
 from sparseinst.launch.names import give_name
 from sparseinst.machine import energy_counters, energy_since
 from sparseinst.paths import RunPaths, run_folder, stored_weights
@@ -44,6 +43,8 @@ class StageContext:
     progress: bool = True
     parts: int | None = None
     """Parts into which a training splits its batch; see `train`."""
+    from_scratch: bool = False
+    """Whether a training whose checkpoints are all damaged begins at step 0; otherwise it is refused."""
     claim: Claim = Attempt.begin
 
 
@@ -63,7 +64,7 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
         if attempt.rank == 0:
             give_name(run_folder(run.key), run.name(context.profile))
         energy = energy_counters()
-        outcome = _DO[run.stage](run, context, attempt)
+        outcome = _DO[run.stage](run, store, context, attempt)
         if outcome is None:
             return
         result, split = outcome
@@ -96,14 +97,23 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
                 "training": run.needs,
                 "weights": file_tensors_digest(weights),
             }
-        store.write(Record(run.stage, run.key, result, run.config.model_dump(mode="json"), about), attempt.check)
+        record = Record(run.stage, run.key, result, run.config.model_dump(mode="json"), about)
+        if run.remake and _differs(record, store.load(run.key)):
+            # Not every GPU kernel repeats its bits. The record must describe the weights that exist.
+            store.retire(run.key, attempt.check)
+        store.write(record, attempt.check)
+
+
+def _differs(new: Record, old: Record | None) -> bool:
+    """Return whether two records of one training describe different weights."""
+    return old is not None and old.provenance.get("weights") not in (None, new.provenance["weights"])
 
 
 Outcome = tuple[dict[str, Any], "CocoSplit | None"]
 """A record's result and the images that were used. Rank 0 returns it; the other ranks return None."""
 
 
-def _train(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome | None:
+def _train(run: StageRun, store: Store, context: StageContext, attempt: Attempt) -> Outcome | None:
     from sparseinst.data.coco import train_split
     from sparseinst.device import pick_device
     from sparseinst.distributed import rank
@@ -120,7 +130,8 @@ def _train(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome | 
         progress=context.progress,
         attempt=attempt,
         parts=context.parts,
-        start=_needed_weights(run),
+        start=_needed_weights(run, store),
+        from_scratch=context.from_scratch,
     )
     if rank() != 0:
         return None
@@ -131,11 +142,12 @@ def _train(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome | 
     return result, train_split(run.config.data)
 
 
-def _needed_weights(run: StageRun) -> Path | None:
+def _needed_weights(run: StageRun, store: Store) -> Path | None:
     """Return the weights that a stage needs of another one; None if it needs none.
 
     Raises:
         RunFailed: they were removed after the plan was made.
+        UserError: they are not the weights that the record of the other stage describes.
     """
     if run.needs is None:
         return None
@@ -144,10 +156,25 @@ def _needed_weights(run: StageRun) -> Path | None:
     weights = same_for_all(stored_weights(run.needs) if rank() == 0 else None)
     if weights is None:
         raise RunFailed(f"{run_folder(run.needs).weights}: removed while it was needed; the same command makes it again")
+    record = store.load(run.needs)
+    if record is not None:
+        check_weights(weights, record)
     return weights
 
 
-def _pretrain(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome | None:
+def check_weights(weights: Path, record: Record) -> None:
+    """Raise `UserError` if a file does not hold the weights that its training's record describes by their checksum."""
+    from sparseinst.inference.weights import file_tensors_digest
+
+    known = record.provenance.get("weights")  # records of earlier versions have none
+    if known is not None and file_tensors_digest(weights) != known:
+        raise UserError(
+            f"{weights}: these are not the weights of the record {record.key}: put the right file back, or remove this one, so "
+            "that `run` trains again"
+        )
+
+
+def _pretrain(run: StageRun, _: Store, context: StageContext, attempt: Attempt) -> Outcome | None:
     from sparseinst.data.coco import train_split
     from sparseinst.device import pick_device
     from sparseinst.distributed import rank
@@ -156,21 +183,30 @@ def _pretrain(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome
     paths = run_folder(run.key)
     if rank() == 0 and not paths.weights.exists():
         note_code(paths)
-    pretrain(run.config, paths.root, device=pick_device(context.device), progress=context.progress, attempt=attempt)
+    pretrain(
+        run.config,
+        paths.root,
+        device=pick_device(context.device),
+        progress=context.progress,
+        attempt=attempt,
+        from_scratch=context.from_scratch,
+    )
     if rank() != 0:
         return None
-    validation = [record for record in _metrics(paths) if "loss" not in record][-1]
+    validation = ([record for record in _metrics(paths) if "loss" not in record] or [{}])[-1]
     right = {name.removeprefix("cells_right_"): value for name, value in validation.items() if name.startswith("cells_right")}
     return {**_steps(paths), "cells_right": right}, train_split(run.config.data)
 
 
 def _metrics(paths: RunPaths) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()]
+    return read_json_lines(paths.metrics, "iteration")
 
 
 def _steps(paths: RunPaths) -> dict[str, Any]:
     """Return the number of steps in a run's log, their wall time in seconds, the last losses, and the losses over the steps."""
-    steps = [record for record in _metrics(paths) if "loss" in record]
+    steps = [record for record in _metrics(paths) if "loss" in record and "seconds" in record]
+    if not steps:
+        raise RunFailed(f"{paths.metrics}: holds no step of this training; remove {paths.root} to train again")
     last = steps[-1]
     before = [0, *(record["iteration"] for record in steps)]
     return {
@@ -187,7 +223,7 @@ def _parameters(weights: Path) -> int:
     return sum(parameter.numel() for parameter in load_weights(weights)[0].parameters())
 
 
-def _evaluate(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome | None:
+def _evaluate(run: StageRun, store: Store, context: StageContext, attempt: Attempt) -> Outcome | None:
     from sparseinst.data.coco import val_split
     from sparseinst.device import pick_device
     from sparseinst.distributed import rank
@@ -195,7 +231,7 @@ def _evaluate(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome
     from sparseinst.evaluation.resampling import resampled_figures
     from sparseinst.inference.weights import load_weights
 
-    weights = _needed_weights(run)
+    weights = _needed_weights(run, store)
     assert weights is not None
     chosen = pick_device(context.device)
     model, _, _ = load_weights(weights)
@@ -220,7 +256,7 @@ def _evaluate(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome
     return {**metrics, "images": result.images, "skipped": len(skipped), "resampled": resampled}, split
 
 
-def _latency(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome | None:
+def _latency(run: StageRun, _: Store, context: StageContext, attempt: Attempt) -> Outcome | None:
     from sparseinst.bench.benchmark import measure_latency
     from sparseinst.device import pick_device
 
@@ -229,7 +265,7 @@ def _latency(run: StageRun, context: StageContext, attempt: Attempt) -> Outcome 
     return asdict(measure_latency(run.config, device=pick_device(context.device))), None
 
 
-_DO: dict[Stage, Callable[[StageRun, StageContext, Attempt], Outcome | None]] = {
+_DO: dict[Stage, Callable[[StageRun, Store, StageContext, Attempt], Outcome | None]] = {
     "pretrain": _pretrain,
     "train": _train,
     "evaluate": _evaluate,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparseinst.errors import UserError
+from sparseinst.files import read_json_lines
 from sparseinst.paths import RunPaths
 from sparseinst.report import style
 
@@ -27,29 +27,19 @@ _PANELS = {
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the entries of a run's metrics file, one for each line. An unfinished last line is left out.
+    """Return the entries of a run's metrics file, one for each line. Damaged lines are left out, with a warning.
 
     Args:
         run: the run's folder.
 
     Raises:
-        UserError: the folder has no metrics file, a line is broken, or no step is recorded yet.
+        UserError: the folder has no metrics file, or no step is recorded yet.
     """
     path = RunPaths(run).metrics
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        entries = read_json_lines(path, "iteration")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run}: this is not the folder of a run, because {path.name} is missing") from None
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
-                raise ValueError("no step")
-            entries.append(entry)
-        except ValueError:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is broken") from None
     if not any("loss" in entry for entry in entries):
         raise UserError(f"{path}: no step is recorded yet")
     return entries

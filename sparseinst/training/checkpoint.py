@@ -21,6 +21,9 @@ _log = logging.getLogger(__name__)
 
 Check = Callable[[], None] | None
 
+DAMAGED = ".damaged"
+"""The suffix of a checkpoint that cannot be read."""
+
 
 def save_checkpoint(paths: RunPaths, iteration: int, state: dict[str, Any], keep: int, check: Check = None) -> None:
     """Write the state after `iteration` optimiser steps, then remove all checkpoints except the newest `keep`.
@@ -43,22 +46,33 @@ def write_state(state: dict[str, Any], path: Path) -> None:
         torch.save(state, file)
 
 
-def newest_checkpoint(paths: RunPaths) -> Path | None:
-    """Return the newest complete checkpoint; None if there are no checkpoints. Damaged ones are renamed, with a warning.
+def newest_checkpoint(paths: RunPaths, restore: Callable[[dict[str, Any]], None] | None = None) -> Path | None:
+    """Return the newest checkpoint that can be read; None if there are no checkpoints. Damaged ones are renamed, with a warning.
+
+    Args:
+        restore: loads a checkpoint's state into the run. A checkpoint that it cannot load counts as damaged, too.
 
     Raises:
-        RunFailed: all checkpoints are damaged.
+        RunFailed: all checkpoints are damaged. This stays so until a person asks for `remove_if_all_damaged`.
     """
-    candidates = paths.saved_checkpoints()
-    for path in candidates:
-        problem = _damage(path)
+    for path in paths.saved_checkpoints():
+        problem = _damage(path, restore)
         if problem is None:
             return path
-        path.rename(path.with_suffix(".damaged"))
-        _log.warning("checkpoint %s is damaged (%s) and was renamed to %s.damaged", path, problem, path.stem)
-    if candidates:
-        raise RunFailed(f"{paths.checkpoints}: every checkpoint is damaged; remove the folder to train from the start")
+        path.rename(path.with_suffix(DAMAGED))
+        _log.warning("checkpoint %s is damaged (%s) and was renamed to %s%s", path, problem, path.stem, DAMAGED)
+    if any(paths.checkpoints.glob(f"[0-9]*{DAMAGED}")):
+        raise RunFailed(f"{paths.checkpoints}: every checkpoint is damaged; --from-scratch trains again from step 0")
     return None
+
+
+def remove_if_all_damaged(paths: RunPaths) -> None:
+    """Remove a run's checkpoints if all of them are damaged, so that the run begins at step 0. Otherwise change nothing."""
+    if any(_damage(path, None) is None for path in paths.saved_checkpoints()):
+        return
+    for path in [*paths.saved_checkpoints(), *paths.checkpoints.glob(f"[0-9]*{DAMAGED}")]:
+        path.unlink()
+        _log.warning("removed the damaged checkpoint %s; the run begins at step 0", path)
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
@@ -67,11 +81,20 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     return state
 
 
-def _damage(path: Path) -> str | None:
-    """Return what is damaged in a file that torch.save wrote, a zip archive with checksums; None if it is complete."""
+def _damage(path: Path, restore: Callable[[dict[str, Any]], None] | None) -> str | None:
+    """Return what is damaged in a checkpoint; None if it is complete. torch.save writes a zip archive with checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        return str(error)
-    return f"entry {broken} fails its checksum" if broken is not None else None
+        if broken is not None:
+            return f"entry {broken} fails its checksum"
+        state = load_checkpoint(path, torch.device("cpu"))
+        if state["iteration"] != int(path.stem):
+            return f"it holds step {state['iteration']}"
+        if restore is not None:
+            restore(state)
+    except (MemoryError, torch.OutOfMemoryError):  # this says nothing about the file
+        raise
+    except Exception as error:  # noqa: BLE001 (damaged headers and foreign content raise errors of many kinds)
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+    return None

@@ -17,7 +17,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from sparseinst.distributed import average, rank
 from sparseinst.errors import RunFailed
-from sparseinst.files import atomic
+from sparseinst.files import atomic, read_json_lines
 from sparseinst.paths import RunPaths
 from sparseinst.progress import progress_bar
 
@@ -157,13 +157,8 @@ def _truncate(paths: RunPaths, start: int, evaluated: bool) -> None:
     if not paths.metrics.exists():
         return
     kept = []
-    for line in paths.metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            _log.warning("%s: removed an incomplete line that a killed run had left", paths.metrics)
-            continue
+    for record in read_json_lines(paths.metrics, "iteration"):
         if record["iteration"] < start or (record["iteration"] == start and (evaluated or "loss" in record)):
-            kept.append(line + "\n")
+            kept.append(json.dumps(record) + "\n")
     with atomic(paths.metrics) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

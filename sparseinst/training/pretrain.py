@@ -33,7 +33,7 @@ from sparseinst.inference.weights import halved
 from sparseinst.models.backbone import Backbone
 from sparseinst.models.sparseinst import normalise
 from sparseinst.paths import SHIPPED, RunPaths
-from sparseinst.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from sparseinst.training.checkpoint import load_checkpoint, newest_checkpoint, remove_if_all_damaged, save_checkpoint
 from sparseinst.training.interrupt import StopRequest
 from sparseinst.training.monitor import Monitor, logging_to
 from sparseinst.training.schedule import parameter_groups
@@ -128,18 +128,28 @@ def dense_losses(
     return total
 
 
-def ensure_start(config: Config, folder: Path, *, device: torch.device, progress: bool = True) -> Path:
+def ensure_start(
+    config: Config, folder: Path, *, device: torch.device, progress: bool = True, from_scratch: bool = False
+) -> Path:
     """Return the weights file of a config's stage `pretrain`: the package's, or else the one that `pretrain` writes to `folder`.
 
     Raises:
         UserError, RunFailed: as `pretrain` does.
     """
     shipped = SHIPPED / f"{config.pretrain_key()}.safetensors"
-    return shipped if shipped.exists() else pretrain(config, folder, device=device, progress=progress)
+    return (
+        shipped if shipped.exists() else (pretrain(config, folder, device=device, progress=progress, from_scratch=from_scratch))
+    )
 
 
 def pretrain(
-    config: Config, output: Path, *, device: torch.device, progress: bool = True, attempt: Attempt | None = None
+    config: Config,
+    output: Path,
+    *,
+    device: torch.device,
+    progress: bool = True,
+    attempt: Attempt | None = None,
+    from_scratch: bool = False,
 ) -> Path:
     """Run the stage `pretrain` to its end. If an earlier call was stopped, continue from its last checkpoint.
 
@@ -150,6 +160,7 @@ def pretrain(
         output: the run's folder, whose files `RunPaths` lists. If the run is finished, the function returns at once.
         progress: show a progress bar on a terminal.
         attempt: the caller's claim to the folder; None claims it here.
+        from_scratch: begin at step 0 if every checkpoint is damaged; otherwise such a run is refused.
 
     Returns:
         The weights file, with the backbone's tensors by timm's names. The kernels are in half precision.
@@ -161,6 +172,8 @@ def pretrain(
     paths = RunPaths(make_folder(output))
     with nullcontext(attempt) if attempt is not None else Attempt.begin(paths) as held, logging_to(paths.log, rank() == 0):
         assert held is not None
+        if from_scratch and rank() == 0:
+            remove_if_all_damaged(paths)
         if not same_for_all(paths.weights.exists()):
             with tf32(config.pretrain.precision == "tf32"):
                 _Pretraining(config, paths, device, progress, held).run()
@@ -202,6 +215,7 @@ class _Pretraining:
             visible=self.progress,
             device=self.device,
             check=self.attempt.check,
+            evaluated=False,  # a run that was killed after its evaluation evaluates again
         )
         with monitor, StopRequest() as stop:
             for iteration in range(start, settings.iterations):
@@ -272,7 +286,7 @@ class _Pretraining:
 
     def _resume(self) -> int:
         """Load the newest checkpoint, if there is one, and return the number of finished steps."""
-        found = same_for_all(newest_checkpoint(self.paths) if rank() == 0 else None)
+        found = same_for_all(newest_checkpoint(self.paths, self.updates.load_state_dict) if rank() == 0 else None)
         if found is None:
             return 0
         state = load_checkpoint(found, self.device)

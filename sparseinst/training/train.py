@@ -21,13 +21,13 @@ from sparseinst.distributed import rank, same_for_all, world_size
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.evaluation.evaluate import evaluate
 from sparseinst.evaluation.mechanism import Matches, stability
-from sparseinst.files import atomic, make_folder
+from sparseinst.files import atomic, make_folder, read_text
 from sparseinst.inference.weights import save_weights, start_from
 from sparseinst.models.sparseinst import build_model
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths
 from sparseinst.training.best import BestSoFar
-from sparseinst.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from sparseinst.training.checkpoint import load_checkpoint, newest_checkpoint, remove_if_all_damaged, save_checkpoint
 from sparseinst.training.interrupt import StopRequest
 from sparseinst.training.monitor import Monitor, diverged, logging_to
 from sparseinst.training.pretrain import ensure_start
@@ -45,6 +45,7 @@ def train(
     attempt: Attempt | None = None,
     parts: int | None = None,
     start: Path | None = None,
+    from_scratch: bool = False,
 ) -> Path:
     """Run a training to its end. If an earlier call was stopped, continue from its last checkpoint.
 
@@ -58,6 +59,7 @@ def train(
             one process with 8 parts computes what 8 processes do. None: processes x `train.accumulate`.
         start: the weights file of the stage `pretrain`. None takes the package's, or runs the stage in the folder `pretrain` of
             the run. Pass None if the config does not enable the stage.
+        from_scratch: begin at step 0 if every checkpoint is damaged; otherwise such a run is refused.
 
     Returns:
         The weights file.
@@ -71,10 +73,13 @@ def train(
     needs_start = config.pretrain.enabled and config.train.start is None
     if needs_start and start is None and not same_for_all(paths.weights.exists()):
         # The key in the folder's name keeps the weights from different settings apart.
-        start = ensure_start(config, paths.start / config.pretrain_key(), device=device, progress=progress)
+        folder = paths.start / config.pretrain_key()
+        start = ensure_start(config, folder, device=device, progress=progress, from_scratch=from_scratch)
     with nullcontext(attempt) if attempt is not None else Attempt.begin(paths) as held, logging_to(paths.log, rank() == 0):
         assert held is not None
         _refuse_other_run(paths, config)
+        if from_scratch and rank() == 0:
+            remove_if_all_damaged(paths)
         if not same_for_all(paths.weights.exists()):
             training = _Training(config, paths, device, progress, held, parts, start)
             if rank() == 0:
@@ -91,6 +96,11 @@ def _refuse_other_run(paths: RunPaths, config: Config) -> None:
     """Raise `UserError` if the folder belongs to a run with other settings."""
     if not paths.config.exists():
         return
+    if not read_text(paths.config).strip():
+        raise UserError(
+            f"{paths.config}: is empty, so the settings of the run in this folder are unknown: remove this file if the run has "
+            "the settings of this command, or use another folder"
+        )
     theirs, ours = load_config(paths.config).train_content(), config.train_content()
     if theirs != ours:
         parts = ", ".join(part for part in ours if ours[part] != theirs[part])
@@ -235,10 +245,16 @@ class _Training:
 
     def _resume(self) -> int:
         """Load the newest checkpoint, if there is one, and return the number of finished steps."""
-        found = same_for_all(newest_checkpoint(self.paths) if rank() == 0 else None)
+        found = same_for_all(newest_checkpoint(self.paths, self._restore) if rank() == 0 else None)
         if found is None:
             return 0
         state = load_checkpoint(found, self.device)
+        self._restore(state)
+        _log.info("resuming after step %d", state["iteration"])
+        return int(state["iteration"])
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Load the state of a checkpoint."""
         self.step.load_state_dict(state)
         # Checkpoints of earlier versions lack these keys.
         self.matches = state.get("matches", {})
@@ -247,8 +263,6 @@ class _Training:
         torch.set_rng_state(state["random"].cpu())
         if state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
-        _log.info("resuming after step %d", state["iteration"])
-        return int(state["iteration"])
 
     def _warn_of_skipped(self, parts: list[Batch]) -> None:
         for reason in (reason for part in parts for reason in part.skipped):
