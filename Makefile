@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install mini lab notebooks test test-slurm lint clean
+.PHONY: install mini lab notebooks test test-slurm attack lint clean
 mini: $(INSTALLED)
 	$(BIN)/sparseinst run table5 --profile mini --jobs 2 --results runs/mini --pictures runs/pictures
 	$(BIN)/sparseinst report table5 --profile mini --results runs/mini --show
@@ -25,6 +25,10 @@ test: $(INSTALLED)
 # Debian: apt-get install slurm-wlm munge
 test-slurm: $(INSTALLED)
 	$(BIN)/python -m pytest tests/slurm -m slurm
+
+# Hundreds of attacks on runs, about half an hour; prints the table of docs/reliability.md.
+attack: $(INSTALLED)
+	$(BIN)/python -m tests.attacks
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

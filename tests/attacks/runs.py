@@ -1,0 +1,182 @@
+"""Attack runs: kill them, flip bits, and cut off, empty or replace their files. Then call the same command again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseinst.data.shapes import write_shapes
+from sparseinst.errors import UserError
+from sparseinst.inference.weights import file_tensors_digest
+from sparseinst.paths import RunPaths
+from tests.attacks.report import Ended, Outcome, command, judge
+from tests.conftest import TINY
+
+Damage = Callable[[bytes, random.Random], bytes]
+
+SETTINGS = {**TINY, "train.iterations": 24, "train.checkpoint_every": 3, "train.evaluate_every": 6}
+
+
+def flip(content: bytes, chance: random.Random) -> bytes:
+    """Flip one bit anywhere."""
+    damaged = bytearray(content)
+    damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+    return bytes(damaged)
+
+
+def flip_in_header(content: bytes, chance: random.Random) -> bytes:
+    """Flip one bit in a header of a zip archive."""
+    places, at = [], content.find(b"PK")
+    while at >= 0:
+        places.append(at)
+        at = content.find(b"PK", at + 1)
+    damaged = bytearray(content)
+    damaged[min(chance.choice(places) + chance.randrange(46), len(damaged) - 1)] ^= 1 << chance.randrange(8)
+    return bytes(damaged)
+
+
+def cut(content: bytes, chance: random.Random) -> bytes:
+    return content[: chance.randrange(len(content))]
+
+
+def empty(content: bytes, chance: random.Random) -> bytes:
+    return b""
+
+
+def foreign(content: bytes, chance: random.Random) -> bytes:
+    """Return the content of another kind of file."""
+    return chance.choice([b"12\n", b"{}\n", b"[]\n", b"null", b"\xff\xfe\x00", b"PK\x05\x06" + bytes(18), chance.randbytes(5000)])
+
+
+class Lab:
+    """A finished run, and copies of it to damage."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        write_shapes(folder / "data", train=24, val=4, side=64)
+        self.whole = RunPaths(folder / "whole")
+        assert self.train(self.whole).code == 0
+        self.digest, self.metrics = file_tensors_digest(self.whole.weights), metrics(self.whole)
+        self.evaluation = self.evaluate(self.whole).output
+
+    def arguments(self, paths: RunPaths) -> list[str]:
+        settings = [part for key, value in SETTINGS.items() for part in ("-o", f"{key}={json.dumps(value)}")]
+        return ["train", "--data", str(self.folder / "data"), "--output", str(paths.root), "--device", "cpu", *settings]
+
+    def train(self, paths: RunPaths, *more: str) -> Ended:
+        return command(*self.arguments(paths), *more, folder=self.folder)
+
+    def evaluate(self, paths: RunPaths) -> Ended:
+        return command("evaluate", "--weights", str(paths.root), "--device", "cpu", folder=self.folder)
+
+    def copy(self, *, finished: bool) -> RunPaths:
+        """Return a copy of the run, as it was finished or as it was just before it wrote its weights."""
+        paths = RunPaths(self.folder / "copy")
+        shutil.rmtree(paths.root, ignore_errors=True)
+        shutil.copytree(self.whole.root, paths.root)
+        if not finished:
+            paths.weights.unlink()
+            paths.evaluation.unlink()
+        return paths
+
+    def is_right(self, paths: RunPaths) -> bool:
+        """Return whether a run has the bits of the whole one."""
+        try:
+            return file_tensors_digest(paths.weights) == self.digest
+        except UserError:
+            return False
+
+
+def metrics(paths: RunPaths) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics without those that measure time."""
+    lines = [json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+
+
+def attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Outcome]]:
+    """Yield the kind and the outcome of `count` attacks of each kind."""
+    lab = Lab(folder)
+    for number in range(count):
+        yield "kill a training at a random moment, go on", _kill(lab, random.Random(f"kill {seed} {number}"))
+    newest: Callable[[RunPaths], Path] = lambda paths: max(paths.checkpoints.glob("*.pt"))  # noqa: E731
+    resumed: list[tuple[str, Callable[[RunPaths], Path], Damage, bool]] = [
+        ("one bit of the newest checkpoint", newest, flip, True),
+        ("one bit of its zip headers", newest, flip_in_header, True),
+        ("cut off the newest checkpoint", newest, cut, True),
+        ("replace the newest checkpoint", newest, foreign, True),
+        ("one bit of metrics.jsonl", lambda paths: paths.metrics, flip, False),
+        ("cut off metrics.jsonl", lambda paths: paths.metrics, cut, False),
+        ("one bit of config.yaml", lambda paths: paths.config, flip, False),
+        ("empty config.yaml", lambda paths: paths.config, empty, False),
+        ("one bit of a file of the attempts", lambda paths: min(paths.attempts.glob("*.json")), flip, False),
+        ("replace a file of the attempts", lambda paths: min(paths.attempts.glob("*.json")), foreign, False),
+    ]
+    for kind, choose, damage, steps in resumed:
+        for number in range(1 if damage is empty else count):
+            chance = random.Random(f"{kind} {seed} {number}")
+            paths = lab.copy(finished=False)
+            _damage(choose(paths), damage, chance)
+            right = (
+                (lambda p=paths: lab.is_right(p) and metrics(p) == lab.metrics) if steps else (lambda p=paths: lab.is_right(p))
+            )
+            yield f"{kind}, go on", judge(lab.train(paths), right, f"{seed} {number}")
+    for number in range(max(1, count // 4)):
+        yield "every checkpoint, called twice", _every_checkpoint(lab, random.Random(f"every {seed} {number}"))
+    for kind, damage in {"one bit of the weights": flip, "cut off the weights": cut, "replace the weights": foreign}.items():
+        for number in range(count):
+            paths = lab.copy(finished=True)
+            _damage(paths.weights, damage, random.Random(f"{kind} {seed} {number}"))
+            ended = lab.evaluate(paths)
+            yield f"{kind}, evaluate", judge(ended, lambda e=ended: e.output == lab.evaluation, f"{seed} {number}")
+
+
+def _damage(path: Path, damage: Damage, chance: random.Random) -> None:
+    path.write_bytes(damage(path.read_bytes(), chance))
+
+
+def _kill(lab: Lab, chance: random.Random) -> Outcome:
+    """Kill a training once or twice, at moments after it began to write, and let it end then."""
+    paths = RunPaths(lab.folder / "killed")
+    shutil.rmtree(paths.root, ignore_errors=True)
+    for _ in range(chance.choice([1, 2])):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sparseinst", *lab.arguments(paths)], cwd=lab.folder, env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        target = chance.randrange(1, len(lab.metrics))
+        while process.poll() is None and not (paths.metrics.exists() and paths.metrics.read_bytes().count(b"\n") >= target):
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0.0, 0.05))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    ended = lab.train(paths)
+    return judge(ended, lambda: lab.is_right(paths) and metrics(paths) == lab.metrics)
+
+
+def _every_checkpoint(lab: Lab, chance: random.Random) -> Outcome:
+    """Damage all checkpoints: both calls must refuse, and `--from-scratch` must give the same bits."""
+    paths = lab.copy(finished=False)
+    for path in paths.checkpoints.iterdir():
+        if chance.random() < 0.5:
+            torch.save({"other": torch.zeros(3)}, path)
+        else:
+            _damage(path, cut, chance)
+    for _ in range(2):
+        outcome = judge(lab.train(paths), lambda: False)
+        if outcome.word != "one line":
+            return outcome
+    again = judge(lab.train(paths, "--from-scratch"), lambda: lab.is_right(paths) and metrics(paths) == lab.metrics)
+    return outcome if again.word == "survived" else again
