@@ -160,6 +160,9 @@ def test_a_hanging_process_ends_itself_and_records_the_reason(paths: RunPaths) -
     last = latest_attempt(paths)
     assert last is not None
     assert str(last.failure()).startswith("rank 0 hung in data of step 5 for")
+    stacks = paths.stacks(1, 0).read_text()
+    assert "Thread" in stacks
+    assert 'File "<string>", line' in stacks, "the line in which the main thread hangs"
 
 
 def test_damaged_files_count_as_empty(paths: RunPaths) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from sparseinst.launch import submit as launch
 from sparseinst.launch.cluster import Cluster, list_clusters, read_cluster
 from sparseinst.launch.status import Status, plan_status
 from sparseinst.launch.submission import Queue, Submission, read_submission, write_submission
+from sparseinst.machine import machine_name, process_name
 from sparseinst.paths import RunPaths, run_folder
 
 ROOT = Path(__file__).parents[2]
@@ -334,3 +336,35 @@ def test_an_existing_record_is_not_made_again() -> None:
     with pytest.raises(UserError, match="none of these runs"):
         launch.cancel([train], plan)
     assert not RunPaths(run_folder(train.key).root).attempts.exists()
+
+
+def test_cancel_signals_only_its_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ids of other machines, and ids that belong to another process by now, are left alone."""
+    signalled: list[int] = []
+    monkeypatch.setattr("os.kill", lambda pid, number: signalled.append(pid))
+    plan = planned("table5", row="dice alone")
+    run = next(iter(plan.runs.values()))
+    ours, here = process_name(os.getpid()), machine_name()
+    paths = run_folder(run.key)
+    submission = Submission("local", "local", "77", "jobs", time.time(), "me", ours, here)
+    with Attempt.begin(paths, job=Job("77")) as attempt:
+        for machine, process, reached in [(here, ours, True), ("elsewhere", ours, False), (here, f"{os.getpid()} 1", False)]:
+            beat = {"phase": "data", "since": time.time(), "pid": os.getpid(), "process": process, "machine": machine}
+            paths.beat(attempt.number, 0).write_text(json.dumps(beat))
+            write_submission(paths, replace(submission, process=f"{os.getpid()} 1"))
+            signalled.clear()
+            launch.cancel([run], plan)
+            assert (signalled == [os.getpid()]) == reached
+        write_submission(paths, replace(submission, machine="elsewhere 1 2"))
+        signalled.clear()
+        with pytest.raises(UserError, match="job 77 was started on elsewhere"):
+            launch.cancel([run], plan)
+        assert not signalled
+
+
+def test_the_pickles_of_jobs_are_private(tmp_path: Path) -> None:
+    with launch.private_files() as mask:
+        (tmp_path / "job.pkl").write_text("")
+    (tmp_path / "other").write_text("")
+    assert (tmp_path / "job.pkl").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "other").stat().st_mode & 0o777 == 0o666 & ~mask

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,9 @@ from sparseinst.ablation import provenance
 from sparseinst.ablation.plan import Plan, make_plan
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables
-from sparseinst.attempts import Attempt
+from sparseinst.attempts import Attempt, Superseded
 from sparseinst.cli import run_cli
+from sparseinst.inference.weights import load_weights, save_weights
 from sparseinst.launch import work
 from sparseinst.launch.run import _outcome, run_plan
 from sparseinst.launch.status import plan_status
@@ -287,3 +289,38 @@ def test_an_evaluation_without_objects_has_no_ap(capsys: pytest.CaptureFixture[s
     [evaluation] = [run for run in plan.runs.values() if run.stage == "evaluate"]
     store.write(Record("evaluate", evaluation.key, {"figures": {"AP": None}, "images": 1}))
     assert "no AP" in _outcome(evaluation, store)
+
+
+def test_weights_that_are_not_those_of_the_record_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store()
+    plan = smoke(store, "table5", row="dice alone")
+    run_plan(plan, store, device="cpu", progress=False)
+    _, train, evaluation = plan.runs.values()
+    model, config, categories = load_weights(run_folder(train.key).root)
+    state = {name: tensor * 0.5 for name, tensor in model.state_dict().items()}
+    save_weights(run_folder(train.key).weights, state, config, categories)
+    store.path(evaluation.key).unlink()
+    assert run_cli(["run", "table5", "--profile", "smoke", "--row", "dice alone", "--device", "cpu"]) == 1
+    assert f"these are not the weights of the record {train.key}" in capsys.readouterr().err
+    assert not store.has(evaluation.key)
+    assert run_cli(["evaluate", "--weights", str(run_folder(train.key).root), "--device", "cpu"]) == 2
+    assert "these are not the weights of the record" in capsys.readouterr().err
+    run_folder(train.key).weights.unlink()
+    assert run_cli(["run", "table5", "--profile", "smoke", "--row", "dice alone", "--device", "cpu"]) == 0
+
+
+def test_a_run_that_another_process_took_over_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    plan = smoke(store, "table5", row="dice alone")
+    do, fenced = work._DO["train"], []
+
+    def once(*arguments: Any) -> Any:
+        if not fenced:
+            fenced.append(True)
+            raise Superseded("a newer attempt has taken over")
+        return do(*arguments)
+
+    monkeypatch.setitem(work._DO, "train", once)
+    assert run_plan(plan, store, device="cpu", progress=False) == {}
+    assert fenced
+    assert all(store.has(key) for key in plan.runs)

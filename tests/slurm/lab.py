@@ -21,6 +21,7 @@ from sparseinst.attempts import latest_attempt
 from sparseinst.cli import run_cli
 from sparseinst.launch.status import State, Status, plan_status
 from sparseinst.launch.submission import read_submission
+from sparseinst.machine import usable_cores
 from sparseinst.paths import run_folder
 
 ROOT = Path(__file__).parents[2]
@@ -45,9 +46,18 @@ def slurm(*command: str, check: bool = True) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=check, timeout=60).stdout.strip()
 
 
+def slowness() -> float:
+    """Return by how much a limit must grow on this machine now: its load for each core, at least 1.
+
+    The cluster's two nodes and a reference run keep two cores busy by themselves.
+    """
+    return max(1.0, os.getloadavg()[0] / usable_cores(), 2 / usable_cores())
+
+
 def wait_for(condition: Callable[[], Any], seconds: float, what: str, every: float = 0.3) -> Any:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    """Wait until a condition holds. The limit in seconds is that of a machine that does nothing else; it grows with the load."""
+    began = time.monotonic()
+    while time.monotonic() - began < seconds * slowness():
         found = condition()
         if found:
             return found
@@ -91,10 +101,10 @@ def state_of(run: StageRun, plan: Plan) -> Status:
 
 
 def wait_for_state(run: StageRun, plan: Plan, state: State, seconds: float, attempts: int | None = None) -> None:
-    """Wait until a stage is in a state, and in its `attempts`-th attempt if that is given."""
-    until = time.monotonic() + seconds
+    """Wait until a stage is in a state, and in its `attempts`-th attempt if that is given. The limit is as in `wait_for`."""
+    began = time.monotonic()
     while (status := state_of(run, plan)).state != state or attempts not in (None, status.attempts):
-        assert time.monotonic() < until, f"{status} is not {state} within {seconds:g} s\n{outputs()}"
+        assert time.monotonic() - began < seconds * slowness(), f"{status} is not {state} within {seconds:g} s\n{outputs()}"
         time.sleep(0.3)
 
 
@@ -148,7 +158,7 @@ class Undisturbed:
         self.process.wait()
 
     def weights(self, run: StageRun) -> Path:
-        assert self.process.wait(timeout=300) == 0
+        assert self.process.wait(timeout=300 * slowness()) == 0
         return self.folder / "runs" / run.key / "model.safetensors"
 
 
