@@ -28,7 +28,7 @@ test-slurm: $(INSTALLED)
 
 # Hundreds of attacks on runs, about half an hour; prints the table of docs/reliability.md.
 attack: $(INSTALLED)
-	$(BIN)/python -m tests.attacks
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

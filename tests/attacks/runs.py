@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +16,7 @@ from sparseinst.data.shapes import write_shapes
 from sparseinst.errors import UserError
 from sparseinst.inference.weights import file_tensors_digest
 from sparseinst.paths import RunPaths
-from tests.attacks.report import Ended, Outcome, command, judge
+from tests.attacks.report import Ended, Outcome, command, judge, start
 from tests.conftest import TINY
 
 Damage = Callable[[bytes, random.Random], bytes]
@@ -105,9 +101,9 @@ def metrics(paths: RunPaths) -> list[dict[str, Any]]:
 
 
 def attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Outcome]]:
-    """Yield the kind and the outcome of `count` attacks of each kind."""
+    """Yield the kind and the outcome of `count` attacks of each kind, and of twice as many kills."""
     lab = Lab(folder)
-    for number in range(count):
+    for number in range(2 * count):
         yield "kill a training at a random moment, go on", _kill(lab, random.Random(f"kill {seed} {number}"))
     newest: Callable[[RunPaths], Path] = lambda paths: max(paths.checkpoints.glob("*.pt"))  # noqa: E731
     resumed: list[tuple[str, Callable[[RunPaths], Path], Damage, bool]] = [
@@ -139,6 +135,36 @@ def attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Outcome]
             _damage(paths.weights, damage, random.Random(f"{kind} {seed} {number}"))
             ended = lab.evaluate(paths)
             yield f"{kind}, evaluate", judge(ended, lambda e=ended: e.output == lab.evaluation, f"{seed} {number}")
+    yield from record_attacks(folder / "table", count, seed)
+
+
+def record_attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Outcome]]:
+    """Yield the outcomes of attacks on the records of a row: `run` must do the stage again with the same result."""
+    folder.mkdir(parents=True)
+    for name in ("experiments", "slurm"):
+        (folder / name).symlink_to(Path(__file__).parents[2] / name)
+    arguments = ["run", "table5", "--profile", "smoke", "--row", "dice alone", "--device", "cpu"]
+    assert command(*arguments, folder=folder).code == 0
+    records = {path: path.read_bytes() for path in sorted((folder / "results" / "records").glob("*.json"))}
+    results = {path: _result(path) for path in records}
+    for kind, damage in {"cut off a record": cut, "empty a record": empty, "replace a record": foreign}.items():
+        for number in range(count):
+            chance = random.Random(f"{kind} {seed} {number}")
+            path = chance.choice(list(records))
+            _damage(path, damage, chance)
+            ended = command(*arguments, folder=folder)
+            yield f"{kind}, run", judge(ended, lambda: {path: _result(path) for path in records} == results, f"{seed} {number}")
+            for path, content in records.items():
+                path.write_bytes(content)
+
+
+def _result(path: Path) -> Any:
+    """Return what a record says, without times; None if it cannot be read."""
+    try:
+        result = json.loads(path.read_bytes())["result"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+    return {name: value for name, value in result.items() if name != "seconds"}
 
 
 def _damage(path: Path, damage: Damage, chance: random.Random) -> None:
@@ -150,18 +176,13 @@ def _kill(lab: Lab, chance: random.Random) -> Outcome:
     paths = RunPaths(lab.folder / "killed")
     shutil.rmtree(paths.root, ignore_errors=True)
     for _ in range(chance.choice([1, 2])):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sparseinst", *lab.arguments(paths)], cwd=lab.folder, env=environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        process = start(*lab.arguments(paths), folder=lab.folder)
         target = chance.randrange(1, len(lab.metrics))
-        while process.poll() is None and not (paths.metrics.exists() and paths.metrics.read_bytes().count(b"\n") >= target):
+        while process.is_running() and not (paths.metrics.exists() and paths.metrics.read_bytes().count(b"\n") >= target):
             time.sleep(0.002)
         time.sleep(chance.uniform(0.0, 0.05))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        shutil.rmtree(process.folder)
     ended = lab.train(paths)
     return judge(ended, lambda: lab.is_right(paths) and metrics(paths) == lab.metrics)
 
