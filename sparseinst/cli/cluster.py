@@ -108,7 +108,7 @@ def _send(
             return
         plan, store = looked
     else:
-        plan, store = make_plan(tables, profile, seeds, row, results, None, cluster=name)
+        plan, store = make_plan(tables, profile, seeds, row, results, None, cluster=name, read_records=True)
     warn_about_overruled_rows(plan)
     check_budget(plan, store, budget)
     # Ask SLURM: the files alone show a job that an administrator removed as queued, so it would not be sent again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,8 +69,16 @@ def make_plan(
     device: str | None,
     *,
     cluster: str | None = None,
+    read_records: bool = False,
 ) -> tuple[Plan, Store]:
-    """Return the plan that the options ask for, and its store of records. Raises `UserError`."""
+    """Return the plan that the options ask for, and its store of records.
+
+    Args:
+        read_records: read the records of all stages that are done. A damaged one is renamed, and its stage is not done then.
+
+    Raises:
+        UserError: an option is not valid.
+    """
     from sparseinst.ablation import plan
     from sparseinst.launch.cluster import read_cluster
 
@@ -78,7 +87,8 @@ def make_plan(
         device = "cpu"
 
     store = Store(results)
-    table_plan = plan.make_plan(
+    planned = partial(
+        plan.make_plan,
         read_tables(tables or []),
         read_profile(profile),
         store,
@@ -87,6 +97,9 @@ def make_plan(
         device=device,
         name=target.device if target is not None else None,
     )
+    table_plan = planned()
+    if read_records and None in [store.load(key) for key in table_plan.done]:
+        table_plan = planned()
     return table_plan, store
 
 

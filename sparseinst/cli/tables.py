@@ -123,7 +123,7 @@ def run(
             raise UserError("run: --until-settled chooses the seeds of all rows, so it allows no --seeds, --row or --pictures")
         _run_until_settled(tables, profile, results, jobs, budget, device, from_scratch)
         return
-    table_plan, store = make_plan(tables, profile, seeds, row, results, device)
+    table_plan, store = make_plan(tables, profile, seeds, row, results, device, read_records=True)
     warn_about_overruled_rows(table_plan)
     check_budget(table_plan, store, budget)
     if jobs > 1:

@@ -324,3 +324,14 @@ def test_a_run_that_another_process_took_over_waits_for_it(monkeypatch: pytest.M
     assert run_plan(plan, store, device="cpu", progress=False) == {}
     assert fenced
     assert all(store.has(key) for key in plan.runs)
+
+
+def test_run_does_a_stage_again_whose_record_is_damaged() -> None:
+    store = Store()
+    plan = smoke(store, "table5", row="dice alone")
+    run_plan(plan, store, device="cpu", progress=False)
+    results = {key: json.loads(store.path(key).read_text())["result"] for key in plan.runs if store.path(key).exists()}
+    [key] = [run.key for run in plan.runs.values() if run.stage == "evaluate"]
+    store.path(key).write_text(store.path(key).read_text()[:200])
+    assert run_cli(["run", "table5", "--profile", "smoke", "--row", "dice alone", "--device", "cpu"]) == 0
+    assert {key: json.loads(store.path(key).read_text())["result"] for key in results} == results

@@ -23,11 +23,13 @@ from sparseinst.ablation.sequential import (
 from sparseinst.ablation.statistics import Comparison, Difference, SeedNoise
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables, row_config
+from sparseinst.attempts import Attempt
 from sparseinst.cli import run_cli
 from sparseinst.config import Config
 from sparseinst.errors import UserError
 from sparseinst.launch.settle import advance, describe, plan_looks
 from sparseinst.nested import merge
+from sparseinst.paths import run_folder
 from sparseinst.report.collect import read_results
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -213,3 +215,30 @@ def test_power(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert line["detectable"] > line["floor"] > 0
     assert run_cli(command) == 0
     assert "What 1 seed of each row can settle" in capsys.readouterr().out
+
+
+def test_a_look_names_the_seeds_that_records_hold(tmp_path: Path) -> None:
+    """Somebody ran more seeds than the look asks for."""
+    store = Store(tmp_path / "results")
+    finish({"table5": dict.fromkeys(EFFECTS, 3)}, store)
+    advance(TABLES, TABLES, MINI, store, "cpu")
+    [first, *_] = read_looks(store.results, look_name(TABLES[0], MINI))
+    assert set(first.seeds.values()) == {3}
+
+
+def test_retry_reads_the_seeds_of_the_look(capsys: pytest.CaptureFixture[str]) -> None:
+    """The reference row has a second seed, which `retry` without --until-settled does not know."""
+    Path("slurm").symlink_to(EXPERIMENTS.parent / "slurm")
+    plan = plan_looks(TABLES, advance(TABLES, TABLES, MINI, Store(), "cpu"), MINI, Store(), "cpu")
+    [failed] = [run for run in plan.runs.values() if run.stage == "train" and run.label.endswith("dice + BCE seed 1")]
+    with pytest.raises(RuntimeError), Attempt.begin(run_folder(failed.key)):
+        raise RuntimeError("the card fell out")
+    for run in plan.runs.values():
+        if run.stage == "pretrain":
+            Store().write(Record("pretrain", run.key, {"steps": 1}))
+    command = ["retry", "table5", "--profile", "mini", "--cluster", "local", "--dry-run"]
+    assert run_cli(command) == 0
+    assert "would send 0" in capsys.readouterr().out
+    assert run_cli([*command, "--until-settled"]) == 0
+    assert "would send 2" in capsys.readouterr().out, "the training and its evaluation"
+    assert read_looks(Store().results, look_name(TABLES[0], MINI)) == []
