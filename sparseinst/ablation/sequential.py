@@ -1,10 +1,13 @@
 """Decide after each look at the results which rows get more seeds. Imports no torch.
 
-A group-sequential design: every row gets one seed, and each undecided row then 2, 3, 5 and 8. Looking several times would find
-more false differences, so each look demands more than a single test, by the boundaries of O'Brien and Fleming (1979): most at
-the first, hardly more than usual at the last. A row also stops if it is unlikely to be settled even with all of its seeds
-(futility); that is all that the first look decides. The reference row, which every comparison uses, gets about the square root
-of their number times the seeds of a row, which is the best division of a fixed number of trainings (Dunnett, 1955).
+This is a group-sequential design. All rows are compared with the reference row when they have one seed. Rows that are not settled
+get more seeds, and are compared again when they have 2, 3, 5 and 8. Repeated tests find more false differences, so each look
+demands stronger evidence than a single test. The boundaries are those of O'Brien and Fleming (1979): they are strictest at the
+first look, and close to that of a single test at the last. A row also stops if it is unlikely to be settled with 8 seeds
+(futility). The first look can only stop rows in this way, because its boundary is too strict for one seed.
+
+With k comparisons, the reference row gets about sqrt(k) times the seeds of another row, because every comparison uses it. This is
+the best division of a fixed number of trainings (Dunnett, 1955).
 """
 
 from __future__ import annotations
@@ -19,23 +22,29 @@ from scipy import stats
 from sparseinst.ablation.statistics import FALSE_DISCOVERIES, Comparison, Difference, Judgement, SeedNoise, Verdict, judge
 
 LOOKS = (1, 2, 3, 5, 8)
-"""The seeds of a row at each look."""
+"""The number of seeds of a row at each look."""
 MOST_REFERENCE_SEEDS = 12
 BOUNDARIES = (5.653, 3.997, 3.264, 2.528, 1.999)
-"""The boundaries at a two-sided level of 5 % over all looks, in standard errors: 1.999 / sqrt(seeds / 8). The constant is such
-that a Brownian motion crosses one of them with a probability of 5 % (Jennison and Turnbull, "Group Sequential Methods", 2000,
-chapters 2 and 19). Among 25 simulated designs (other looks, boundaries between those of O'Brien and Fleming and those of
-Pocock, and values of `LEAST_POWER`), this one needs the fewest trainings for as many right verdicts."""
+"""The boundary of each look for a difference in standard errors, for a table with one comparison: 1.999 / sqrt(seeds / 8).
+
+A Brownian motion crosses one of the five boundaries, on either side, with a probability of 5 % (Jennison and Turnbull, "Group
+Sequential Methods", 2000, chapters 2 and 19). We simulated 25 designs, with other looks, with boundaries between those of O'Brien
+and Fleming and those of Pocock, and with other values of `LEAST_POWER`. For the same number of right verdicts, this design needs
+the fewest trainings."""
 PENALTIES = tuple(FALSE_DISCOVERIES / (2 * float(stats.norm.sf(boundary))) for boundary in BOUNDARIES)
-"""The factors for p-values at each look."""
+"""The factor that multiplies a row's p-values at each look, so that the boundary has a p-value of 5 %."""
 LEAST_POWER = 0.4
-"""A row stops if its chance to be settled at the last look is smaller."""
+"""A row stops if its chance to be settled at the last look is below this."""
 
 
 def reference_seeds(look: int, comparisons: int) -> int:
-    """Return the seeds of the reference row at a look, counted from 0, for a number of comparisons.
+    """Return how many seeds the reference row has at a look.
 
-    There are two or more, since one seed tells nothing about the noise.
+    The number is at least 2, because one seed does not show the noise of seeds.
+
+    Args:
+        look: the index of the look, from 0.
+        comparisons: the number of rows that are compared with the reference row.
     """
     return min(MOST_REFERENCE_SEEDS, max(LOOKS[look], 2, math.ceil(LOOKS[look] * math.sqrt(comparisons))))
 
@@ -46,9 +55,9 @@ class Decision:
 
     kind: Literal["settled", "futile", "more seeds", "out of looks"]
     verdict: Verdict
-    """`undecided` for a row that stopped because it is not trained."""
+    """`undecided` if the row is not settled, also if it is not trained."""
     power: float
-    """The chance that the row is settled at the last look, from what is known now."""
+    """The chance that the row is settled at the last look, as `predictive_power` estimates it; 0 if the row is not trained."""
 
     @property
     def text(self) -> str:
@@ -66,9 +75,9 @@ def decide(comparisons: Mapping[str, Comparison], look: int) -> dict[str, Decisi
     """Decide about each row after a look.
 
     Args:
-        comparisons: the distinct comparisons of a table, by row. All of them count for the false discovery rate, also those of
-            rows that have stopped.
-        look: the number of the look, counted from 0.
+        comparisons: the distinct comparisons of a table, by row. All of them count for the false discovery rate, including those
+            of rows that have stopped.
+        look: the index of the look, from 0.
     """
     paid = [Comparison(c.difference, c.paper, c.margin, PENALTIES[look]) for c in comparisons.values()]
     decisions = {}
@@ -87,10 +96,11 @@ def _kind(judgement: Judgement, power: float, look: int) -> Literal["settled", "
 
 
 def predictive_power(comparison: Comparison, look: int) -> float:
-    """Return the chance that a comparison is settled at the last look, if the estimates of the variances are right.
+    """Return the chance that a comparison is settled at the last look, if the estimated variances are right.
 
-    The true difference has a flat prior, so the difference at the last look is normal around the present one, with the variance
-    that the additional seeds will remove (Jennison and Turnbull 2000, section 10.3).
+    The true difference has a flat prior. The difference at the last look is then normally distributed around the present one. Its
+    variance is that of the present difference minus that of the difference at the last look (Jennison and Turnbull 2000, section
+    10.3). The chance is 1 if the noise of seeds is unknown.
     """
     now = comparison.difference
     if not now.seeds_known:
@@ -109,7 +119,7 @@ def predictive_power(comparison: Comparison, look: int) -> float:
 
 
 def _at_last_look(now: Difference, look: int) -> Difference:
-    """Return the difference as it would be at the last look if the estimates stayed the same."""
+    """Return the difference with the seeds of the last look, if the estimates stay the same."""
     grown = LOOKS[-1] / LOOKS[look]
     rows = []
     for place, row in enumerate(now.rows):
@@ -120,11 +130,16 @@ def _at_last_look(now: Difference, look: int) -> Difference:
 
 
 def next_seeds(names: Sequence[str], decisions: Mapping[str, Decision], look: int, reference: str) -> dict[str, int]:
-    """Return the seeds that each row needs for a look, counted from 0: rows that go on, and the reference row.
+    """Return how many seeds each row needs for a look: the rows that have not stopped, and the reference row.
 
     Args:
         names: the rows that are compared, without the reference row.
-        decisions: those after the look before; empty for the first look.
+        decisions: the newest decision about each row; empty before the first look.
+        look: the index of the look, from 0.
+        reference: the name of the reference row.
+
+    Returns:
+        An empty dict if all rows have stopped.
     """
     active = [name for name in names if name not in decisions or decisions[name].kind == "more seeds"]
     if not active:

@@ -55,7 +55,7 @@ UntilSettled = Annotated[
     bool,
     typer.Option(
         "--until-settled",
-        help="Instead of --seeds: give each row 2, 4 or 8 seeds, until its difference from the reference row is settled.",
+        help="Instead of --seeds: add seeds to each row until its difference from the reference row is settled.",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""Commands for the tables: plan, run, status, logs, report."""
+"""The commands for the tables: plan, run, status, logs, verify, report."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def plan(
     power: Annotated[bool, typer.Option("--power", help="Show which differences the planned seeds can settle.")] = False,
     cluster: TimingCluster = None,
 ) -> None:
-    """Show what the tables need: rows, distinct runs, the runs that are done, and the cost of the others."""
+    """Show the rows of the tables, the distinct runs that they need, which of these are done, and what the others cost."""
     from sparseinst.ablation.plan import as_json as plan_json
     from sparseinst.ablation.plan import costs, show
 
@@ -93,7 +93,7 @@ def run(
     results: Results = RESULTS,
     jobs: Annotated[int, typer.Option(min=1, help="Number of processes that share the work; they use the GPUs in turn.")] = 1,
     budget: Budget = None,
-    pictures: Annotated[Path | None, typer.Option(help="Draw predictions of each row in subfolders of this folder.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Draw predictions of each row into a subfolder of this folder.")] = None,
     device: Device = None,
     until_settled: UntilSettled = False,
     again: Annotated[
@@ -103,7 +103,7 @@ def run(
     from_scratch: FromScratch = False,
     seeds_of: Annotated[Path | None, typer.Option(hidden=True, help="A file with the seeds of each row of one look.")] = None,
 ) -> None:
-    """Run on this machine what the tables still need. Runs that are done are not repeated."""
+    """Do on this machine the runs that the tables still need. Runs that are done are not repeated."""
     from sparseinst.launch.run import made_elsewhere, run_in_processes, run_plan
     from sparseinst.launch.work import draw
     from sparseinst.paths import RUNS
@@ -152,10 +152,8 @@ def run(
     already = len(table_plan.runs) - len(table_plan.to_do())
     print(f"{len(table_plan.runs)} runs done" + (f", {already} of them before this command" if already else ""))
     if foreign := made_elsewhere(table_plan, store):
-        print(
-            f"{len(foreign)} of {len(table_plan.runs)} results were not measured here: their records are in {store.folder}, but"
-        )
-        print(f"{RUNS} has no folder of these runs. Add --again (without --results) to measure them here.")
+        print(f"{len(foreign)} of {len(table_plan.runs)} results were not measured here: {store.folder} has their records, but")
+        print(f"{RUNS} has no folders of these runs. To measure them here, add --again and leave out --results.")
     where = f" --results {results}" if results != RESULTS else ""
     print(f"to see the tables: sparseinst report {' '.join(tables)} --profile {profile}{where} --show")
 
@@ -169,7 +167,7 @@ def _run_until_settled(
     device: str | None,
     from_scratch: bool,
 ) -> None:
-    """Run looks until every comparison is settled, hopeless or out of looks, or until the budget is too small for the next."""
+    """Train more seeds, look by look, until no row needs more or the budget is too small for the next look."""
     from sparseinst.ablation.plan import costs
     from sparseinst.ablation.study import list_tables, read_profile, read_tables
     from sparseinst.launch.run import run_in_processes, run_plan
@@ -189,7 +187,7 @@ def _run_until_settled(
             print(f"the next look costs about {hours:.1f} {cost.unit}, and {budget - spent:.1f} of the budget are left: stopped")
             break
         spent += hours
-        print(f"a look at {', '.join(wanted)}: {len(look.to_do())} runs, about {hours:.2g} {cost.unit}", flush=True)
+        print(f"for the next look at {', '.join(wanted)}: {len(look.to_do())} runs, about {hours:.2g} {cost.unit}", flush=True)
         if jobs > 1:
             with wanted_file(wanted) as file:
                 command = ["run", *names, "--profile", profile, "--results", str(results), "--seeds-of", str(file)]
@@ -248,7 +246,7 @@ def status(
 
 
 def _show_looks(names: list[str] | None, profile: str, results: Path) -> None:
-    """Print what is settled in tables that are run until they are settled."""
+    """Print what is settled in the tables that `--until-settled` has looked at."""
     from sparseinst.ablation.study import read_profile, read_tables
     from sparseinst.launch.settle import describe
 
@@ -290,9 +288,9 @@ def verify(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Train and evaluate, or time, a record's model again, and compare the results.
+    """Repeat the training and evaluation, or the timing, of a record, and compare the results.
 
-    The exit code is 0 for the same bits and for the same within noise, and 1 for a different result.
+    The exit code is 1 if the results are different. It is 0 if they have the same bits or are the same within noise.
     """
     from sparseinst.launch.verify import verify as verify_record
 
@@ -314,12 +312,12 @@ def report(
     html: Annotated[
         bool, typer.Option("--html", help="Also write results/PROFILE.html, one page with all tables; it needs no network.")
     ] = False,
-    fidelity: Annotated[bool, typer.Option(help="Only show how often this scale orders two rows as the paper does.")] = False,
+    fidelity: Annotated[bool, typer.Option(help="Show and plot only how often two rows have the paper's order.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write tables and plots from the records to results/. Missing runs appear as gaps.
+    """Write tables and plots from the records to results/. For a missing run, the table shows the run's state.
 
-    --json prints every comparison with its interval and verdict, or the agreement with --fidelity.
+    --json prints every comparison with its interval and verdict. With --fidelity it prints the agreement with the paper.
     """
     if fidelity:
         _print_fidelity(tables or [], profile, results, as_json)

@@ -1,8 +1,9 @@
-"""Compute AP for many resamplings of the images: the joint bootstrap that tells how much a result depends on the images.
+"""Compute AP for many resamplings of the validation images (bootstrap), to estimate the noise of the images.
 
-Every evaluation of the same images uses the same resamplings. The difference of two evaluations in one resampling is then paired
-image by image, and so is the difference of two means over seeds (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993).
-hotcoco matches predictions with objects; AP follows from its matches as in COCO's own evaluation, with one weight for each image.
+Every evaluation of the same images uses the same resamplings. In one resampling, two evaluations therefore contain the same
+images, and their difference is a paired one. The same holds for the difference of two means over seeds (Efron and Tibshirani, "An
+Introduction to the Bootstrap", 1993). hotcoco matches predictions with objects. AP is then computed from these matches as in
+COCO's own evaluation, except that each image has a weight.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 400
-"""The number of resamplings. It gives a standard error to within 4 %."""
+"""The number of resamplings. The estimated standard error is then itself uncertain by about 4 %."""
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _RECALLS = np.linspace(0, 1, 101)
 _AREAS = (0.0, 32.0**2, 96.0**2)  # the lower ends of small, medium and large; all sizes begin at 0, too
 
 
 class _Class(NamedTuple):
-    """The matches of one category in one range of object sizes. D predictions by falling score, T IoU thresholds, I images."""
+    """The matches of one category in one range of object sizes.
+
+    D predictions, sorted from the highest score to the lowest; T IoU thresholds; I images.
+    """
 
     right: NDArray[np.bool_]
-    """T D: the prediction has an object."""
+    """T D: whether the prediction is matched with an object."""
     wrong: NDArray[np.bool_]
-    """T D: the prediction has none. A prediction with an ignored object is neither right nor wrong."""
+    """T D: whether the prediction is matched with no object. An ignored prediction is neither right nor wrong."""
     images: NDArray[np.intp]
     """D: the index of the prediction's image."""
     objects: NDArray[np.int64]
@@ -49,7 +53,7 @@ def resampled_figures(
         draws: the number of resamplings.
 
     Returns:
-        For each metric of `FIGURES`, one value per resampling; None if that resampling holds no object of the size.
+        For each metric of `FIGURES`, one value per resampling; None if the resampling contains no object of the metric's size.
     """
     ids = sorted(image_ids)
     weights = np.random.default_rng(0).multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=draws)
@@ -58,13 +62,13 @@ def resampled_figures(
 
 
 def matches(annotations: Path, results: list[dict[str, Any]], ids: Sequence[int]) -> dict[str, list[_Class]]:
-    """Match predictions with objects.
+    """Match predictions with objects, and sort the matches by object size and category.
 
     Args:
         ids: the evaluated images, sorted.
 
     Returns:
-        The categories' matches for objects of all sizes (`all`) and of each size (`small`, `medium`, `large`).
+        For objects of all sizes (`all`) and of each size (`small`, `medium`, `large`), the matches of each category.
     """
     hotcoco = importlib.import_module("hotcoco")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -104,20 +108,20 @@ def _gather(entries: Iterable[dict[str, Any]], number: dict[int, int]) -> _Class
     matched = np.concatenate([np.asarray(entry["dtMatched"], dtype=bool) for entry in with_results], axis=1)[:, order]
     ignored = np.concatenate([np.asarray(entry["dtIgnore"], dtype=bool) for entry in with_results], axis=1)[:, order]
     images = np.concatenate([np.full(len(entry["dtScores"]), number[entry["image_id"]]) for entry in with_results])[order]
-    counts = ~ignored.all(axis=0)  # a prediction that every threshold ignores changes nothing
+    counts = ~ignored.all(axis=0)  # a prediction that is ignored at every threshold has no effect on AP
     right, wrong = (matched & ~ignored)[:, counts], (~matched & ~ignored)[:, counts]
     return _Class(right, wrong, images[counts], objects)
 
 
 def weighted_figures(sizes: dict[str, list[_Class]], weights: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-    """Return the AP metrics in percent when each image counts several times.
+    """Return the AP metrics in percent if each image counts as often as its weight says.
 
     Args:
         sizes: from `matches`.
-        weights: S I, how often each of I images counts in each of S draws.
+        weights: S I, how often each of I images counts in each of S resamplings.
 
     Returns:
-        For each metric of `FIGURES` S values; NaN where no object of the size counts.
+        For each metric of `FIGURES`, S values; NaN for a resampling without objects of the metric's size.
     """
     by_size = {size: _mean_precisions(sizes.get(size, []), weights) for size in ("all", "small", "medium", "large")}
     every = by_size["all"]
@@ -127,7 +131,7 @@ def weighted_figures(sizes: dict[str, list[_Class]], weights: NDArray[np.int64])
 
 
 def _mean_precisions(classes: Sequence[_Class], weights: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the mean average precision over the categories that have objects: S T."""
+    """Return average precision, averaged over the categories that have objects in a resampling: S T."""
     thresholds = max((len(found.right) for found in classes), default=1)
     total, counted = np.zeros((len(weights), thresholds)), np.zeros((len(weights), 1))
     for found in classes:
@@ -143,8 +147,8 @@ def _average_precision(found: _Class, weight: NDArray[np.int64], objects: int) -
     """Return the average precision at each IoU threshold, as COCO's evaluation computes it: T.
 
     Args:
-        weight: D, how often each prediction counts.
-        objects: how many objects count.
+        weight: D, how often the image of each prediction counts.
+        objects: the number of objects, each counted as often as its image.
     """
     kept = weight > 0
     right = np.cumsum(found.right[:, kept] * weight[kept], axis=1)  # T D
@@ -153,7 +157,7 @@ def _average_precision(found: _Class, weight: NDArray[np.int64], objects: int) -
         return np.zeros(len(right))
     precision = right / np.maximum(right + wrong, 1)
     precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    precision = np.concatenate([precision, np.zeros((len(precision), 1))], axis=1)  # recalls that are not reached
+    precision = np.concatenate([precision, np.zeros((len(precision), 1))], axis=1)  # precision 0 at recalls that are not reached
     recall = right / objects
     at = [np.searchsorted(line, _RECALLS, side="left") for line in recall]
     return np.array([line[where].mean() for line, where in zip(precision, at, strict=True)])

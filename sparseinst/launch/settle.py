@@ -1,6 +1,7 @@
 """Train seeds until the comparisons of tables are settled. Imports no torch.
 
-Any number of processes may work on the same tables: all decide alike from the same records, and the first one logs the decision.
+Any number of processes may work on the same tables. All of them make the same decision from the same records, and the first one
+logs it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sparseinst.paths import look_of_process
 from sparseinst.report.collect import TableResult, collect, compared_rows, seed_priors
 
 Wanted = dict[str, dict[str, int]]
-"""The seeds that each row of each table needs for its current look, by table and row."""
+"""The number of seeds that each row needs for the current look, by table and row."""
 
 
 def advance(
@@ -38,12 +39,12 @@ def advance(
     """Look at every table whose runs of the current look are done, and return the seeds that the next looks need.
 
     Args:
-        priors_from: the tables whose rows tell about the noise of seeds.
+        priors_from: further tables, whose rows also count for the pooled variance over seeds.
         device, name: as in `make_plan`.
-        log: write the looks to the log; otherwise only tell what would follow.
+        log: write the looks to the log. If not, only return what the looks would need.
 
     Returns:
-        For each table that is not finished, the seeds of its rows.
+        For each table that is not finished, the number of seeds that each row needs.
 
     Raises:
         UserError: a table has no reference row with an AP.
@@ -70,7 +71,7 @@ def advance(
 
 
 def _names(table: Table, profile: Profile) -> list[str]:
-    """Return the rows that are compared with the reference row, each distinct evaluation once."""
+    """Return the rows that are compared with the reference row. Of rows with the same evaluation, only the first counts."""
     spec = table.spec
     if spec.reference is None or "evaluate" not in spec.stages() or "AP" not in spec.figures:
         raise UserError(f"{table.name}: has no reference row with an AP, so no comparison can be settled")
@@ -81,7 +82,7 @@ def _names(table: Table, profile: Profile) -> list[str]:
 
 
 def _decide(result: TableResult, names: Sequence[str], number: int) -> dict[str, Decision]:
-    """Return the decision about each row. A row that is not trained stops."""
+    """Return the decision about each row. A row without a comparison, such as a collapsed one, gets no more seeds."""
     compared = compared_rows(result)
     found = decide(compared, number)
     return {name: found.get(name, Decision("futile", "undecided", 0.0)) for name in names}
@@ -90,7 +91,7 @@ def _decide(result: TableResult, names: Sequence[str], number: int) -> dict[str,
 def plan_looks(
     tables: Sequence[Table], wanted: Wanted, profile: Profile, store: Store, device: str | None, name: str | None = None
 ) -> Plan:
-    """Plan the runs that the current looks need. `device` and `name` are as in `make_plan`."""
+    """Plan the runs for the seeds in `wanted`. `device` and `name` are as in `make_plan`."""
     chosen = [table for table in tables if table.name in wanted]
 
     def seeds_of(table: Table, row: Row) -> Sequence[int]:
@@ -101,7 +102,7 @@ def plan_looks(
 
 @contextmanager
 def wanted_file(wanted: Wanted) -> Iterator[Path]:
-    """Write the seeds of one look for other processes of this machine, and remove the file afterwards."""
+    """Write the seeds of one look to a file for other processes of this machine. Remove the file after the block."""
     file = look_of_process(os.getpid())
     with atomic(file) as temporary:
         temporary.write_text(json.dumps(wanted), encoding="utf-8")
@@ -112,7 +113,7 @@ def wanted_file(wanted: Wanted) -> Iterator[Path]:
 
 
 def plan_wanted(file: Path, names: Sequence[str], profile: str, store: Store, device: str | None) -> Plan:
-    """Plan the look in a file that `wanted_file` wrote."""
+    """Plan the runs of the look whose seeds `wanted_file` wrote to a file."""
     return plan_looks(read_tables(names), json.loads(read_text(file)), read_profile(profile), store, device)
 
 

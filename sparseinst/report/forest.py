@@ -24,7 +24,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "higher": {"marker": ">", "color": style.COLOURS[0]},
     "lower": {"marker": "<", "color": style.COLOURS[0]},
 }
-"""The mark of each verdict; shape and colour both tell them apart."""
+"""The mark of each verdict. Each verdict has its own shape; several verdicts share a colour."""
 _OPEN: dict[str, Any] = {"marker": "o", "color": "0.45", "markerfacecolor": "white"}
 """The mark of comparisons that are undecided or not trained."""
 _LINEAR = 2.0
@@ -33,7 +33,9 @@ _LINEAR = 2.0
 
 @style.styled
 def forest(results: Sequence[TableResult]) -> Figure | None:
-    """Draw each distinct comparison: its seeds, its interval, the paper's difference, and the verdict by shape and word.
+    """Draw each distinct comparison with its seeds, its interval, the paper's difference and its verdict.
+
+    The shape of the mark and a word at the right edge both show the verdict.
 
     Args:
         results: tables of one profile.
@@ -75,12 +77,12 @@ def forest(results: Sequence[TableResult]) -> Figure | None:
 
 
 def _is_shown(row: RowResult) -> bool:
-    """Return whether a row has a difference of its own."""
+    """Return whether a row has a measured difference that no earlier row shows."""
     return row.same_as is None and _AP in row.cells and row.cells[_AP].difference is not None
 
 
 def _draw(axes: matplotlib.axes.Axes, row: RowResult, reference: RowResult, at: int, seen: set[str]) -> None:
-    """Draw one comparison in the line `at`. The set `seen` keeps the names that the legend has already."""
+    """Draw one comparison in line `at`. `seen` holds the labels that are in the legend already; the function adds to it."""
 
     def once(label: str) -> str | None:
         first = label not in seen

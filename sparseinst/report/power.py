@@ -1,4 +1,4 @@
-"""Tell what the planned seeds can settle, before they are trained. Imports no torch."""
+"""Estimate before training which differences a number of seeds can settle. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from sparseinst.report.collect import TableResult
 from sparseinst.report.records import Column
 
 SIZES = (0.5, 1.0, 2.0)
-"""The differences in AP whose seeds are listed."""
+"""The differences in AP for which the table lists how many seeds they need."""
 MOST_SEEDS = 200
 _AP = Column("AP")
 
 
 @dataclass(frozen=True)
 class RowPower:
-    """What one comparison can settle."""
+    """The differences that one comparison can settle, and the seeds that they need."""
 
     table: str
     row: str
     detectable: float | None
     """The smallest difference that the planned seeds settle with 80 % power; None if the noise of seeds is unknown."""
     seeds_for: dict[str, int | None]
-    """The seeds of both rows that settle differences of `SIZES` and, under `paper`, the paper's own; None if no number does."""
+    """How many seeds each of the two rows needs to settle a difference of `SIZES` and, under `paper`, the paper's difference.
+    None if up to `MOST_SEEDS` do not settle it, or if something is unknown."""
     floor: float | None
-    """The smallest difference that any number of seeds settles, because of the validation images; None if it is unknown."""
+    """The smallest difference that can be settled with these validation images, however many seeds there are; None if it is
+    unknown."""
     hours: float | None
-    """The hours of the trainings that settle the paper's difference; None if that or the cost is unknown."""
+    """The hours of all runs of both rows that settle the paper's difference; None if the runs or their cost are unknown."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -48,12 +50,14 @@ class RowPower:
 
 
 def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours_per_seed: float | None) -> list[RowPower]:
-    """Return what each comparison of the tables can settle with a number of seeds of both rows.
+    """Return which differences each comparison of the tables can settle.
 
-    Single comparisons are assumed; the false discovery rate over a table's comparisons needs somewhat more seeds.
+    Each comparison is treated as the only one of its table. The false discovery rate over several comparisons needs somewhat more
+    seeds.
 
     Args:
         prior: the noise of AP over seeds; None if no row has several seeds yet.
+        seeds: the planned number of seeds of each row.
         hours_per_seed: the cost of a training with its evaluation.
     """
     differences = [row.cells[_AP].difference for result in results for row in result.rows if _AP in row.cells]
@@ -84,9 +88,9 @@ def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours
 
 
 def _variances(difference: Difference | None, prior: Prior | None) -> list[float]:
-    """Return the variances over seeds of both rows: their own where they are known, else the pooled one.
+    """Return the variances over seeds of both rows, or the pooled variance twice if they are unknown; nothing without a prior.
 
-    Two rows that evaluate the same trainings have one, that of their differences.
+    For two rows that evaluate the same trainings, the only entry is the variance of their differences.
     """
     if difference is not None and difference.rows:
         return [row.variance for row in difference.rows]
@@ -94,7 +98,7 @@ def _variances(difference: Difference | None, prior: Prior | None) -> list[float
 
 
 def _quantiles(degrees: float) -> float:
-    """Return the sum of the quantiles of the test and of its power."""
+    """Return the smallest difference in standard errors that a two-sided test settles with 80 % power."""
     noise = SeedNoise(1.0, degrees, 1)
     found = Difference(0.0, (noise,) if not math.isinf(degrees) else (), 1.0 if math.isinf(degrees) else None)
     return found.quantile(1 - FALSE_DISCOVERIES / 2) + found.quantile(POWER)
@@ -107,10 +111,10 @@ def _detectable(variances: Sequence[float], seeds: int, image_error: float | Non
 
 
 def _seeds_for(size: float | None, variances: Sequence[float], image_error: float | None, margin: float = 0.0) -> int | None:
-    """Return the seeds that settle a difference; None if no number up to 200 does, or if something is unknown.
+    """Return how many seeds of each row settle a difference; None if up to `MOST_SEEDS` do not, or if something is unknown.
 
     Args:
-        margin: a difference below it is asked for equivalence.
+        margin: a difference below the margin is tested for equivalence, and any other for its sign.
     """
     if size is None or not variances:
         return None
@@ -141,8 +145,9 @@ def show(found: Sequence[RowPower], seeds: int, unit: str) -> None:
     Console(width=max(Console().width, 110)).print(table)
     sizes = ", ".join(f"{size:g}" for size in SIZES)
     print("Detectable: the smallest difference in AP that these seeds settle.")
-    print(f"{sizes} AP and paper's: the seeds of both rows that settle such a difference. Hours: for the paper's.")
-    print("Floor: the smallest difference that any number of seeds settles with these validation images.")
+    print(f"{sizes} AP and paper's: how many seeds each of the two rows needs to settle such a difference.")
+    print("Hours: the cost of settling the paper's difference, for the runs of both rows.")
+    print("Floor: the smallest difference that can be settled with these validation images, however many seeds there are.")
     print(f"-: unknown, or not settled by any number of seeds up to {MOST_SEEDS}.")
     if any(line.detectable is None for line in found):
         print("The noise of seeds is unknown until one row of this profile has two seeds.")

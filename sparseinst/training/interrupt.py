@@ -15,8 +15,11 @@ _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.S
 class StopRequest:
     """Note SIGINT (Ctrl-C) and SIGTERM while the block runs, so that a training can save a checkpoint before it ends.
 
-    A second signal ends the process at once. Signals that somebody else handles, such as a scheduler's, stay as they are. Several
-    processes would have to stop after the same step, so a process group is ended at once, too; its last checkpoint counts.
+    The first signal only sets `requested`; a second signal ends the process at once. A signal that has another handler than
+    Python's default, such as a scheduler's, is left alone.
+
+    In a process group, all signals are left alone, because all processes would have to stop after the same step. A signal then
+    ends the process at once, and the training can continue from its last regular checkpoint.
     """
 
     def __init__(self) -> None:
@@ -43,5 +46,5 @@ class StopRequest:
         self._replaced = {}
 
     def stopped(self, done: int, total: int) -> SystemExit:
-        """Return the exit of a training that has saved a checkpoint after `done` steps. Its text is for the user."""
+        """Return the exception that ends a training after `done` steps and a checkpoint. The user sees its text."""
         return SystemExit(f"stopped after step {done} of {total} with a checkpoint; the same command continues there")

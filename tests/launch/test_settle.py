@@ -188,7 +188,7 @@ def test_the_command_runs_looks_and_a_budget_stops_it(capsys: pytest.CaptureFixt
     assert "of the budget are left: stopped" in capsys.readouterr().out
     assert run_cli(command) == 0
     printed = capsys.readouterr().out
-    assert "a look at table5: 11 runs" in printed
+    assert "for the next look at table5: 11 runs" in printed
     assert "table5: 1 of at most 5 looks" in printed
     assert "finished" in printed
     plan = make_plan(TABLES, read_profile("smoke"), Store(), seeds=range(1), device="cpu")
