@@ -28,7 +28,7 @@ BOUNDARIES = (5.653, 3.997, 3.264, 2.528, 1.999)
 """The boundary of each look for a difference in standard errors, for a table with one comparison: 1.999 / sqrt(seeds / 8).
 
 A Brownian motion crosses one of the five boundaries, on either side, with a probability of 5 % (Jennison and Turnbull, "Group
-Sequential Methods", 2000, chapters 2 and 19). We simulated 25 designs, with other looks, with boundaries between those of O'Brien
+Sequential Methods", 2000, chapters 2 and 19). We simulated about 20 designs, with other looks, with boundaries between those of O'Brien
 and Fleming and those of Pocock, and with other values of `LEAST_POWER`. For the same number of right verdicts, this design needs
 the fewest trainings."""
 PENALTIES = tuple(FALSE_DISCOVERIES / (2 * float(stats.norm.sf(boundary))) for boundary in BOUNDARIES)
@@ -65,7 +65,7 @@ class Decision:
             return f"settled: {self.verdict}"
         chance = f"a chance of {100 * self.power:.0f} % to be settled"
         return {
-            "futile": f"stopped: {chance}",
+            "futile": f"stopped: {chance}" if self.power else "stopped: it is not trained",
             "more seeds": f"more seeds: {chance}",
             "out of looks": "undecided after all looks",
         }[self.kind]

@@ -1,6 +1,6 @@
 """Simulate tables whose true differences are known, and count how often intervals and verdicts are right.
 
-`python -m tests.ablation.simulation 6000` prints the tables of docs/verdicts.md.
+`python -m tests.ablation.simulation 6000` prints, in more than an hour, the tables of docs/verdicts.md.
 """
 
 from __future__ import annotations
