@@ -54,6 +54,14 @@ def test_too_few_maps_give_a_warning_with_numbers(crowded: Path, tmp_path: Path,
     assert "2 of 4 training images have more than model.decoder.iam.num_maps=50 instances, up to 400; 360 of them" in caplog.text
 
 
+def test_a_number_of_maps_in_a_file_stays(crowded: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "own.yaml").write_text("model: {decoder: {iam: {num_maps: 60}}}")
+    file = ["--config", str(tmp_path / "own.yaml")]
+    command = ["train", "--data", str(crowded), "--output", str(tmp_path / "run"), *file, *options(), "--device", "cpu"]
+    assert run_cli(command) == 0
+    assert "more than model.decoder.iam.num_maps=60 instances" in caplog.text
+
+
 def test_fine_tuning_keeps_the_model_but_replaces_its_class_head(
     crowded: Path, shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

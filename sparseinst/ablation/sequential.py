@@ -25,12 +25,11 @@ LOOKS = (1, 2, 3, 5, 8)
 """The number of seeds of a row at each look."""
 MOST_REFERENCE_SEEDS = 12
 BOUNDARIES = (5.653, 3.997, 3.264, 2.528, 1.999)
-"""The boundary of each look for a difference in standard errors, for a table with one comparison: 1.999 / sqrt(seeds / 8).
-
-A Brownian motion crosses one of the five boundaries, on either side, with a probability of 5 % (Jennison and Turnbull, "Group
-Sequential Methods", 2000, chapters 2 and 19). We simulated about 20 designs, with other looks, with boundaries between those of O'Brien
-and Fleming and those of Pocock, and with other values of `LEAST_POWER`. For the same number of right verdicts, this design needs
-the fewest trainings."""
+"""The boundary of each look for a difference in standard errors, for a table with one comparison: 1.999 / sqrt(seeds / 8). A
+Brownian motion crosses one of the five boundaries, on either side, with a probability of 5 % (Jennison and Turnbull, "Group
+Sequential Methods", 2000, chapters 2 and 19). We simulated about 20 designs, with other looks, with boundaries between those of
+O'Brien and Fleming and those of Pocock, and with other values of `LEAST_POWER`. For the same number of right verdicts, this
+design needs the fewest trainings."""
 PENALTIES = tuple(FALSE_DISCOVERIES / (2 * float(stats.norm.sf(boundary))) for boundary in BOUNDARIES)
 """The factor that multiplies a row's p-values at each look, so that the boundary has a p-value of 5 %."""
 LEAST_POWER = 0.4

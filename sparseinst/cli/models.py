@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -40,7 +41,8 @@ def train(
     from_scratch: FromScratch = False,
 ) -> None:
     """Train one model on any COCO-format data, then evaluate it."""
-    from sparseinst.overrides import load_config, parse_override
+    from sparseinst.nested import flatten
+    from sparseinst.overrides import load_config, parse_override, read_layer
 
     overrides: dict[str, Any] = dict(map(parse_override, override))
     if data is not None:
@@ -49,7 +51,8 @@ def train(
         overrides = {**model_overrides(weights), "train.start": str(weights), **overrides}
     settings = load_config(config, preset=preset, model=model, overrides=overrides)
     if data is not None:
-        settings = settings.replace(_data_overrides(settings, overrides))
+        in_file = flatten(read_layer(config)) if config is not None else {}
+        settings = settings.replace(_data_overrides(settings, in_file.keys() | overrides.keys()))
     from sparseinst.device import pick_device
     from sparseinst.evaluation.evaluate import evaluate_run
     from sparseinst.paths import RunPaths
@@ -74,9 +77,11 @@ def _preflight(settings: Config, output: Path, device: torch.device) -> None:
         f"preflight passed in {found.seconds / 60:.1f} minutes: {STEPS} steps on {IMAGES} images lowered the loss from "
         f"{found.loss_before:.2f} to {found.loss_after:.2f}, and AP50 on them is {found.ap50:.1f}"
     )
-    hours = found.step_seconds * settings.train.iterations / 3600
+    images = settings.train.batch_size
+    hours = found.image_seconds * images * settings.train.iterations / 3600
     print(
-        f"a step took {found.step_seconds:.2f} s, so {settings.train.iterations} steps may take {hours:.1f} hours (an estimate)"
+        f"an image took {found.image_seconds:.2f} s, so {settings.train.iterations} steps of {images} images may take "
+        f"{hours:.1f} hours, without pretraining and evaluation (an estimate)"
     )
 
 
@@ -88,18 +93,22 @@ def model_overrides(weights: Path) -> dict[str, Any]:
     return flatten(load_weights(weights)[1].model.model_dump(mode="json"), "model.")
 
 
-def _data_overrides(settings: Config, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return overrides that fit the model to the data, where the user set none: the number of classes and enough maps."""
+def _data_overrides(settings: Config, given: Container[str]) -> dict[str, Any]:
+    """Return overrides that fit the model to the data: the number of classes and enough maps.
+
+    Args:
+        given: the settings that the user chose, in a file or by an override; they stay.
+    """
     from sparseinst.data.coco import train_split
 
     split = train_split(settings.data)
     found: dict[str, Any] = {}
-    if "model.num_classes" not in overrides or settings.train.start is not None:
+    if "model.num_classes" not in given or settings.train.start is not None:
         found["model.num_classes"] = len(split.categories)
         names = ", ".join(category.name for category in split.categories[:5])
         print(f"{len(split.categories)} classes: {names}{', ...' if len(split.categories) > 5 else ''}")
     most, maps = max(split.instances_per_image()), settings.model.decoder.iam.num_maps
-    if most > maps and "model.decoder.iam.num_maps" not in overrides:
+    if most > maps and "model.decoder.iam.num_maps" not in given:
         wanted = -(-most // 50) * 50
         found["model.decoder.iam.num_maps"] = wanted
         print(f"images hold up to {most} instances, so model.decoder.iam.num_maps is {wanted} instead of {maps}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import torch
 
 from sparseinst.config import Config
+from sparseinst.data.coco import train_split
 from sparseinst.errors import RunFailed
 from sparseinst.evaluation.evaluate import evaluate_run
+from sparseinst.files import atomic, make_folder
 from sparseinst.paths import RunPaths
 from sparseinst.training.train import train
 
@@ -34,15 +37,16 @@ class Preflight:
     ap50: float
     """On the images that it learned, in percent."""
     seconds: float
-    step_seconds: float
-    """The median time of a step."""
+    image_seconds: float
+    """The median time of a step, divided by its number of images."""
 
 
 def preflight(config: Config, output: Path, *, device: torch.device) -> Preflight:
-    """Train a model on the first eight training images, and evaluate it on the same images.
+    """Train a model on the first eight training images with instances, and evaluate it on the same images.
 
-    The model and the losses are the config's. There is no augmentation and no stage `pretrain`: a backbone that would start from
-    that stage starts from random weights, and its norms are trained.
+    The model and the losses are the config's, and so is the learning rate unless it is below `LEAST_RATE`. There is no
+    augmentation and no stage `pretrain`: a backbone that would start from that stage starts from random weights, and its
+    norms are trained.
 
     Args:
         output: the folder of this run.
@@ -52,7 +56,7 @@ def preflight(config: Config, output: Path, *, device: torch.device) -> Prefligh
         RunFailed: the model did not learn the images. The message says what was reached.
     """
     began = time.perf_counter()
-    small = _small(config)
+    small = _small(config, _eight_images(config, output))
     train(small, output, device=device, progress=True)
     result = evaluate_run(output, small, device=device)
     losses, seconds = _losses(output)
@@ -72,19 +76,33 @@ def preflight(config: Config, output: Path, *, device: torch.device) -> Prefligh
             f"preflight: {reached}, too little for images that it saw {times} times. Objects may be too small for the input "
             "(inference.short_side, model.decoder.mask_scale), or masks may be wrong (`data look`)"
         )
-    return Preflight(before, after, ap50, time.perf_counter() - began, sorted(seconds)[len(seconds) // 2])
+    return Preflight(before, after, ap50, time.perf_counter() - began, statistics.median(seconds) / small.train.batch_size)
 
 
-def _small(config: Config) -> Config:
-    """Return the config of the check."""
+def _eight_images(config: Config, output: Path) -> Path:
+    """Write an annotation file with the images of the check into the run's folder, and return its absolute path."""
+    split = train_split(config.data)
+    chosen = {image.id for image in split.with_instances().images[:IMAGES]}
+    data = json.loads(split.file.read_text(encoding="utf-8"))
+    data["images"] = [image for image in data["images"] if image["id"] in chosen]
+    data["annotations"] = [annotation for annotation in data["annotations"] if annotation["image_id"] in chosen]
+    file = make_folder(output) / "eight_images.json"
+    with atomic(file) as temporary:
+        temporary.write_text(json.dumps(data), encoding="utf-8")
+    return file.resolve()
+
+
+def _small(config: Config, annotations: Path) -> Config:
+    """Return the config of the check on the images of an annotation file."""
     data, backbone = config.data, config.model.backbone
     from_nothing = config.pretrain.enabled and config.train.start is None
     return config.replace(
         {
-            "data.train_limit": IMAGES,
-            "data.val_limit": IMAGES,
+            "data.train_annotations": str(annotations),
+            "data.train_limit": None,
             "data.val_images": data.train_images,
-            "data.val_annotations": data.train_annotations,
+            "data.val_annotations": str(annotations),
+            "data.val_limit": None,
             "data.short_sides": [config.inference.short_side],
             "data.flip": 0.0,
             "data.crop": 0.0,

@@ -23,7 +23,7 @@ def test_learnable_data_pass(tiny: Config, tmp_path: Path) -> None:
     found = preflight(tiny, tmp_path / "run", device=CPU)
     assert found.ap50 > module.LEAST_AP50
     assert found.loss_after < module.MOST_LEFT * found.loss_before
-    assert found.step_seconds > 0
+    assert found.image_seconds > 0
 
 
 def test_masks_of_other_images_fail(tiny: Config, tmp_path: Path) -> None:
