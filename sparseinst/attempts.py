@@ -214,9 +214,10 @@ class Attempt:
         except FileExistsError:
             raise Held(_held_message(paths, _read(paths, number))) from None
         finally:
-            temporary.unlink()
-        for folder in (paths.root, paths.checkpoints, paths.attempts):  # no other process writes to them now
+            temporary.unlink(missing_ok=True)
+        for folder in (paths.root, paths.checkpoints):  # no other process writes to them now
             remove_temporaries(folder)
+        remove_temporaries(paths.attempts, older_than=60)  # others may be trying to begin
         return cls(paths, number, about)
 
     @classmethod
