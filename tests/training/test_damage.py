@@ -1,6 +1,7 @@
 """Check that damaged files of a run are named, and cost no more than what they held."""
 
 import shutil
+import os
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,12 @@ def test_temporaries_of_killed_writers_are_removed(stopped: RunPaths, tiny: Conf
     left = [stopped.root / ".model.safetensors.0a.tmp", stopped.checkpoints / ".00000006.pt.0b.tmp", stopped.attempts / ".0c.tmp"]
     for path in left:
         path.write_text("half")
+    os.utime(left[-1], (0, 0))
+    fresh = stopped.attempts / ".0d.tmp"
+    fresh.write_text("half")
     run(tiny, stopped.root)
     assert not any(path.exists() for path in left)
+    assert fresh.exists(), "another process may be trying to begin"
 
 
 def test_an_emptied_config_is_called_empty(stopped: RunPaths, tiny: Config) -> None:
