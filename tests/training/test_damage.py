@@ -1,7 +1,7 @@
 """Check that damaged files of a run are named, and cost no more than what they held."""
 
-import shutil
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
