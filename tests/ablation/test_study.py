@@ -85,7 +85,8 @@ def test_every_row_fits_every_profile(table: str) -> None:
     spec = read_spec(table, EXPERIMENTS)
     for profile in PROFILES:
         for row in spec.rows:
-            row_config(spec, row, read_profile(profile, EXPERIMENTS))
+            config = row_config(spec, row, read_profile(profile, EXPERIMENTS))
+            assert Config.model_validate_json(config.to_json()) == config
 
 
 @pytest.mark.parametrize("number", range(1, 9))
