@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install mini lab notebooks test test-slurm attack lint clean
+.PHONY: install mini lab notebooks test test-quick test-slurm attack lint clean
 mini: $(INSTALLED)
 	$(BIN)/sparseinst run table5 --profile mini --jobs 2 --results runs/mini --pictures runs/pictures
 	$(BIN)/sparseinst report table5 --profile mini --results runs/mini --show
@@ -19,8 +19,15 @@ notebooks: $(INSTALLED)
 
 install: $(INSTALLED)
 
+# Each process tests with one thread; a process needs up to 2 GB.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	@echo "The tests take about ten minutes on two cores; make test-quick takes two."
+	$(PYTEST)
+
+# All tests but those over three seconds.
+test-quick: $(INSTALLED)
+	$(PYTEST) -m "not slow and not slurm"
 
 # Debian: apt-get install slurm-wlm munge
 test-slurm: $(INSTALLED)
@@ -42,5 +49,6 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), 'Python 3.11, 3.12 or 3.13 is needed; set PYTHON='"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .[dev]
+	@echo "Installing into $(VENV): 6.6 GB, most of it torch with its libraries for NVIDIA GPUs."
+	$(BIN)/python -m pip install --constraint constraints.txt --editable .[dev]
 	touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import re
@@ -43,11 +44,74 @@ def process_name(pid: int) -> str | None:
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use. On a cluster it can be smaller than the machine's."""
+    """Return the number of cores that this process may use: those of its affinity, or fewer if its container has a quota.
+
+    A quota of two and a half cores counts as two.
+    """
+    return max(1, min(_cores_of_affinity(), int(_cores_of_quota())))
+
+
+def _cores_of_affinity() -> int:
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # this function does not exist on every system
         return os.cpu_count() or 1
+
+
+def _cores_of_quota(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Return the processor time per second that Linux's control groups, version 1 or 2, grant this process; infinity without a limit.
+
+    A group is limited by its own quota and by those of the groups around it.
+
+    Source:
+        https://docs.kernel.org/admin-guide/cgroup-v2.html and https://docs.kernel.org/scheduler/sched-bwc.html
+    """
+    quota = math.inf
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:  # another system
+        return quota
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = cgroups / "cpu" if controllers else cgroups
+        # In a container, the path can be the host's and not exist here; the root then is the container's own group.
+        for folder in (root / group.strip("/"), *(root / group.strip("/")).parents):
+            if not folder.is_relative_to(root):
+                break
+            quota = min(quota, _quota_of_group(folder))
+    return quota
+
+
+def _quota_of_group(folder: Path) -> float:
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        granted, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+        return int(granted) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        granted, period = ((folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii") for name in ("quota", "period"))
+        return int(granted) / int(period) if int(granted) > 0 else math.inf
+    return math.inf
+
+
+def limit_threads() -> str | None:
+    """Give OpenMP at most as many threads as there are usable cores, before torch is loaded.
+
+    OpenMP respects the affinity itself, but not a container's quota. With more threads than cores, they wait for each other. A
+    number that the user has set stays.
+
+    Returns:
+        A line for the user if the number that is set exceeds the cores.
+    """
+    cores = usable_cores()
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if not chosen:
+        if cores < _cores_of_affinity():
+            os.environ["OMP_NUM_THREADS"] = str(cores)
+        return None
+    if chosen.isdigit() and int(chosen) > cores:
+        return f"OMP_NUM_THREADS={chosen}, but this process may use {cores} core{'s' * (cores > 1)}; more threads than cores are slow"
+    return None
 
 
 def wait_passively() -> None:

@@ -5,6 +5,9 @@ import os
 
 # Waiting threads that spin slow a shared machine down. torch reads this variable when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Under pytest-xdist, each worker and the processes that it starts use one thread. Set before torch is imported, too.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -54,8 +57,9 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _threads() -> None:
+    """Give every test the same number of threads, since the bits of a training depend on it."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

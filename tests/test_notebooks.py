@@ -1,7 +1,6 @@
 """Each notebook runs from top to bottom, on the committed records and the model `demo`, and gives the outputs that it holds."""
 
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,7 @@ def test_there_are_five_notebooks() -> None:
 def test_a_run_gives_the_committed_outputs(path: Path, project: Path) -> None:
     """Words are equal, and numbers are within 2 %. Pictures are only counted."""
     committed, notebook = nbformat.read(path, 4), nbformat.read(path, 4)
-    began = time.perf_counter()
     NotebookClient(notebook, timeout=MOST_SECONDS, resources={"metadata": {"path": str(project)}}).execute()
-    assert time.perf_counter() - began < MOST_SECONDS
     for before, after in zip(committed.cells, notebook.cells, strict=True):
         if before.cell_type != "code":
             continue

@@ -12,7 +12,7 @@ from sparseinst import __version__
 from sparseinst.cli import bench, cluster, data, look, models, settings, tables, weights
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.inference.memory import keep_freed_memory
-from sparseinst.machine import wait_passively
+from sparseinst.machine import limit_threads, wait_passively
 
 app = typer.Typer(
     name="sparseinst",
@@ -51,6 +51,8 @@ def options(
 def main() -> None:
     """Run the command line and exit: code 0 for success, 1 for a failed or interrupted run, 2 for bad input."""
     wait_passively()
+    if warning := limit_threads():
+        print(f"warning: {warning}", file=sys.stderr)
     keep_freed_memory()  # safe here, because the process runs nothing else
     sys.exit(run_cli(sys.argv[1:]))
 

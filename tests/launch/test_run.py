@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +40,10 @@ def smoke(store: Store, *tables: str, row: str | None = None) -> Plan:
 def test_every_row_of_every_table_builds_trains_and_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
     """The test runs the whole study at smoke scale. A second call does nothing, and the report has a value in every cell."""
     assert run_cli(["run", "all", "--profile", "smoke", "--device", "cpu"]) == 0
-    began = time.perf_counter()
-    assert run_cli(["run", "all", "--profile", "smoke", "--device", "cpu"]) == 0
-    assert time.perf_counter() - began < 3
     plan = smoke(Store(), "all")
+    capsys.readouterr()
+    assert run_cli(["run", "all", "--profile", "smoke", "--device", "cpu"]) == 0
+    assert f"{len(plan.runs)} runs done, {len(plan.runs)} of them before this command" in capsys.readouterr().out
     assert not plan.to_do()
     records = [Store().load(key) for key in plan.runs]
     for record in records:

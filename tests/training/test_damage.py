@@ -19,13 +19,13 @@ from sparseinst.paths import RunPaths
 from sparseinst.report.curves import read_metrics
 from sparseinst.training.checkpoint import newest_checkpoint
 from sparseinst.training.train import train
-from tests.conftest import CPU, TINY, run
+from tests.conftest import CPU, THREADS, TINY, run
 
 
 @pytest.fixture(scope="module")
 def trained(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train with the number of threads that the tests use, since the bits depend on it."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     output = tmp_path_factory.mktemp("trained")
     run(load_config(overrides={**TINY, "data.root": str(shapes_root)}), output)
     return output

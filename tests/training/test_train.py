@@ -30,7 +30,7 @@ from sparseinst.paths import RunPaths
 from sparseinst.training.checkpoint import newest_checkpoint, write_state
 from sparseinst.training.schedule import learning_rate_factor, parameter_groups
 from sparseinst.training.step import Step, recomputed
-from tests.conftest import CPU, run
+from tests.conftest import CPU, THREADS, run
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -289,7 +289,7 @@ import sys, torch
 from pathlib import Path
 from sparseinst.training.train import train
 from sparseinst.overrides import load_config
-torch.set_num_threads(2)
+torch.set_num_threads(int(sys.argv[3]))
 train(load_config(sys.argv[1]), Path(sys.argv[2]), device=torch.device("cpu"), progress=False)
 """
 
@@ -301,7 +301,7 @@ def test_five_random_kills_do_not_change_the_weights(tiny: Config, tmp_path: Pat
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     paths = RunPaths(tmp_path / "killed")
     rng, kills, resumed_at = random.Random(0), 0, []
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "config.yaml"), str(tmp_path / "killed")]
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "config.yaml"), str(tmp_path / "killed"), str(THREADS)]
     while kills < 5:
         with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
             newest = lambda: max((int(p.stem) for p in paths.checkpoints.glob("*.pt")), default=0)  # noqa: E731
