@@ -48,7 +48,7 @@ def usable_cores() -> int:
 
     A quota of two and a half cores counts as two.
     """
-    return max(1, min(_cores_of_affinity(), int(_cores_of_quota())))
+    return max(1, int(min(_cores_of_affinity(), _cores_of_quota())))
 
 
 def _cores_of_affinity() -> int:
@@ -59,9 +59,9 @@ def _cores_of_affinity() -> int:
 
 
 def _cores_of_quota(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """Return the processor time per second that Linux's control groups, version 1 or 2, grant this process; infinity without a limit.
+    """Return how many cores the quotas of Linux's control groups, version 1 or 2, grant this process; infinity without a quota.
 
-    A group is limited by its own quota and by those of the groups around it.
+    A group has to keep its own quota and those of the groups around it.
 
     Source:
         https://docs.kernel.org/admin-guide/cgroup-v2.html and https://docs.kernel.org/scheduler/sched-bwc.html
@@ -110,7 +110,7 @@ def limit_threads() -> str | None:
             os.environ["OMP_NUM_THREADS"] = str(cores)
         return None
     if chosen.isdigit() and int(chosen) > cores:
-        return f"OMP_NUM_THREADS={chosen}, but this process may use {cores} core{'s' * (cores > 1)}; more threads than cores are slow"
+        return f"OMP_NUM_THREADS={chosen}, but this process may use {cores} core{'s' * (cores > 1)}; more threads are slow"
     return None
 
 

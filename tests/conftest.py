@@ -6,8 +6,7 @@ import os
 # Waiting threads that spin slow a shared machine down. torch reads this variable when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Under pytest-xdist, each worker and the processes that it starts use one thread. Set before torch is imported, too.
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-os.environ["OMP_NUM_THREADS"] = str(THREADS)
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -30,6 +29,7 @@ from sparseinst.section import Section
 from sparseinst.training.train import train
 
 REAL_COCO = Path(os.environ.get("SPARSEINST_COCO", Path(__file__).parents[2] / "shared" / "data" / "coco-subset"))
+THREADS = int(os.environ["OMP_NUM_THREADS"])
 needs_coco = pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no COCO photos in {REAL_COCO} (set SPARSEINST_COCO)")
 
 TINY: dict[str, Any] = {
