@@ -66,7 +66,7 @@ def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    """Resize the sample to (height, width), three times as fast as `resize_image`; some values differ by one or two grey levels."""
+    """Resize the sample to (height, width), three times as fast as `resize_image`; a few values differ by up to two levels."""
     import torch
     from torch.nn import functional as F
 
