@@ -243,7 +243,7 @@ def test_run_a_table(
     assert "paper's" in out
     assert "-8.1" in out
     assert run_cli(command) == 0
-    assert "3 runs done, 3 of them before this command" in capsys.readouterr().out
+    assert "4 runs done, 4 of them before this command" in capsys.readouterr().out
 
 
 def processor_seconds(command: list[str]) -> float:
