@@ -219,6 +219,7 @@ def test_failed_run_exits_with_1(tmp_path: Path, shapes_root: Path, capsys: pyte
     assert capsys.readouterr().err.startswith("error: training diverged")
 
 
+@pytest.mark.slow
 def test_run_a_table(
     tmp_path: Path, shapes_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,7 @@ def _counting_process(rank: int, store: str, results: Any) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_counts_are_averaged_over_processes(tmp_path: Path) -> None:
     with multiprocessing.Manager() as manager:
         results = manager.dict()

@@ -49,6 +49,7 @@ def pretrain_part(rank: int, count: int, address: str, config: str, output: Path
         pretrain(Config.model_validate_json(config), output, device=CPU, progress=False, attempt=attempt)
 
 
+@pytest.mark.slow
 def test_pretraining_does_not_depend_on_the_number_of_processes(tiny: Config, tmp_path: Path) -> None:
     """Norms use the images of all processes, and losses are means over the cells of all processes."""
     settings = {"enabled": True, "iterations": 3, "batch_size": 4, "warmup_iterations": 1, "log_every": 1}
@@ -102,6 +103,7 @@ def assert_close(ours: RunPaths, theirs: RunPaths) -> None:
     assert errors[-1] < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_global_reduction_does_not_depend_on_the_layout(tiny: Config, tmp_path: Path, processes: int) -> None:
     """The norms are trainable, and their statistics come from the whole batch."""
@@ -118,6 +120,7 @@ def test_global_reduction_does_not_depend_on_the_layout(tiny: Config, tmp_path: 
     assert last["outcome"] == "done"
 
 
+@pytest.mark.slow
 def test_per_process_reduction_depends_on_the_layout(tiny: Config, tmp_path: Path) -> None:
     """This shows that the test above can fail."""
     config = tiny.replace({"train.checkpoint_every": 1, "train.keep_checkpoints": 9})
@@ -127,6 +130,7 @@ def test_per_process_reduction_depends_on_the_layout(tiny: Config, tmp_path: Pat
         assert_close(RunPaths(tmp_path / "one"), RunPaths(tmp_path / "several"))
 
 
+@pytest.mark.slow
 def test_two_parts_in_one_process_equal_two_processes(tiny: Config, tmp_path: Path) -> None:
     """Losses are means over a part, so one process with two parts gives the gradients of two processes."""
     config = tiny.replace({"train.checkpoint_every": 1, "train.keep_checkpoints": 9})
@@ -135,6 +139,7 @@ def test_two_parts_in_one_process_equal_two_processes(tiny: Config, tmp_path: Pa
     assert_close(RunPaths(tmp_path / "one"), RunPaths(tmp_path / "several"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_identical(tiny: Config, tmp_path: Path) -> None:
     config = tiny.replace({"loss.reduction": "global", "train.keep_checkpoints": 9, "train.clip_norm": 1.0})
     whole = trained(config, tmp_path / "run", 4)
@@ -146,6 +151,7 @@ def test_a_resumed_run_is_bit_identical(tiny: Config, tmp_path: Path) -> None:
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
+@pytest.mark.slow
 def test_evaluation_counts_every_image_once(tiny: Config, tmp_path: Path) -> None:
     """6 images on 4 processes give the same predictions in the same order, and the same metrics on every rank."""
     config = tiny.replace({"inference.score_threshold": 0.0})

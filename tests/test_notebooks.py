@@ -30,6 +30,7 @@ def test_there_are_five_notebooks() -> None:
     assert {path.stem for path in NOTEBOOKS} == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_run_gives_the_committed_outputs(path: Path, project: Path) -> None:
     """Words are equal, and numbers are within 2 %. Pictures are only counted."""

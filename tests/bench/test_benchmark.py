@@ -95,6 +95,7 @@ def test_sides_run_alternately() -> None:
         compare(slow, ScriptedSide("other", [1.0], calls))
 
 
+@pytest.mark.slow
 def test_the_comparison_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command = [
         "bench",
@@ -120,6 +121,7 @@ def test_the_comparison_command(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_the_bench_command(capsys: pytest.CaptureFixture[str]) -> None:
     command = [
@@ -178,6 +180,7 @@ def test_photos_at_their_own_sizes(tiny: Config, tmp_path: Path) -> None:
     assert (found.size, found.repetitions) == (None, 6), "each photo is timed twice, for the drift"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_bench_of_weights_on_photos(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A trained model is timed at its own size, on photos, in two modes, against the roofline, and in a comparison."""

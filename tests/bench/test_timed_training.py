@@ -25,6 +25,7 @@ def one_size(tiny: Config) -> Config:
     return tiny.replace({"train.batch_size": 2, "data.short_sides": [64], "data.long_side": 96})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", TRAINING_MODES)
 def test_a_step_and_its_phases(tiny: Config, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_ = torch.compile  # the test skips code generation, which takes a minute
@@ -75,6 +76,7 @@ def test_data_with_other_classes(tiny: Config) -> None:
         training_workload(other, device=CPU, split=split, model=build_model(other.model, load_pretrained=False))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_the_bench_train_command(trained: Path, tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "--train", "--model", str(trained), "--batch", "2", "--repetitions", "3", "--warmup", "1"]

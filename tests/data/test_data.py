@@ -353,6 +353,7 @@ def test_dark_16_bit_images_are_read_alike_and_reported(tmp_path: Path) -> None:
     assert "brighter than 12 of 255; if 16-bit files hold 12-bit values" in "".join(reports["train"].problems)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "data speed"])
 def test_an_unreadable_image_ends_the_process_with_a_one_line_error(command: str, tmp_path: Path) -> None:
     """A worker reads the image: the process must neither hang nor print torch's traceback."""

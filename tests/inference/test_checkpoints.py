@@ -102,6 +102,7 @@ def test_commands_take_an_unfinished_run(tiny: Config, tmp_path: Path, monkeypat
     assert run_cli(["maps", *run, "--output", str(tmp_path / "m"), "--device", "cpu", "--limit", "1"]) == 0
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_over_a_stop(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:

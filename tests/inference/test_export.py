@@ -44,6 +44,7 @@ def image(size: tuple[int, int]) -> torch.Tensor:
     return 255 * torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(sum(size)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_onnx_equals_pytorch(kind: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -89,6 +90,7 @@ def test_pooling_by_matrices_equals_adaptive_pooling(bins: int, size: tuple[int,
     torch.testing.assert_close(MatrixPool(bins)(x), torch.nn.functional.adaptive_avg_pool2d(x, bins))
 
 
+@pytest.mark.slow
 def test_torch_export_supports_any_size_and_deformable_convolutions(tmp_path: Path) -> None:
     model, config = build_random_model(**{"model.decoder.deformable": True})
     export_model(model, config.inference, tmp_path / "model.pt2", form="torch")
@@ -103,6 +105,7 @@ def test_torch_export_supports_any_size_and_deformable_convolutions(tmp_path: Pa
         assert (masks != expected[2]).float().mean() < 1e-4
 
 
+@pytest.mark.slow
 def test_half_precision_gives_a_smaller_file_and_close_results(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model, config = build_random_model(**{"model.backbone.name": "resnet10t"})  # larger than the graph around it

@@ -200,6 +200,7 @@ def test_jobs_on_one_machine_share_a_pretraining() -> None:
     assert [[run.key for run in element.runs] for element in array.elements] == [[start]]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit's debugger leaves its logs open
 def test_debug_and_local_give_the_same_results_as_run(capsys: pytest.CaptureFixture[str]) -> None:
     """`run`, the debugger and a local process give the same metrics, from the code as it was when it was sent."""

@@ -37,6 +37,7 @@ def smoke(store: Store, *tables: str, row: str | None = None) -> Plan:
     return make_plan(read_tables(tables, EXPERIMENTS), read_profile("smoke", EXPERIMENTS), store, row=row, device="cpu")
 
 
+@pytest.mark.slow
 def test_every_row_of_every_table_builds_trains_and_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
     """The test runs the whole study at smoke scale. A second call does nothing, and the report has a value in every cell."""
     assert run_cli(["run", "all", "--profile", "smoke", "--device", "cpu"]) == 0
@@ -71,6 +72,7 @@ def test_every_row_of_every_table_builds_trains_and_is_evaluated(capsys: pytest.
     assert f"{len(plan.runs)} done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work() -> None:
     """Both processes succeed, and each stage is begun once."""
     command = [sys.executable, "-m", "sparseinst", "run", "table5", "--profile", "smoke", "--device", "cpu"]
@@ -81,6 +83,7 @@ def test_two_processes_share_the_work() -> None:
     assert sorted(begun) == sorted(smoke(Store(), "table5").runs)
 
 
+@pytest.mark.slow
 def test_jobs_run_in_separate_processes(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["run", "table5", "--profile", "smoke", "--row", "dice", "--jobs", "2", "--device", "cpu"]
     assert run_cli(command) == 0

@@ -181,6 +181,7 @@ def test_a_table_without_a_reference_row_is_refused(tmp_path: Path, capsys: pyte
     assert "allows no --seeds" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_runs_looks_and_a_budget_stops_it(capsys: pytest.CaptureFixture[str]) -> None:
     """At smoke scale nothing is trained, so every row stops after one look."""
     command = ["run", "table5", "--profile", "smoke", "--until-settled", "--jobs", "2", "--device", "cpu"]

@@ -181,6 +181,7 @@ def test_figures_are_the_same_bytes_each_time(store: Store, tmp_path: Path) -> N
         assert (tmp_path / "a" / "figures" / name).read_bytes() == (tmp_path / "b" / "figures" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_crowded_plot_is_the_same_each_time(tmp_path: Path) -> None:
     """The plot moves overlapping names apart in a fixed number of steps."""
     [table] = read_tables(["figure1"], EXPERIMENTS)

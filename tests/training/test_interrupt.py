@@ -20,6 +20,7 @@ def command(root: Path, run: Path) -> list[str]:
     return [sys.executable, "-m", "sparseinst", "train", "--data", str(root), "--output", str(run), "--device", "cpu", *settings]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint_and_the_run_continues_to_the_same_bits(
     number: signal.Signals, shapes_root: Path, tmp_path: Path

@@ -19,6 +19,7 @@ def _fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEAST_RATE", 3e-3)
 
 
+@pytest.mark.slow
 def test_learnable_data_pass(tiny: Config, tmp_path: Path) -> None:
     found = preflight(tiny, tmp_path / "run", device=CPU)
     assert found.ap50 > module.LEAST_AP50
@@ -26,6 +27,7 @@ def test_learnable_data_pass(tiny: Config, tmp_path: Path) -> None:
     assert found.image_seconds > 0
 
 
+@pytest.mark.slow
 def test_masks_of_other_images_fail(tiny: Config, tmp_path: Path) -> None:
     """The masks are moved between images and categories, as by a wrong conversion: nothing in an image tells where they are."""
     root = tmp_path / "data"

@@ -265,6 +265,7 @@ def test_recomputed_activations_are_not_kept_in_memory(tiny: Config, tmp_path: P
     assert kept["few"] < 0.2 * kept["all"]
 
 
+@pytest.mark.slow
 def test_compiled_training_gives_the_same_weights(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the compiler's front end runs, because it could change the result; the code generators take a minute."""
     compiled = []

@@ -266,6 +266,7 @@ def killed_at_step_4(when: int) -> Any:
     return killed
 
 
+@pytest.mark.slow
 def test_curves_survive_a_stop_and_are_drawn(
     tiny: Config,
     tmp_path: Path,
