@@ -57,6 +57,9 @@ class BackboneConfig(Section):
     """The ResNet stages whose 3x3 convolutions become deformable; the paper's DCN models use (4, 5)."""
     deformable_version: Literal[1, 2] = 1
     """1: deformable convolutions without modulation, as in the paper; 2: with modulation."""
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0), Neutral(0.0), Only("train")] = 0.0
+    """The probability with which training skips the last residual block (stochastic depth). It rises linearly from 0 at the first
+    block. The PVTv2 models use 0.1."""
 
 
 class EncoderConfig(Section):
@@ -494,19 +497,30 @@ PRESETS: dict[str, dict[str, Any]] = {
 """`paper` is for Tables 2 to 8; `release` is for Table 1 and the released checkpoints."""
 
 _GIAM = {"model.decoder.iam.groups": 4}
+_SOFTMAX = {"model.decoder.iam.activation": "softmax"}
 _DCN = {"model.backbone.deformable_stages": [4, 5]}
+_TRAINED_NORMS = {"model.backbone.frozen_norm": False}
+_DROP_PATH = {"model.backbone.drop_path": 0.1}
 MODELS: dict[str, dict[str, Any]] = {
     "r50-iam": {},
     "r50-giam": _GIAM,
-    "r50-giam-softmax": {**_GIAM, "model.decoder.iam.activation": "softmax"},
+    "r50-giam-softmax": {**_GIAM, **_SOFTMAX},
     "r50-dcn-giam": {**_GIAM, **_DCN},
     "r50d-giam": {**_GIAM, "model.backbone.name": "resnet50d.ra2_in1k"},
     "r50d-dcn-giam": {**_GIAM, **_DCN, "model.backbone.name": "resnet50d.ra2_in1k"},
     "r101-giam": {**_GIAM, "model.backbone.name": "resnet101.tv_in1k"},
     "r101-dcn-giam": {**_GIAM, **_DCN, "model.backbone.name": "resnet101.tv_in1k"},
-    "cspdarknet53-giam": {**_GIAM, "model.backbone.name": "cspdarknet53.ra_in1k"},
-    "darknet53-giam": {**_GIAM, "model.backbone.name": "darknet53.c2ns_in1k"},
-    "pvtv2-b1-giam": {**_GIAM, "model.backbone.name": "pvt_v2_b1.in1k"},
-    "pvtv2-b2-li-giam": {**_GIAM, "model.backbone.name": "pvt_v2_b2_li.in1k"},
+    "cspdarknet53-giam": {**_GIAM, **_TRAINED_NORMS, "model.backbone.name": "cspdarknet53.ra_in1k"},
+    "cspdarknet53-giam-softmax": {**_GIAM, **_SOFTMAX, **_TRAINED_NORMS, "model.backbone.name": "cspdarknet53.ra_in1k"},
+    "darknet53-giam": {
+        **_GIAM,
+        **_TRAINED_NORMS,
+        "model.backbone.name": "darknet53.c2ns_in1k",
+        "model.backbone.pretrained": False,
+    },
+    "pvtv2-b1-giam": {**_GIAM, **_DROP_PATH, "model.backbone.name": "pvt_v2_b1.in1k"},
+    "pvtv2-b2-li-giam": {**_GIAM, **_DROP_PATH, "model.backbone.name": "pvt_v2_b2_li.in1k"},
 }
-"""The overrides of each released model, by its name."""
+"""The overrides of each released model, by its name. `cspdarknet53-giam` has sigmoid maps; the released one has softmax maps.
+
+As in the reference, DarkNet53 starts from random weights."""

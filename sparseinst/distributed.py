@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, distributed, nn
 
 from sparseinst.criterion import Counts
@@ -109,8 +110,8 @@ def gather(value: T) -> list[T]:
 def share_norms(model: nn.Module) -> None:
     """Make every trainable BatchNorm of a model compute its statistics over all processes' images."""
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SharedBatchNorm2d
+        if type(module) in _SHARED:
+            module.__class__ = _SHARED[type(module)]
 
 
 class _Sum(torch.autograd.Function):
@@ -157,3 +158,17 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+
+
+class SharedBatchNormAct2d(SharedBatchNorm2d, BatchNormAct2d):
+    """timm's BatchNorm with an activation, over all processes' batches."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = super().forward(input)
+        if not self.training or world_size() == 1:
+            return x  # timm's forward has applied the activation
+        activated: Tensor = self.act(self.drop(x))
+        return activated
+
+
+_SHARED: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: SharedBatchNorm2d, BatchNormAct2d: SharedBatchNormAct2d}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.layers.norm_act import BatchNormAct2d
 from torch import multiprocessing
 
 from sparseinst import distributed
@@ -70,6 +71,32 @@ def evaluate_part(rank: int, count: int, address: str, weights: Path, output: Pa
         split = val_split(config.data)
         found = evaluate(model, split, config, device=CPU, predictions=output / "predictions.json", progress=False)
     (output / f"{rank}.json").write_text(json.dumps(asdict(found)))
+
+
+def shared_norms() -> torch.nn.Module:
+    norms = torch.nn.Sequential(torch.nn.BatchNorm2d(3), BatchNormAct2d(3))
+    distributed.share_norms(norms)
+    return norms.train()
+
+
+def normalise_part(rank: int, count: int, address: str, images: torch.Tensor, output: Path) -> None:
+    norms = shared_norms()
+    with distributed.group(address, rank, count, timeout_seconds=60):
+        features = norms(images.chunk(count)[rank])
+    torch.save({"features": features, "state": norms.state_dict()}, output / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_norms_with_an_activation_use_the_images_of_all_processes(tmp_path: Path) -> None:
+    """DarkNet's norms are timm's, which also apply the activation."""
+    images = torch.randn(4, 3, 5, 6)
+    in_processes(2, normalise_part, images, tmp_path)
+    norms = shared_norms()
+    whole = norms(images)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close(torch.cat([part["features"] for part in parts]), whole)
+    for part in parts:
+        torch.testing.assert_close(part["state"], dict(norms.state_dict()))
 
 
 def trained(config: Config, output: Path, processes: int) -> dict[str, torch.Tensor]:

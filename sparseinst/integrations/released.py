@@ -61,9 +61,11 @@ _PVT: _Names = (
     *((f"norm{stage + 1}.", f"stages_{stage}.norm.") for stage in range(4)),
     (".dwconv.dwconv.", ".dwconv."),
 )
-_SOFTMAX_BIAS = "decoder.inst_branch.softmax_bias"
+SOFTMAX_BIAS = "decoder.inst_branch.softmax_bias"
 """A scalar that is added before a softmax over positions. It changes nothing, but it shows that there is a softmax."""
-_WITHOUT_EFFECT = re.compile(rf"^{re.escape(_SOFTMAX_BIAS)}$|\.num_batches_tracked$|^pixel_(mean|std)$")
+COUNTER = ".num_batches_tracked"
+"""The end of the name of a BatchNorm's counter of batches. It has no effect; frozen norms have none."""
+_WITHOUT_EFFECT = re.compile(rf"^{re.escape(SOFTMAX_BIAS)}$|^pixel_(mean|std)$")
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,27 @@ def import_released(path: Path) -> Imported:
         )
     _check_normalisation(theirs, path)
     backbone = _recognise_backbone({_without_wrapper(key): theirs[key] for key in theirs if key.startswith("backbone.")}, path)
-    renamed = to_our_names(theirs)
+    settings = {f"model.backbone.{name}": value for name, value in training_settings(backbone["model.backbone.name"]).items()}
+    trained_norms = settings.get("model.backbone.frozen_norm") is False
+    renamed = {key: ours for key, ours in to_our_names(theirs).items() if trained_norms or not ours.endswith(COUNTER)}
     state = {ours: theirs[key] for key, ours in renamed.items()}
-    settings = PRESETS["release"] | backbone | _settings(state, softmax=_SOFTMAX_BIAS in theirs, path=path)
+    settings |= PRESETS["release"] | backbone | _settings(state, softmax=SOFTMAX_BIAS in theirs, path=path)
     config = Config().replace({**settings, "model.backbone.pretrained": False})
+    if trained_norms:
+        norms = [name.removesuffix(".running_mean") for name in state if name.endswith(".running_mean")]
+        state = {f"{norm}{COUNTER}": torch.tensor(0) for norm in norms} | state
     _check_fit(state, config, {ours: key for key, ours in renamed.items()}, path)
-    dropped = sorted(key for key in theirs if _WITHOUT_EFFECT.search(key))
+    dropped = sorted(theirs.keys() - renamed.keys())
     return Imported(state, config, _categories(config.model.num_classes), _name_of(config), renamed, dropped)
+
+
+def training_settings(backbone: str) -> dict[str, Any]:
+    """Return the settings below `model.backbone` that the tensors of a released model do not show: how it is trained."""
+    names = ("frozen_norm", "drop_path")
+    for settings in MODELS.values():
+        if settings.get("model.backbone.name") == backbone:
+            return {name: settings[key] for name in names if (key := f"model.backbone.{name}") in settings}
+    return {}
 
 
 def import_backbone(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -156,7 +172,7 @@ def import_backbone(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             f"{path} has none of detectron2's names of a ResNet (stem.conv1.weight, ...); Caffe2's weights are no substitute, "
             "because they expect other pixels"
         )
-    dropped = sorted(key for key in theirs if key.startswith(("fc.", "linear.")) or _WITHOUT_EFFECT.search(key))
+    dropped = sorted(key for key in theirs if key.startswith(("fc.", "linear.")) or key.endswith(COUNTER))
     return {_rename(key, _DETECTRON2): tensor for key, tensor in theirs.items() if key not in dropped}, dropped
 
 

@@ -38,7 +38,7 @@ class Backbone(nn.Module):
         super().__init__()
         with torch.device("meta"):
             levels = _level_indices(config.name)
-        body: Any = timm.create_model(config.name, features_only=True, out_indices=levels)
+        body = _feature_model(config, levels)
         self.channels: list[int] = body.feature_info.channels()
         self.channels_last = getattr(getattr(body, "output_fmt", None), "value", "NCHW") == "NHWC"
         if load_pretrained and (config.pretrained or config.weights is not None):
@@ -69,6 +69,17 @@ def _level_indices(name: str) -> tuple[int, ...]:
     if missing:
         raise UserError(f"model.backbone.name: {name!r} has features at strides {list(reductions)}, but 8, 16 and 32 are needed")
     return tuple(reductions.index(stride) for stride in STRIDES)
+
+
+def _feature_model(config: BackboneConfig, levels: tuple[int, ...]) -> Any:
+    """Return timm's feature model with random weights."""
+    drop_path: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    try:
+        return timm.create_model(config.name, features_only=True, out_indices=levels, **drop_path)
+    except TypeError:
+        if not drop_path:
+            raise
+        raise UserError(f"model.backbone.drop_path: {config.name} has no stochastic depth; set it to 0") from None
 
 
 def _load(body: nn.Module, config: BackboneConfig) -> None:
@@ -173,12 +184,10 @@ def _make_deformable(stage: nn.Module, version: int) -> None:
 
 
 def _freeze_stem_and_stages(body: nn.Module, config: BackboneConfig) -> None:
-    """Freeze the stem and the stages from res2 to `freeze_at`; `freeze_at=1` freezes the stem only."""
-    stages = [_stage(body, config.name, stage) for stage in range(2, config.freeze_at + 1)]
-    first = _stage(body, config.name, 2)
-    later = {id(p) for number in range(2, 6) for p in getattr(body, f"layer{number - 1}", first).parameters()}
-    for parameter in body.parameters():
-        if id(parameter) not in later:
-            parameter.requires_grad_(False)
-    for stage in stages:
-        stage.requires_grad_(False)
+    """Freeze the stem and the stages from res2 to `freeze_at`, with their norms; `freeze_at=1` freezes the stem only."""
+    _stage(body, config.name, 2)  # refuses what is no ResNet
+    trained = {f"layer{stage - 1}" for stage in range(config.freeze_at + 1, 6) if stage > 1}
+    for name, part in list(body.named_children()):
+        if name not in trained:
+            part.requires_grad_(False)
+            body.add_module(name, freeze_batch_norm_2d(part))

@@ -193,7 +193,9 @@ class _Pretraining:
         check_categories(self.val, self.split.categories, f"{self.split.file}")
         torch.manual_seed(settings.seed)
         # Deformable stages later start from plain weights, as they do with ImageNet weights.
-        plain = config.model.backbone.model_copy(update={"frozen_norm": False, "freeze_at": 0, "deformable_stages": ()})
+        plain = config.model.backbone.model_copy(
+            update={"frozen_norm": False, "freeze_at": 0, "deformable_stages": (), "drop_path": 0.0}
+        )
         model = DenseModel(Backbone(plain), len(self.split.categories))
         self.model = model.to(device).to(memory_format=torch.channels_last).train()
         share_norms(self.model)

@@ -175,6 +175,29 @@ def test_frozen_norms_are_buffers_and_freeze_at_freezes_stages() -> None:
     assert "body.layer1.0.bn1.running_mean" in dict(model.backbone.named_buffers())
 
 
+def test_freeze_at_freezes_the_norms_of_its_stages() -> None:
+    overrides = {"model.backbone.name": "resnet18", "model.backbone.frozen_norm": False, "model.backbone.freeze_at": 2}
+    body = build_model(tiny_config(overrides).model).train().backbone.body
+    before = {name: buffer.clone() for name, buffer in body.named_buffers()}
+    body(torch.randn(2, 3, 64, 64))
+    changed = {name.split(".")[0] for name, buffer in body.named_buffers() if not torch.equal(buffer, before[name])}
+    assert changed == {"layer2", "layer3", "layer4"}
+    assert {name.split(".")[0] for name, p in body.named_parameters() if p.requires_grad} == changed
+
+
+def test_drop_path_skips_blocks_in_training() -> None:
+    config = tiny_config(
+        {"model.backbone.name": "pvt_v2_b0", "model.backbone.drop_path": 0.3, "model.backbone.frozen_norm": False}
+    )
+    torch.manual_seed(0)
+    backbone = build_model(config.model).backbone
+    same = torch.randn(1, 3, 32, 32).expand(16, -1, -1, -1)
+    assert backbone.train()(same)[2].std(dim=0).max() > 1e-2
+    assert backbone.eval()(same)[2].std(dim=0).max() < 1e-4
+    with pytest.raises(UserError, match="vgg11 has no stochastic depth"):
+        build_model(tiny_config({"model.backbone.name": "vgg11", "model.backbone.drop_path": 0.1}).model)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
