@@ -127,6 +127,11 @@ def _detectron2(config: str, device: torch.device, sides: tuple[int, int], weigh
         from detectron2.data import MetadataCatalog
         from detectron2.modeling import build_model
     except ImportError as error:
+        if error.name == "pkg_resources":  # detectron2's model zoo imports it
+            raise UserError(
+                f"{DETECTRON2}{config}: detectron2's model zoo needs pkg_resources, which newer versions of setuptools lack: "
+                "pip install 'setuptools<81'"
+            ) from None
         raise UserError(f"{DETECTRON2}{config} needs detectron2 ({error}); see 'In detectron2' in docs/weights.md") from None
 
     cfg = get_cfg()
