@@ -38,7 +38,7 @@ ALLOWED = {
     | {"attempts", "progress", "models", "data", "criterion", "device", "distributed", "evaluation", "inference"},
     "visualize": BASE | {"progress", "data", "postprocess", "evaluation", "inference"},
     "bench": BASE | {"models", "data", "paste", "postprocess", "device", "inference", "training", "integrations"},
-    "integrations": BASE | {"progress", "models", "data", "criterion", "postprocess", "evaluation", "training"},
+    "integrations": BASE | {"progress", "models", "data", "criterion", "distributed", "postprocess", "evaluation", "training"},
     "ablation": BASE | {"data"},
     "launch": BASE
     | {"attempts", "data", "device", "distributed", "inference", "evaluation", "training", "visualize", "bench", "ablation"}
