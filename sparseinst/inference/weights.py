@@ -111,14 +111,15 @@ def start_from(model: SparseInst, path: Path) -> list[str]:
     """
     theirs = load_weights(path)[0].state_dict()
     ours = model.state_dict()
-    unknown, missing = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
+    counters = {name for name in theirs.keys() ^ ours.keys() if name.endswith(".num_batches_tracked")}  # frozen norms have none
+    unknown, missing = sorted(theirs.keys() - ours.keys() - counters), sorted(ours.keys() - theirs.keys() - counters)
     if unknown or missing:
         name, what = (unknown[0], "is not in the new model") if unknown else (missing[0], "is not in the file")
         raise UserError(
             f"{path} holds weights of another kind of model: {name} {what} (and {len(unknown) + len(missing) - 1} more tensors)"
         )
-    fresh = sorted(name for name, tensor in theirs.items() if tensor.shape != ours[name].shape)
-    model.load_state_dict({name: ours[name] if name in fresh else tensor for name, tensor in theirs.items()})
+    fresh = sorted(name for name in theirs.keys() - counters if theirs[name].shape != ours[name].shape)
+    model.load_state_dict({name: tensor if name in fresh else theirs.get(name, tensor) for name, tensor in ours.items()})
     return fresh
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from sparseinst.config import Config
 from sparseinst.data.coco import Category
 from sparseinst.errors import UserError
-from sparseinst.inference.weights import file_tensors_digest, load_weights, save_weights, tensors_digest
+from sparseinst.inference.weights import file_tensors_digest, load_weights, save_weights, start_from, tensors_digest
 from sparseinst.models.sparseinst import build_model
 
 
@@ -58,3 +58,17 @@ def test_files_without_a_checksum_are_read(saved: Path) -> None:
     save_file(tensors, saved, {**metadata, "categories": "[3]"})
     with pytest.raises(UserError, match=re.escape("its metadata cannot be read")):
         load_weights(saved)
+
+
+@pytest.mark.parametrize("frozen_first", [False, True])
+def test_a_model_with_frozen_norms_starts_from_one_with_trained_norms(tiny: Config, frozen_first: bool, tmp_path: Path) -> None:
+    """Only trained norms have a counter of batches, which has no effect."""
+    first, second = (tiny.replace({"model.backbone.frozen_norm": frozen}) for frozen in (frozen_first, not frozen_first))
+    state = build_model(first.model, load_pretrained=False).state_dict()
+    categories = tuple(Category(number + 1, f"thing {number}") for number in range(tiny.model.num_classes))
+    save_weights(tmp_path / "first.safetensors", state, first, categories)
+    model = build_model(second.model, load_pretrained=False)
+    assert start_from(model, tmp_path / "first.safetensors") == []
+    started = model.state_dict()
+    assert started.keys() != state.keys()
+    assert all(torch.equal(started[name], state[name]) for name in started.keys() & state.keys())
