@@ -125,7 +125,8 @@ _LOGGERS: dict[str, Callable[[Config, RunPaths, str | None], Logger]] = {
 def check_installed(names: Sequence[str]) -> None:
     """Raise `UserError` if a logger's package is not installed."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of this name, such as the files of an earlier run, is no package
             raise UserError(f"train.loggers: {name} is not installed: pip install -e .[{name}], or leave it out")
 
 
