@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparseinst.models.sparseinst import build_model
     from sparseinst.overrides import load_config
     from sparseinst.postprocess import postprocess
+    from sparseinst.report.evaluations import results
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "load_config",
     "load_model",
     "postprocess",
+    "results",
 ]
 
 _HOME = {
@@ -37,6 +39,7 @@ _HOME = {
     "build_model": "models.sparseinst",
     "load_model": "inference.predict",
     "postprocess": "postprocess",
+    "results": "report.evaluations",
     "DataError": "errors",
     "RunFailed": "errors",
     "UserError": "errors",

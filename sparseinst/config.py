@@ -246,6 +246,25 @@ class DataConfig(Section):
     """The lengths in pixels from which the shorter side is drawn before a crop."""
     crop_sizes: Annotated[tuple[PositiveInt, PositiveInt], Only("pretrain", "train")] = (384, 600)
     """The smallest and the largest side of a crop in pixels."""
+    crop_limit: Annotated[Literal["none", "long_side"], Only("pretrain", "train"), Neutral("long_side")] = "none"
+    """The maximum of the longer side when an image is resized before a crop: `none`, as in the reference, or `long_side`."""
+    scale_jitter_min: Annotated[Positive, Only("pretrain", "train"), Neutral(1.0)] = 1.0
+    """The smallest factor of the scale jitter, for example 0.5. After its size is drawn, a training image is scaled by a random
+    factor between `scale_jitter_min` and `scale_jitter_max`; a larger image is cut to the drawn size, at a random place."""
+    scale_jitter_max: Annotated[Positive, Only("pretrain", "train"), Neutral(1.0)] = 1.0
+    """The largest factor of the scale jitter, for example 2. If both factors are 1, there is no scale jitter."""
+    brightness_jitter: Annotated[NonNegative, Only("pretrain", "train"), Neutral(0.0)] = 0.0
+    """Multiply the brightness of each training image by a random factor between 1 - this and 1 + this (torchvision's
+    `v2.ColorJitter`); 0 changes nothing."""
+    contrast_jitter: Annotated[NonNegative, Only("pretrain", "train"), Neutral(0.0)] = 0.0
+    """Multiply the contrast of each training image by such a random factor."""
+    saturation_jitter: Annotated[NonNegative, Only("pretrain", "train"), Neutral(0.0)] = 0.0
+    """Multiply the saturation of each training image by such a random factor."""
+    hue_jitter: Annotated[float, Field(ge=0.0, le=0.5), Only("pretrain", "train"), Neutral(0.0)] = 0.0
+    """Turn the hue of each training image by a random part of the colour circle between -this and +this, at most 0.5."""
+    copy_paste: Annotated[Fraction, Only("pretrain", "train"), Neutral(0.0)] = 0.0
+    """The probability that instances of another training image are pasted into an image (Simple Copy-Paste, CVPR 2021). Each
+    instance of the other image is pasted with a chance of one half, and at least one is. They cover the pixels below them."""
     on_bad_image: Literal["error", "skip"] = "error"
     """The reaction to a missing or unreadable image: `error` stops with its name; `skip` leaves it out and counts it."""
     workers: Annotated[int, Field(ge=0), Operational()] = 2
@@ -254,6 +273,8 @@ class DataConfig(Section):
     def content(self, stage: Stage | None = None) -> dict[str, Any]:
         """Return the content; for the embedded data set it has the version instead of the folder."""
         data = super().content(stage)
+        if self.crop == 0.0:  # without crops, their limit has no effect, and earlier keys stay
+            data.pop("crop_limit", None)
         if self.source == "shapes":
             return {**data, "root": f"shapes {SHAPES_VERSION}"}
         return {name: value for name, value in data.items() if name != "shapes"}
@@ -263,6 +284,26 @@ class DataConfig(Section):
         if self.crop_sizes[0] > self.crop_sizes[1]:
             raise ValueError(f"crop_sizes={list(self.crop_sizes)}: the smaller value must come first")
         return self
+
+    @model_validator(mode="after")
+    def _scale_range(self) -> Self:
+        if self.scale_jitter_min > self.scale_jitter_max:
+            raise ValueError(f"scale_jitter_min={self.scale_jitter_min:g} is above scale_jitter_max={self.scale_jitter_max:g}")
+        return self
+
+
+WITHOUT_AUGMENTATION: dict[str, float] = {
+    "flip": 0.0,
+    "crop": 0.0,
+    "scale_jitter_min": 1.0,
+    "scale_jitter_max": 1.0,
+    "brightness_jitter": 0.0,
+    "contrast_jitter": 0.0,
+    "saturation_jitter": 0.0,
+    "hue_jitter": 0.0,
+    "copy_paste": 0.0,
+}
+"""The settings of `DataConfig` with which training images are only resized."""
 
 
 class InferenceConfig(Section):
@@ -379,6 +420,12 @@ class TrainConfig(OptimizerConfig):
     """Evaluate each time this many steps are done: AP, metrics of the activation maps, and how often objects keep their maps."""
     evaluate_images: Annotated[PositiveInt | None, Operational()] = None
     """Use only this many images, the first of the validation split, in the evaluations during training."""
+    loggers: Annotated[tuple[Literal["wandb", "mlflow", "trackio"], ...], Operational()] = ()
+    """Also log the losses and metrics to Weights & Biases, MLflow or Trackio, which must be installed (the extra of the same
+    name). metrics.jsonl and TensorBoard are always written."""
+    log_project: Annotated[str, Operational()] = "sparseinst"
+    """The project (of MLflow, the experiment) that the loggers write to. All else comes from each logger's own environment
+    variables, such as WANDB_MODE and MLFLOW_TRACKING_URI."""
     patience: Annotated[PositiveInt | None, Neutral(None)] = None
     """End the training when this many evaluations in a row gave no better AP; it needs `evaluate_every`. None never does."""
 

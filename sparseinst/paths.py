@@ -45,6 +45,11 @@ class RunPaths:
         return self.root / "tensorboard"
 
     @property
+    def loggers(self) -> Path:
+        """The runs of `train.loggers`, and the last steps that were sent to them."""
+        return self.root / "loggers.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

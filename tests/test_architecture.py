@@ -44,6 +44,7 @@ ALLOWED = {
     | {"attempts", "data", "device", "distributed", "inference", "evaluation", "training", "visualize", "bench", "ablation"}
     | {"report"},
     "report": BASE | {"ablation"},
+    "publish": BASE | {"data", "device", "inference", "evaluation", "visualize", "ablation"},
 }
 """For each part of the package, the parts that it may import. `cli` may import all parts."""
 
@@ -61,6 +62,7 @@ WITHOUT_TORCH = [
     "cli",
     "data.coco",
     "data.transforms",
+    "data.augmentation",
     "data.scenes",
     "data.shapes",
     "data.collage",
@@ -90,6 +92,7 @@ WITHOUT_TORCH = [
     "report.plots",
     "report.pages",
     "report.curves",
+    "report.evaluations",
     "report.fidelity",
     "report.forest",
     "report.records",
@@ -98,6 +101,7 @@ WITHOUT_TORCH = [
     "report.style",
     "report.terminal",
     "report.webpage",
+    "publish.card",
 ]
 
 

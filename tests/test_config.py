@@ -129,7 +129,7 @@ def test_override_values_are_yaml_1_2() -> None:
 OPERATIONAL = {
     "data.workers",
     *(f"{stage}.{name}" for stage in ("pretrain", "train") for name in ("log_every", "checkpoint_every", "keep_checkpoints")),
-    *(f"train.{name}" for name in ("checkpoint_activations", "evaluate_every", "evaluate_images")),
+    *(f"train.{name}" for name in ("checkpoint_activations", "evaluate_every", "evaluate_images", "loggers", "log_project")),
 }
 """The settings that cannot change a result."""
 COMPANIONS: dict[str, dict[str, Any]] = {
@@ -138,6 +138,8 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "model.backbone.weights": {"model.backbone.pretrained": False},
     "model.decoder.deformable_version": {"model.decoder.deformable": True},
     "model.decoder.iam.kind": {"model.decoder.iam.groups": 1},
+    "data.crop_limit": {"data.crop": 0.5},
+    "data.scale_jitter_max": {"data.scale_jitter_min": 0.1},
     "loss.dice": {"loss.pixel": "bce"},
     "loss.objectness": {"inference.rescore": False},
 }
@@ -154,6 +156,9 @@ def another(value: Any, annotation: Any) -> Any:
     if isinstance(value, int | float):
         return value + 1 if isinstance(value, int) else value / 2 + 0.01
     if isinstance(value, list):
+        item = next(iter(get_args(annotation)), None)
+        if get_origin(item) is Literal:
+            return value[:-1] or [get_args(item)[-1]]
         return [*value[:-1], another(value[-1], None)] if value and isinstance(value[-1], int) else value[:-1] or [5]
     if isinstance(value, str):
         return f"{value}x"

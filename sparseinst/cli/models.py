@@ -56,6 +56,7 @@ def train(
     from sparseinst.device import pick_device
     from sparseinst.evaluation.evaluate import evaluate_run
     from sparseinst.paths import RunPaths
+    from sparseinst.training.loggers import log_evaluation
     from sparseinst.training.train import train as run
 
     chosen = pick_device(device)
@@ -63,7 +64,10 @@ def train(
         _preflight(settings, output, chosen)
         return
     trained = run(settings, output, device=chosen, from_scratch=from_scratch)
-    _print_metrics(evaluate_run(output, settings, device=chosen))
+    evaluation = evaluate_run(output, settings, device=chosen)
+    if settings.train.loggers:
+        log_evaluation(settings, RunPaths(output), {**evaluation.figures, **evaluation.mechanism})
+    _print_metrics(evaluation)
     print(f"weights: {trained}")
     if (best := RunPaths(output).best).exists():
         print(f"the weights with the best AP during training: {best} (use them with --weights {output} --checkpoint best)")

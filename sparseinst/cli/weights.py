@@ -1,4 +1,4 @@
-"""Commands that import weights from elsewhere and export our weights."""
+"""Commands that import weights from elsewhere, and export or publish our weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from sparseinst.cli.options import Checkpoint
+from sparseinst.ablation.store import RESULTS, Store
+from sparseinst.cli.options import Checkpoint, Device, Results
 
 app = typer.Typer()
 
@@ -70,3 +71,56 @@ def export(
     export_model(model, config.inference, output, form=form, normalise=not normalised, probabilities=probabilities, half=half)
     size = output.stat().st_size / 1e6
     print(f"{output}: {size:.1f} MB, {len(categories)} classes, {config.model.decoder.iam.num_maps} maps an image")
+
+
+@app.command()
+def publish(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, which may be unfinished, or a weights file.")],
+    output: Annotated[Path, typer.Option(help="The folder to write: a model repository in the layout of Hugging Face.")],
+    name: Annotated[str | None, typer.Option(help="The model's name; default: the name of the output folder.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="The data set's name or its id at Hugging Face; default: the name of its folder.")
+    ] = None,
+    data_license: Annotated[
+        str, typer.Option(help="The licence of the training data, in your words. The card says it as you give it.")
+    ] = "not stated",
+    license_: Annotated[
+        str, typer.Option("--license", help="The licence of the weights, as Hugging Face calls it: mit, cc-by-4.0, other, ...")
+    ] = "unknown",
+    pictures: Annotated[int, typer.Option(min=0, help="Draw the predictions for this many validation images.")] = 4,
+    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="The pictures leave out instances with a lower score.")] = 0.4,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an earlier `publish` in the folder.")
+    ] = False,
+    checkpoint: Checkpoint = None,
+    results: Results = RESULTS,
+    device: Device = None,
+) -> None:
+    """Write a model with its card, metrics, pictures and checksums as a folder that you can upload. Nothing is uploaded.
+
+    `load_model(DIR)` and `--weights DIR` read the folder.
+    """
+    from sparseinst.inference.checkpoints import find_weights
+    from sparseinst.inference.weights import load_weights
+    from sparseinst.publish.card import About
+    from sparseinst.publish.publish import publish as write
+
+    if dataset is None:
+        data = load_weights(find_weights(run, checkpoint))[1].data
+        dataset = "shapes" if data.source == "shapes" else Path(data.root).resolve().name
+    about = About(name or output.resolve().name, dataset, data_license, license_)
+    found = write(
+        run, output, about, store=Store(results), checkpoint=checkpoint, pictures=pictures, score=score, overwrite=overwrite,
+        device=device,
+    )  # fmt: skip
+    for path in found.files:
+        print(path)
+    if found.measured is not None:
+        ap = found.measured.figures.get("AP")
+        print(f"AP {'-' if ap is None else f'{ap:.1f}'} over {found.measured.images} images ({found.measured.source})")
+    if found.paths:
+        more = f" and {len(found.paths) - 3} more" if len(found.paths) > 3 else ""
+        print(f"the settings and records name paths of this machine: {', '.join(found.paths[:3])}{more}")
+    if any(path.suffix == ".jpg" for path in found.files):
+        print("the pictures show images of your validation data; --pictures 0 leaves them out")
+    print(f"nothing was uploaded; hf upload OWNER/{about.name} {output} does it")

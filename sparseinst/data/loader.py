@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sparseinst.config import DataConfig, InferenceConfig, OptimizerConfig
+from sparseinst.data.augmentation import augment, paste
 from sparseinst.data.coco import CocoSplit, ImageRecord, Mask, read_image
 from sparseinst.data.network_input import at_test_size, pad
-from sparseinst.data.transforms import Polygon, Sample, as_segment, augment, rasterise
+from sparseinst.data.transforms import Polygon, Sample, as_segment, rasterise
 from sparseinst.errors import DataError
 
 PREFETCH = 4
@@ -48,6 +49,8 @@ class Example(NamedTuple):
     skipped: tuple[str, ...]
     """The reasons why images before this one were left out."""
     mask_stride: int = 1
+    pasted: int = 0
+    """The number of instances that were pasted from another image; they are the last ones."""
 
 
 class Batch(NamedTuple):
@@ -98,17 +101,28 @@ class TrainSet(Dataset[Example]):
         skipped: list[str] = []
         for step in range(len(self)):
             record = self.split.images[(draw.image + step) % len(self)]
-            try:
-                sample = augment(read_sample(record, self.split), self.config, random)
-            except DataError as error:
-                if self.config.on_bad_image == "error":
-                    raise DataError(f"{error}; data.on_bad_image=skip leaves such images out") from None
-                skipped.append(str(error))
+            sample = self._augmented(record, random, skipped)
+            if sample is None:
                 continue
-            labels, masks = rasterise(sample, self.mask_stride)
+            pasted = 0
+            if self.config.copy_paste and random.random() < self.config.copy_paste:
+                source = self._augmented(self.split.images[int(random.integers(len(self)))], random, skipped)
+                if source is not None:
+                    sample, pasted = paste(sample, source, random)
+            labels, masks = (torch.from_numpy(values) for values in rasterise(sample, self.mask_stride))
             image = torch.from_numpy(sample.image).permute(2, 0, 1)
-            return Example(image, torch.from_numpy(labels), torch.from_numpy(masks), record, tuple(skipped), self.mask_stride)
+            return Example(image, labels, masks, record, tuple(skipped), self.mask_stride, pasted)
         raise DataError(f"{self.split.file}: not one of its {len(self)} images can be read, the first: {skipped[0]}")
+
+    def _augmented(self, record: ImageRecord, random: np.random.Generator, skipped: list[str]) -> Sample | None:
+        """Return an augmented image; None, with a reason in `skipped`, if it is unreadable and may be left out."""
+        try:
+            return augment(read_sample(record, self.split), self.config, random)
+        except DataError as error:
+            if self.config.on_bad_image == "error":
+                raise DataError(f"{error}; data.on_bad_image=skip leaves such images out") from None
+            skipped.append(str(error))
+            return None
 
 
 class EvalSet(Dataset[Example]):

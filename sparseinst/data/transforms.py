@@ -1,4 +1,4 @@
-"""Augment and resize images and their instances (paper section 4; the reference implementation's mapper).
+"""Resize, flip, crop and rasterise images and their instances.
 
 Only the functions that resize and flip training images import torch.
 
@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sparseinst.config import DataConfig
 from sparseinst.data.coco import Bounds, Mask, decode, decode_with_bounds
 
 Pixels = NDArray[np.uint8]
@@ -47,7 +46,7 @@ def as_segment(segmentation: Any, height: int, width: int) -> list[Polygon] | Ma
     return decode(segmentation, height, width)
 
 
-def short_side_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
+def short_side_size(height: int, width: int, short: int, long: float) -> tuple[int, int]:
     """Return the height and width after scaling the shorter side to `short`, with the longer side at most `long`."""
     scale = short / min(height, width)
     new = (float(short), scale * width) if height < width else (scale * height, float(short))
@@ -118,27 +117,6 @@ def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample
         [points - offset for points in segment] if isinstance(segment, list) else segment[inside] for segment in sample.segments
     ]
     return Sample(sample.image[inside], segments, sample.labels)
-
-
-def augment(sample: Sample, config: DataConfig, random: np.random.Generator) -> Sample:
-    """Return the augmented training sample: random crop (Table 1 only), flip, and size of the shorter side."""
-    if random.random() < config.crop:
-        sample = _resize_short(sample, int(random.choice(config.crop_short_sides)), config.long_side)
-        smallest, largest = config.crop_sizes
-        height, width = sample.image.shape[:2]
-        crop_height = int(random.integers(min(height, smallest), min(height, largest) + 1))
-        crop_width = int(random.integers(min(width, smallest), min(width, largest) + 1))
-        top = int(random.integers(height - crop_height + 1))
-        left = int(random.integers(width - crop_width + 1))
-        sample = crop(sample, top, left, crop_height, crop_width)
-    if random.random() < config.flip:
-        sample = flip(sample)
-    return _resize_short(sample, int(random.choice(config.short_sides)), config.long_side)
-
-
-def _resize_short(sample: Sample, short: int, long: int) -> Sample:
-    height, width = sample.image.shape[:2]
-    return resize(sample, short_side_size(height, width, short, long))
 
 
 def rasterise(sample: Sample, stride: int = 1) -> tuple[NDArray[np.int64], Mask]:

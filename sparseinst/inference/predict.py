@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,13 +16,16 @@ from sparseinst.config import STRIDES, Config, OptimizeMode, Precision
 from sparseinst.data.coco import Category, read_image
 from sparseinst.data.network_input import at_test_size, pad
 from sparseinst.device import autocast, pick_device
-from sparseinst.errors import DataError
+from sparseinst.errors import DataError, UserError
 from sparseinst.inference import optimize as optimizing
 from sparseinst.inference.checkpoints import find_weights
 from sparseinst.inference.weights import load_weights
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.postprocess import ImageSize, postprocess
+
+if TYPE_CHECKING:
+    from supervision import Detections
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,35 @@ class FoundInstances:
     """The highest score in the image, also if it was left out; None if no map has a score above `inference.score_threshold`."""
     before_top: int = 0
     """The number of instances at the requested score, before `top` left some out."""
+
+    def boxes(self) -> NDArray[np.float32]:
+        """Return the box of each mask, (K, 4): left, top, right, bottom, as edges of pixels; zeros for an empty mask."""
+        found = np.zeros((len(self.masks), 4), np.float32)
+        for box, mask in zip(found, self.masks, strict=True):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            if len(rows):
+                box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        return found
+
+    def to_supervision(self) -> Detections:
+        """Return the instances as `supervision.Detections`: boxes of the masks, masks, scores, class ids and class names.
+
+        Raises:
+            UserError: the package `supervision` is not installed.
+        """
+        try:
+            import supervision
+        except ModuleNotFoundError as error:
+            if error.name != "supervision":
+                raise
+            raise UserError("to_supervision needs the package supervision: pip install -e .[supervision]") from None
+        return supervision.Detections(
+            xyxy=self.boxes(),
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=self.labels.astype(int),
+            data={"class_name": np.array(self.names, dtype=str), "map": self.maps},
+        )
 
 
 class Predictor:

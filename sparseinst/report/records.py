@@ -184,7 +184,7 @@ def provenance_of(rows: Iterable[RowRecords]) -> list[str]:
         return ", ".join(sorted(values)) or "unknown"
 
     code = [about for r in records for about in (r.provenance, r.provenance.get("trained", {}), *_earlier_code(r)) if about]
-    commits = sorted({str(about.get("commit") or "unknown")[:10] + ("+" if about.get("changes") else "") for about in code})
+    commits = sorted({commit_of(about) for about in code})
     return [
         f"{len(records)} records",
         f"device {distinct('device')}",
@@ -194,6 +194,11 @@ def provenance_of(rows: Iterable[RowRecords]) -> list[str]:
         f"evaluator hotcoco {distinct('versions', 'hotcoco')}",
         f"validation data {distinct('data')}",
     ]
+
+
+def commit_of(about: Mapping[str, Any]) -> str:
+    """Return ten digits of the commit in a provenance, with a plus if the code differed from it."""
+    return str(about.get("commit") or "unknown")[:10] + ("+" if about.get("changes") else "")
 
 
 def _earlier_code(record: Record) -> list[dict[str, Any]]:

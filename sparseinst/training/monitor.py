@@ -1,4 +1,4 @@
-"""Report a running training in a progress bar, metrics.jsonl and TensorBoard, and stop it if a loss is NaN."""
+"""Report a running training in a progress bar, metrics.jsonl, TensorBoard and loggers, and stop it if a loss is NaN."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from sparseinst.errors import RunFailed
 from sparseinst.files import atomic, read_json_lines
 from sparseinst.paths import RunPaths
 from sparseinst.progress import progress_bar
+from sparseinst.training.loggers import Loggers
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Monitor:
         total: the number of steps of the whole run.
         check: is called before each write. If it raises an error, nothing is written.
         evaluated: whether the evaluation after `start` steps was finished before the run stopped. Its record is then kept.
+        loggers: are opened and closed with the monitor; None logs to no service.
     """
 
     def __init__(
@@ -64,9 +66,11 @@ class Monitor:
         device: torch.device,
         check: Callable[[], None],
         evaluated: bool = True,
+        loggers: Loggers | None = None,
     ) -> None:
         self.paths, self.every, self.total, self.device, self.check = paths, every, total, device, check
         self.lead = rank() == 0
+        self.loggers = loggers if self.lead else None
         if self.lead:
             check()
             _truncate(paths, start, evaluated)
@@ -79,6 +83,8 @@ class Monitor:
 
     def __enter__(self) -> Self:
         self.progress.start()
+        if self.loggers is not None:
+            self.loggers.open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -86,6 +92,9 @@ class Monitor:
         if self.lead:
             self.tensorboard.close()
             self.metrics.close()
+        if self.loggers is not None:
+            stopped = kind is not None and not issubclass(kind, Exception)
+            self.loggers.close("finished" if kind is None else "stopped" if stopped else "failed")
 
     def step(self, iteration: int, losses: Mapping[str, Tensor], learning_rate: float, **values: float) -> None:
         """Collect the weighted losses of optimiser step `iteration`, counted from 0. `values` are written with the means."""
@@ -129,7 +138,10 @@ class Monitor:
             self.progress.console.print(text, highlight=False, markup=False)
 
     def write(self, record: Mapping[str, Any], group: str) -> None:
-        """Write a record to metrics.jsonl as one line, and its numbers to TensorBoard. It must have the key `iteration`."""
+        """Write a record to metrics.jsonl as one line, and its numbers to TensorBoard and the loggers.
+
+        It must have the key `iteration`.
+        """
         if not self.lead:
             return
         self.check()
@@ -138,6 +150,8 @@ class Monitor:
         for name, value in record.items():
             if name != "iteration" and isinstance(value, int | float):
                 self.tensorboard.add_scalar(f"{group}/{name}", value, record["iteration"])
+        if self.loggers is not None:
+            self.loggers.write(record, group)
 
 
 def diverged(what: str, paths: RunPaths) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sparseinst.config import Config
+from sparseinst.config import WITHOUT_AUGMENTATION, Config
 from sparseinst.data.coco import train_split
 from sparseinst.errors import RunFailed
 from sparseinst.evaluation.evaluate import evaluate_run
@@ -104,8 +104,7 @@ def _small(config: Config, annotations: Path) -> Config:
             "data.val_annotations": str(annotations),
             "data.val_limit": None,
             "data.short_sides": [config.inference.short_side],
-            "data.flip": 0.0,
-            "data.crop": 0.0,
+            **{f"data.{name}": value for name, value in WITHOUT_AUGMENTATION.items()},
             "model.backbone.frozen_norm": backbone.frozen_norm and not from_nothing,
             "pretrain.enabled": False,
             "train.iterations": STEPS,
@@ -116,6 +115,7 @@ def _small(config: Config, annotations: Path) -> Config:
             "train.ema_decay": None,
             "train.evaluate_every": None,
             "train.log_every": 1,
+            "train.loggers": [],
             "train.checkpoint_every": STEPS,
         }
     )

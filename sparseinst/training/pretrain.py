@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseinst.attempts import Attempt
-from sparseinst.config import STRIDES, Config
+from sparseinst.config import STRIDES, WITHOUT_AUGMENTATION, Config
 from sparseinst.data.coco import check_categories, train_split, val_split
 from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
 from sparseinst.device import autocast, tf32
@@ -263,7 +263,7 @@ class _Pretraining:
         if not subset.with_instances().images:
             return {}
         self.model.eval()
-        unaugmented = self.config.data.model_copy(update={"flip": 0.0, "crop": 0.0})
+        unaugmented = self.config.data.model_copy(update=WITHOUT_AUGMENTATION)
         dataset = TrainSet(subset, unaugmented, self.settings.seed)
         epoch = self.settings.model_copy(update={"iterations": len(dataset), "batch_size": 1})
         counts = torch.zeros(len(STRIDES), 2)

@@ -29,6 +29,7 @@ from sparseinst.paths import RunPaths
 from sparseinst.training.best import BestSoFar
 from sparseinst.training.checkpoint import load_checkpoint, newest_checkpoint, remove_if_all_damaged, save_checkpoint
 from sparseinst.training.interrupt import StopRequest
+from sparseinst.training.loggers import Loggers, check_installed
 from sparseinst.training.monitor import Monitor, diverged, logging_to
 from sparseinst.training.pretrain import ensure_start
 from sparseinst.training.step import Step, check_classes
@@ -158,6 +159,7 @@ class _Training:
             device=self.device,
             check=self.attempt.check,
             evaluated=self.evaluated == start,
+            loggers=Loggers(self.config, self.paths) if train.loggers else None,
         )
         with monitor, StopRequest() as stop:
             if self._evaluates_after(start) and self.evaluated != start:  # the run was killed between checkpoint and evaluation
@@ -278,6 +280,7 @@ def _with_start(model: ModelConfig, start: Path | None) -> ModelConfig:
 
 def _check(config: Config) -> None:
     """Raise `UserError` for settings that cannot be trained, and warn about settings that lower the AP."""
+    check_installed(config.train.loggers)
     backbone = config.model.backbone
     trained = backbone.pretrained or backbone.weights is not None or config.train.start is not None or config.pretrain.enabled
     if backbone.frozen_norm and not trained:

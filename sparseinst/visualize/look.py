@@ -58,6 +58,8 @@ class Numbers:
     """Instances without any pixel in these masks."""
     lost: int = 0
     """Annotated instances that have no pixel in the augmented image, for example after a crop."""
+    pasted: int = 0
+    """Instances that `data.copy_paste` pasted from other images."""
     first_vanished: str | None = None
     """The first image with a vanished instance."""
     skipped: list[str] = field(default_factory=list)
@@ -110,7 +112,8 @@ def _count(example: Example, full: Example, names: list[str], numbers: Numbers) 
     numbers.sizes.append((full.image.shape[1], full.image.shape[2]))
     numbers.instances.append(len(full.labels))
     numbers.skipped += full.skipped
-    numbers.lost += max(0, sum(not a.crowd for a in full.record.annotations) - len(full.labels))
+    numbers.pasted += full.pasted
+    numbers.lost += max(0, sum(not a.crowd for a in full.record.annotations) + full.pasted - len(full.labels))
     numbers.areas += full.masks.flatten(1).sum(1).tolist()
     for label in full.labels.tolist():
         numbers.categories[names[label]] += 1
@@ -204,6 +207,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         )
     if found["lost"]:
         text.append(f"{_counted(found['lost'], 'annotated instance', 'has', 'have')} no pixel in the augmented image")
+    if found["pasted"]:
+        text.append(f"{_counted(found['pasted'], 'instance', 'was', 'were')} pasted from other images (data.copy_paste)")
     if found["over_num_maps"]:
         text.append(
             f"{_counted(found['over_num_maps'], 'instance', 'exceeds', 'exceed')} the model's {found['num_maps']} maps; "

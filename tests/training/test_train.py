@@ -31,6 +31,7 @@ from sparseinst.training.checkpoint import newest_checkpoint, write_state
 from sparseinst.training.schedule import learning_rate_factor, parameter_groups
 from sparseinst.training.step import Step, recomputed
 from tests.conftest import CPU, THREADS, run
+from tests.data.test_augmentation import ALL
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -70,6 +71,7 @@ def test_a_run_writes_its_files(tiny: Config, tmp_path: Path) -> None:
         {"train.accumulate": 2},
         {"data.workers": 2},
         {"loss.reduction": "global", "train.schedule": "cosine", "train.weight_decay_on": "weights"},
+        {f"data.{name}": value for name, value in ALL.items()},
         {
             "model.decoder.iam.kind": "cross_attention",
             "data.crop": 0.5,
