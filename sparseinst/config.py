@@ -27,7 +27,11 @@ Activation = Literal["sigmoid", "softmax"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Channels = Annotated[int, Field(ge=1, le=16_384)]
+Side = Annotated[int, Field(ge=1, le=16_384)]
+"""A length of an image in pixels."""
+Parts = Annotated[int, Field(ge=1, le=1024)]
 
 SHAPES_VERSION = "3"
 """The version of the embedded data set. It goes up with every change of the content, so that an outdated folder is refused and
@@ -63,7 +67,7 @@ class BackboneConfig(Section):
 
 
 class EncoderConfig(Section):
-    channels: PositiveInt = 256
+    channels: Channels = 256
     """The channels of all features of the encoder."""
     ppm: bool = True
     """Use pyramid pooling after C5 (Table 2)."""
@@ -76,17 +80,17 @@ class IAMConfig(Section):
 
     kind: Literal["conv", "cross_attention"] = "conv"
     """Convolutions, or the cross-attention of learned queries (Table 7)."""
-    num_maps: PositiveInt = 100
+    num_maps: Annotated[int, Field(ge=1, le=100_000)] = 100
     """The number of instance activation maps: a model finds at most so many instances of an image."""
     kernel_size: Literal[1, 3] = 3
     """The kernel size of the convolutions."""
     convs: Literal[1, 2] = 1
     """The number of convolutions, one after the other."""
-    groups: PositiveInt = 1
+    groups: Parts = 1
     """The groups of Group-IAM: each instance has so many maps, whose features are joined."""
     activation: Activation = "sigmoid"
     """The function that makes the maps non-negative before each is divided by its sum."""
-    heads: PositiveInt = 4
+    heads: Parts = 4
     """The number of attention heads; only `cross_attention` uses it."""
 
     @model_validator(mode="after")
@@ -97,9 +101,9 @@ class IAMConfig(Section):
 
 
 class DecoderConfig(Section):
-    depth: PositiveInt = 4
+    depth: Annotated[int, Field(ge=1, le=100)] = 4
     """The number of 3x3 convolutions in each of the two branches."""
-    width: PositiveInt = 256
+    width: Channels = 256
     """The channels of the convolutions in both branches."""
     coordinates: bool = True
     """Append the x and y coordinates to the features of both branches."""
@@ -107,9 +111,9 @@ class DecoderConfig(Section):
     """Make the last 3x3 convolution of each branch deformable (Table 3)."""
     deformable_version: Literal[1, 2] = 1
     """As `backbone.deformable_version`."""
-    kernel_dim: PositiveInt = 128
+    kernel_dim: Channels = 128
     """The channels of the mask features and of the mask kernels."""
-    mask_scale: Positive = 2.0
+    mask_scale: Annotated[float, Field(ge=0.125, le=32.0)] = 2.0
     """The factor by which the predicted masks are upsampled bilinearly from 1/8 of the padded input."""
     iam: IAMConfig = IAMConfig()
 
@@ -124,12 +128,12 @@ class DecoderConfig(Section):
 
 
 class ModelConfig(Section):
-    num_classes: PositiveInt = 80
+    num_classes: Annotated[int, Field(ge=1, le=100_000)] = 80
     """The number of object categories."""
     backbone: BackboneConfig = BackboneConfig()
     encoder: EncoderConfig = EncoderConfig()
     decoder: DecoderConfig = DecoderConfig()
-    width_factor: Annotated[Positive, Neutral(1.0)] = 1.0
+    width_factor: Annotated[float, Field(gt=0.0, le=64.0), Neutral(1.0)] = 1.0
     """Multiply the channels of encoder and decoder by this factor. In a small model, a width of 128 then means half of 256."""
 
     def scaled(self) -> ModelConfig:
@@ -207,11 +211,11 @@ class MatcherConfig(Section):
 class ShapesConfig(Section):
     """The size of the embedded data set."""
 
-    train: PositiveInt = 16_000
+    train: Annotated[int, Field(ge=1, le=10_000_000)] = 16_000
     """The number of training images. A larger number adds images and keeps the first ones."""
-    val: PositiveInt = 2000
+    val: Annotated[int, Field(ge=1, le=10_000_000)] = 2000
     """The number of validation images."""
-    side: Annotated[int, Field(ge=32)] = 256
+    side: Annotated[int, Field(ge=32, le=4096)] = 256
     """The side of each image in pixels; the images are square."""
 
 
@@ -234,17 +238,17 @@ class DataConfig(Section):
     """Use only this many images, the first of the training split."""
     val_limit: Annotated[PositiveInt | None, Only("evaluate")] = None
     """Use only this many images, the first of the validation split."""
-    short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Only("pretrain", "train")] = tuple(range(416, 641, 32))
+    short_sides: Annotated[tuple[Side, ...], Field(min_length=1), Only("pretrain", "train")] = tuple(range(416, 641, 32))
     """The lengths in pixels from which training draws the shorter side of an image."""
-    long_side: Annotated[PositiveInt, Only("pretrain", "train")] = 853
+    long_side: Annotated[Side, Only("pretrain", "train")] = 853
     """The maximum of the longer side in pixels in training; the paper's text says 864."""
     flip: Annotated[Fraction, Only("pretrain", "train")] = 0.5
     """The probability of a horizontal flip."""
     crop: Annotated[Fraction, Only("pretrain", "train")] = 0.0
     """The probability of the crop augmentation of Table 1."""
-    crop_short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Only("pretrain", "train")] = (400, 500, 600)
+    crop_short_sides: Annotated[tuple[Side, ...], Field(min_length=1), Only("pretrain", "train")] = (400, 500, 600)
     """The lengths in pixels from which the shorter side is drawn before a crop."""
-    crop_sizes: Annotated[tuple[PositiveInt, PositiveInt], Only("pretrain", "train")] = (384, 600)
+    crop_sizes: Annotated[tuple[Side, Side], Only("pretrain", "train")] = (384, 600)
     """The smallest and the largest side of a crop in pixels."""
     crop_limit: Annotated[Literal["none", "long_side"], Only("pretrain", "train"), Neutral("long_side")] = "none"
     """The maximum of the longer side when an image is resized before a crop: `none`, as in the reference, or `long_side`."""
@@ -267,7 +271,7 @@ class DataConfig(Section):
     instance of the other image is pasted with a chance of one half, and at least one is. They cover the pixels below them."""
     on_bad_image: Literal["error", "skip"] = "error"
     """The reaction to a missing or unreadable image: `error` stops with its name; `skip` leaves it out and counts it."""
-    workers: Annotated[int, Field(ge=0), Operational()] = 2
+    workers: Annotated[int, Field(ge=0, le=256), Operational()] = 2
     """The processes that load images; with 0, the training process loads them."""
 
     def content(self, stage: Stage | None = None) -> dict[str, Any]:
@@ -307,11 +311,11 @@ WITHOUT_AUGMENTATION: dict[str, float] = {
 
 
 class InferenceConfig(Section):
-    short_side: PositiveInt = 640
+    short_side: Side = 640
     """The length in pixels to which the shorter side of an image is resized."""
-    long_side: PositiveInt = 853
+    long_side: Side = 853
     """The maximum of the longer side in pixels."""
-    size_factor: Annotated[Positive, Neutral(1.0)] = 1.0
+    size_factor: Annotated[float, Field(gt=0.0, le=64.0), Neutral(1.0)] = 1.0
     """Multiply both sides by this factor. In a small experiment, a side of 512 then means 4/5 of 640."""
     score_threshold: Fraction = 0.005
     """Instances with a lower score are left out."""
@@ -323,6 +327,14 @@ class InferenceConfig(Section):
     """Multiply the score by the mean probability of the mask's pixels, as the reference does; the paper does not mention it."""
     precision: Precision = "fp32"
     """The type of numbers in which the network computes."""
+
+    @model_validator(mode="after")
+    def _sides_are_in_range(self) -> Self:
+        if self.size_factor != 1.0 and max(self.sides()) > 16_384:
+            raise ValueError(
+                f"size_factor={self.size_factor:g} gives sides of {list(self.sides())} pixels: at most 16384 are possible"
+            )
+        return self
 
     def sides(self) -> tuple[int, int]:
         """Return the shorter side of the resized image and the maximum of its longer side, in pixels."""
@@ -340,7 +352,7 @@ class OptimizerConfig(Section):
 
     iterations: PositiveInt = 270_000
     """The number of optimiser steps."""
-    batch_size: PositiveInt = REFERENCE_BATCH
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = REFERENCE_BATCH
     """The images per optimiser step, summed over all processes and accumulated parts."""
     learning_rate: Positive = 5e-5
     """The learning rate after the warm-up."""
@@ -391,7 +403,7 @@ class PretrainConfig(OptimizerConfig):
     enabled: Annotated[bool, Operational()] = False
     """Start the backbone from this stage's weights. Its norms may then be frozen, as with ImageNet weights."""
     iterations: PositiveInt = 8000
-    batch_size: PositiveInt = 8
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 8
     learning_rate: Positive = 2e-3
     schedule: Literal["step", "cosine"] = "cosine"
     warmup_iterations: Annotated[int, Field(ge=0)] = 200

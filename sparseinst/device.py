@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 import torch
 
 from sparseinst.config import Precision
-from sparseinst.errors import UserError
+from sparseinst.errors import UserError, shorten
 
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The torch types of the half precisions."""
@@ -39,9 +39,11 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        torch.ones(1, device=device).item()  # `meta` holds no values, so it fails here
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
+        raise UserError(
+            f"device {name!r} cannot be used: {shorten(str(error).splitlines()[0])}; use cpu, cuda or cuda:1"
+        ) from None
     return device
 
 

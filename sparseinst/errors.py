@@ -1,5 +1,11 @@
 """Define the errors that a user can cause. Each message is one line: the place, the problem, and a remedy."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """The input is not valid: a setting, a path or a file. The command line prints the message and exits with 2."""
@@ -11,3 +17,47 @@ class DataError(UserError):
 
 class RunFailed(Exception):
     """A run failed after it had started. The command line prints the message and exits with 1."""
+
+
+def shorten(text: str, most: int = 120) -> str:
+    """Return a text of at most `most` characters: its beginning and its end, if it is longer."""
+    return text if len(text) <= most else f"{text[: most - most // 3 - 5]} ... {text[-(most // 3) :]}"
+
+
+@contextmanager
+def memory_explained(remedy: str) -> Iterator[None]:
+    """Turn a lack of memory, on the processor or on a GPU, into a `RunFailed` that says what to lower.
+
+    Args:
+        remedy: the settings to lower, as a sentence's second half.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, ValueError) as error:
+        if (problem := out_of_memory(error)) is None:
+            raise
+        raise RunFailed(f"{problem}: {remedy}") from error
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return what the message says about the memory that was missing; None if the error has another cause.
+
+    torch has a class of its own for a GPU's memory, and a plain RuntimeError for the processor's. numpy uses MemoryError, and
+    ValueError for arrays that no machine can address.
+    """
+    text = str(error)
+    if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and not _MEMORY.search(text):
+        return None
+    found = re.search(r"allocate (?:more than )?([\d.]+) ?(bytes|[KMGTPE]iB)", text)
+    if found is None:
+        return "out of memory"
+    number, unit = found.groups()
+    wanted = f"{int(number) / 2**30:.1f} GiB" if unit == "bytes" else f"{number} {unit}"
+    return f"out of memory: {wanted} more were needed"
+
+
+_MEMORY = re.compile(
+    "DefaultCPUAllocator|[Ss]torage size calculation overflowed|integer multiplication overflow|bad_alloc|"
+    "array is too big|Maximum allowed (dimension|size) exceeded|numel: integer"
+)
+"""Parts of torch's and numpy's messages for sizes that cannot be allocated."""

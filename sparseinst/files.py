@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparseinst.errors import RunFailed, UserError
+from sparseinst.errors import RunFailed, UserError, shorten
 
 _log = logging.getLogger(__name__)
 
@@ -120,13 +121,33 @@ def file_digest(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a file that the user named. Raises `UserError` if it is missing, is a folder or is not text."""
+def check_is_file(path: Path) -> None:
+    """Raise `UserError` if a path that the user named is no file: missing, a folder, a device or a pipe, which may never end."""
     try:
-        return path.read_text(encoding="utf-8")
+        mode = path.stat().st_mode
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, a file was expected") from None
+        raise UserError(f"{shorten(str(path))}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shorten(str(path))}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a folder, a file was expected")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: is a device or a pipe, a file was expected")
+
+
+def read_text(path: Path, *, most: int | None = None) -> str:
+    """Return the text of a file that the user named.
+
+    Args:
+        most: the largest size of the file in bytes; None for any.
+
+    Raises:
+        UserError: the file is missing, is no file, is too large, or is not text.
+    """
+    check_is_file(path)
+    try:
+        if most is not None and path.stat().st_size > most:
+            raise UserError(f"{path}: has {path.stat().st_size} bytes, at most {most} were expected: is this the right file?")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None

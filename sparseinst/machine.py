@@ -51,6 +51,15 @@ def usable_cores() -> int:
     return max(1, int(min(_cores_of_affinity(), _cores_of_quota())))
 
 
+def machine_memory() -> int:
+    """Return the bytes of this machine's memory, or of its container's limit if that is lower."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(Path("/sys/fs/cgroup", file).read_text(encoding="ascii")))
+    return min(limits)
+
+
 def _cores_of_affinity() -> int:
     try:
         return len(os.sched_getaffinity(0))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from sparseinst.errors import UserError
+from sparseinst.errors import UserError, shorten
 from sparseinst.section import Section
 
 S = TypeVar("S", bound=Section)
@@ -31,7 +31,7 @@ def parse(schema: type[S], data: Mapping[str, Any], where: str = "") -> S:
         return schema.model_validate_json(json.dumps(data))
     except ValidationError as error:
         raise UserError(one_line(error, where, schema)) from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where + ': ' if where else ''}not plain data: {error}") from None
 
 
@@ -45,6 +45,8 @@ def nest(overrides: Mapping[str, Any], schema: type[Section]) -> dict[str, Any]:
     known = set(leaf_paths(schema))
     for path, value in overrides.items():
         if path not in known:
+            if inside := [name for name in leaf_paths(schema) if name.startswith(f"{path}.")]:
+                raise UserError(f"{path!r} is a group of settings: name one of them, such as {inside[0]}=VALUE")
             raise UserError(f"unknown setting {path!r}{nearest(path, known)}")
         node = nested
         *parents, leaf = path.split(".")
@@ -67,7 +69,7 @@ def merge(base: Mapping[str, Any], layer: Mapping[str, Any], schema: type[Sectio
             raise UserError(f"unknown setting {path!r}{nearest(path, leaf_paths(schema))}")
         if isinstance(base[key], dict):
             if not isinstance(value, Mapping):
-                raise UserError(f"{path}: a group of settings was expected, got {value!r}")
+                raise UserError(f"{path}: a group of settings was expected, got {shorten(repr(value))}")
             merged[key] = merge(base[key], value, schema, f"{path}.")
         else:
             merged[key] = value
@@ -160,7 +162,7 @@ def one_line(error: ValidationError, where: str, schema: type[Section]) -> str:
     elif first["type"] == "missing":
         message = "is missing"
     elif first["type"] not in ("value_error",):
-        message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
+        message = f"{message[0].lower()}{message[1:]}, got {shorten(repr(first['input']))}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{where + ': ' if where else ''}{path + ': ' if path else ''}{message}{more}"
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sparseinst.config import MODELS, PRESETS, Config
-from sparseinst.errors import UserError
+from sparseinst.errors import UserError, shorten
 from sparseinst.files import read_text
 from sparseinst.nested import merge, nearest, nest, parse
+from sparseinst.plain import MOST_CHARACTERS, parse_yaml
 
 
 def load_config(
@@ -33,8 +34,12 @@ def load_config(
     """
     file_layer = read_layer(Path(path)) if path is not None else {}
     file_preset = file_layer.pop("preset", None)
+    if not isinstance(file_preset, str | None):
+        raise UserError(f"{path}: preset: a name was expected, got {shorten(repr(file_preset))}")
     file_layer.pop("cost", None)  # so that a profile of the tables is also a valid config
     backbones: dict[str, dict[str, Any]] = file_layer.pop("backbones", {})
+    if not isinstance(backbones, dict) or not all(isinstance(settings, dict) for settings in backbones.values()):
+        raise UserError(f"{path}: backbones: settings of model.backbone by a backbone's name were expected")
     layers = [
         nest(choose("preset", preset or file_preset or "paper", PRESETS), Config),
         nest(choose("model", model, MODELS) if model is not None else {}, Config),
@@ -90,37 +95,21 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     path, separator, value = text.partition("=")
     if not separator or not path.strip():
-        raise UserError(f"override {text!r} is not of the form path=value")
-    return path.strip(), parse_yaml(value, f"override {text!r}")
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Return the plain data of a YAML 1.2 text.
-
-    Raises:
-        UserError: the text is not YAML, or repeats a key. The message names `where` and the line.
-    """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        return YAML(typ="safe").load(text)
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}:{line} {problem}") from None
+        raise UserError(f"override {shorten(text)!r} is not of the form path=value")
+    return path.strip(), parse_yaml(value, f"override {shorten(text)!r}")
 
 
 def read_layer(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the settings of a file, merged over those of the file that it extends.
 
     Raises:
-        UserError: a file cannot be read, is not a mapping, or extends itself.
+        UserError: a file cannot be read, is not a mapping, extends itself, or the chain of files is too long.
     """
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself")
-    data = parse_yaml(read_text(path), str(path))
+    if len(seen) > _LONGEST_CHAIN:
+        raise UserError(f"{path}: extends files over more than {_LONGEST_CHAIN} steps: put the settings into fewer files")
+    data = parse_yaml(read_text(path, most=4 * MOST_CHARACTERS), str(path))
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -131,6 +120,9 @@ def read_layer(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends: a path was expected, got {parent!r}")
     return _overlay(read_layer(path.parent / parent, (*seen, path.resolve())), data)
+
+
+_LONGEST_CHAIN = 20
 
 
 def _overlay(base: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:

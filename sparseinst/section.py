@@ -38,7 +38,13 @@ class Section(BaseModel):
     """A frozen and strict section of settings. It rejects unknown keys, wrong types, NaN and infinity."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        str_max_length=4096,  # no path can be longer
+        validate_default=True,
+        use_attribute_docstrings=True,
     )
 
     def content(self, stage: Stage | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sparseinst"
 
-BASE = {"errors", "paths", "files", "machine", "section", "nested", "config", "overrides"}
+BASE = {"errors", "paths", "files", "machine", "section", "plain", "nested", "config", "overrides"}
 ALLOWED = {
     "errors": set(),
     "paths": set(),
@@ -19,9 +19,10 @@ ALLOWED = {
     "progress": set(),
     "attempts": {"errors", "files", "machine", "paths"},
     "section": set(),
+    "plain": {"errors"},
     "nested": {"section", "errors"},
     "config": {"nested", "section"},
-    "overrides": {"config", "files", "nested", "errors"},
+    "overrides": {"config", "files", "nested", "plain", "errors"},
     "models": BASE,
     "data": BASE,
     "matcher": {"config", "models"},
@@ -54,12 +55,14 @@ WITHOUT_TORCH = [
     "machine",
     "attempts",
     "section",
+    "plain",
     "nested",
     "files",
     "progress",
     "config",
     "overrides",
     "cli",
+    "data.annotations",
     "data.coco",
     "data.transforms",
     "data.augmentation",

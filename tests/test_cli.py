@@ -128,7 +128,7 @@ def bad_inputs() -> dict[str, tuple[list[str], str]]:
         "weights missing": (["evaluate", "--weights", "{tmp}/none.safetensors"], "none.safetensors: no such file"),
         "weights are text": (["evaluate", "--weights", "{bad}/text.safetensors"], "no readable safetensors file"),
         "weights without config": (["evaluate", "--weights", "{bad}/bare.safetensors"], "carries no config"),
-        "weights of other classes": (["evaluate", "--weights", "{trained}", "--data", "{bad}/polygon"], "are not the 6 of"),
+        "weights of other classes": (["evaluate", "--weights", "{trained}", "--data", "{bad}/missing"], "are not the 6 of"),
         "evaluation of a model setting": (["evaluate", "--weights", "{trained}", "-o", "train.seed=1"], "belongs to the weights"),
         "picture missing": (
             ["predict", "{tmp}/n.jpg", "--weights", "{trained}", "--output", "{tmp}/o"],

@@ -77,7 +77,8 @@ def test_a_config_is_frozen() -> None:
         ("train.iterations=10", "warmup_iterations=1000 must be below iterations=10"),
         ("train.iterations", "not of the form path=value"),
         ("data.short_sides=[", "override 'data.short_sides=\\['"),
-        ("model=5", "unknown setting 'model'"),
+        ("model=5", "'model' is a group of settings: name one of them, such as model.num_classes=VALUE"),
+        ("train=3", "'train' is a group of settings: name one of them, such as train.iterations=VALUE"),
     ],
 )
 def test_mistakes_give_one_line_errors(override: str, message: str) -> None:

@@ -30,6 +30,8 @@ the whole forward pass and of its modules in milliseconds; images per second."""
 
 
 def _one_line(text: str) -> str:
+    if len(text) > _LONGEST_LINE:
+        raise ValueError(f"{text[:40]!r} ...: has {len(text)} characters, but at most {_LONGEST_LINE} fit a table")
     if not text.isprintable():
         raise ValueError(f"{text!r} holds a character that cannot be printed, such as a line break")
     return text
@@ -45,6 +47,7 @@ def _folder_name(name: str) -> str:
 
 
 _LONGEST_NAME = 100
+_LONGEST_LINE = 1000
 OneLine = Annotated[str, AfterValidator(_one_line)]
 Labels = dict[str, OneLine | int | float]
 

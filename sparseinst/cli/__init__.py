@@ -10,7 +10,7 @@ import typer
 
 from sparseinst import __version__
 from sparseinst.cli import bench, cluster, data, look, models, settings, tables, weights
-from sparseinst.errors import RunFailed, UserError
+from sparseinst.cli.problems import check_arguments, explain
 from sparseinst.inference.memory import keep_freed_memory
 from sparseinst.machine import limit_threads, wait_passively
 
@@ -61,12 +61,14 @@ def run_cli(arguments: list[str]) -> int:
     """Run one command line and return the exit code."""
     command = typer.main.get_command(app)
     try:
+        check_arguments(arguments)
         command.main(arguments, prog_name="sparseinst")
-    except (UserError, RunFailed) as error:
-        if "--debug" in arguments:
+    except Exception as error:
+        known = explain(error)
+        if known is None or "--debug" in arguments:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        print(f"error: {known[0]}", file=sys.stderr)
+        return known[1]
     except SystemExit as ended:  # typer raises this after success and after its own one-line errors
         if isinstance(ended.code, str):  # a training that was asked to stop
             print(ended.code, file=sys.stderr)

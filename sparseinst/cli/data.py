@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparseinst.cli.options import Json, Overrides
+from sparseinst.cli.options import Json, Overrides, finite
 from sparseinst.errors import UserError
 
 app = typer.Typer(no_args_is_help=True)
@@ -16,9 +16,9 @@ app = typer.Typer(no_args_is_help=True)
 @app.command()
 def shapes(
     output: Annotated[Path, typer.Option(help="A new folder.")],
-    train_images: Annotated[int, typer.Option("--train", min=1)] = 16_000,
-    val_images: Annotated[int, typer.Option("--val", min=1)] = 2000,
-    side: Annotated[int, typer.Option(min=32, help="Side of the square images in pixels.")] = 256,
+    train_images: Annotated[int, typer.Option("--train", min=1, max=10_000_000)] = 16_000,
+    val_images: Annotated[int, typer.Option("--val", min=1, max=10_000_000)] = 2000,
+    side: Annotated[int, typer.Option(min=32, max=4096, help="Side of the square images in pixels.")] = 256,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write the embedded data set in COCO format."""
@@ -33,9 +33,9 @@ def collage(
     cutouts: Annotated[Path, typer.Option(help="A folder that holds one folder of transparent images for each class.")],
     backgrounds: Annotated[Path, typer.Option(help="A folder of background images.")],
     output: Annotated[Path, typer.Option(help="A new folder.")],
-    train_images: Annotated[int, typer.Option("--train", min=1)] = 2000,
-    val_images: Annotated[int, typer.Option("--val", min=1)] = 300,
-    side: Annotated[int, typer.Option(min=64, help="Side of the square images in pixels.")] = 256,
+    train_images: Annotated[int, typer.Option("--train", min=1, max=10_000_000)] = 2000,
+    val_images: Annotated[int, typer.Option("--val", min=1, max=10_000_000)] = 300,
+    side: Annotated[int, typer.Option(min=64, max=4096, help="Side of the square images in pixels.")] = 256,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Compose scenes from cut-outs on backgrounds, in COCO format. The two splits share no cut-out and no background."""
@@ -76,6 +76,7 @@ def convert(
         typer.Option(
             min=0.0,
             max=1.0,
+            callback=finite,
             help="Share of the images for the validation split.  [default: the source's own splits, or else 0.2]",
         ),
     ] = None,
@@ -113,7 +114,9 @@ def split(
         ),
     ] = "image",
     name: Annotated[str, typer.Option(help="Names the new files.")] = "split",
-    val: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the images for the validation split, about.")] = 0.2,
+    val: Annotated[
+        float, typer.Option(min=0.0, max=1.0, callback=finite, help="Share of the images for the validation split, about.")
+    ] = 0.2,
     seed: Annotated[int, typer.Option(min=0, help="Seed that chooses the validation images or groups.")] = 0,
     override: Overrides = [],  # noqa: B006
 ) -> None:

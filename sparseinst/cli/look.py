@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from sparseinst.cli.mechanism import print_mechanism
-from sparseinst.cli.options import Checkpoint, Device, Optimize, Overrides
+from sparseinst.cli.options import Checkpoint, Device, Optimize, Overrides, finite
 from sparseinst.errors import RunFailed, UserError
 
 app = typer.Typer()
@@ -19,7 +19,9 @@ def predict(
     inputs: Annotated[list[Path], typer.Argument(metavar="IMAGE|DIR|VIDEO ...")],
     weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a run, which may be unfinished.")],
     output: Annotated[Path, typer.Option(help="Folder for the overlays and predictions.json.")],
-    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Leave out instances with a lower score.")] = 0.4,
+    score: Annotated[
+        float, typer.Option(min=0.0, max=1.0, callback=finite, help="Leave out instances with a lower score.")
+    ] = 0.4,
     top: Annotated[int | None, typer.Option(min=1, help="Keep only this many instances of an image, the best ones.")] = None,
     maps: Annotated[bool, typer.Option("--maps", help="Also draw each instance's activation map (images only).")] = False,
     sheet: Annotated[bool, typer.Option("--sheet", help="Also draw all inputs on contact sheets, sheet-1.jpg ...")] = False,
@@ -124,7 +126,7 @@ def failures(
     data: Annotated[
         Path | None, typer.Option(help="A folder in COCO format; default: the data that the model was trained on.")
     ] = None,
-    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Ignore instances with a lower score.")] = 0.4,
+    score: Annotated[float, typer.Option(min=0.0, max=1.0, callback=finite, help="Ignore instances with a lower score.")] = 0.4,
     most: Annotated[int, typer.Option(min=1, help="The largest number of images in a sheet.")] = 12,
     override: Overrides = [],  # noqa: B006 (typer reads the default)
     checkpoint: Checkpoint = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,19 @@ Record = Annotated[bool, typer.Option("--record", help="Record a peer's metrics 
 FromScratch = Annotated[
     bool, typer.Option("--from-scratch", help="Train from step 0 where every checkpoint is damaged; otherwise that is an error.")
 ]
-Budget = Annotated[float | None, typer.Option(min=0.0, help="Start nothing if the remaining runs cost more hours than this.")]
+
+
+def finite(value: float | None) -> float | None:
+    """Refuse NaN, which typer's limits let through."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+Budget = Annotated[
+    float | None,
+    typer.Option(min=0.0, callback=finite, help="Start nothing if the remaining runs cost more hours than this."),
+]
 UntilSettled = Annotated[
     bool,
     typer.Option(

@@ -91,7 +91,9 @@ def run(
     seeds: Seeds = 1,
     row: RowText = None,
     results: Results = RESULTS,
-    jobs: Annotated[int, typer.Option(min=1, help="Number of processes that share the work; they use the GPUs in turn.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, max=256, help="Number of processes that share the work; they use the GPUs in turn.")
+    ] = 1,
     budget: Budget = None,
     pictures: Annotated[Path | None, typer.Option(help="Draw predictions of each row into a subfolder of this folder.")] = None,
     device: Device = None,

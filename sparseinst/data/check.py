@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from sparseinst.config import DataConfig
-from sparseinst.data.coco import CocoSplit, ImageRecord, decode, read_image, train_split, val_split
+from sparseinst.data.annotations import check_for_metrics
+from sparseinst.data.coco import CocoSplit, ImageRecord, decode, read_image, state_of_file, train_split, val_split
 from sparseinst.errors import DataError
 
 SMALL, MEDIUM = 32**2, 96**2
@@ -51,7 +52,7 @@ def check_split(split: CocoSplit, images: Iterable[ImageRecord], *, read_images:
     """
     report = Report(images=len(split.images))
     report.categories.update({category.name: 0 for category in split.categories})
-    report.problems += _id_problems(split.file)
+    report.problems += _id_problems(split)
     for image in images:
         _check_image(image, read_images, report)
         _check_instances(image, split, report)
@@ -63,18 +64,17 @@ def check_split(split: CocoSplit, images: Iterable[ImageRecord], *, read_images:
     return report
 
 
-def _id_problems(file: Path) -> list[str]:
+def _id_problems(split: CocoSplit) -> list[str]:
     """Return the problems with annotation ids. COCO evaluation needs unique ids above 0; training does not."""
-    annotations = json.loads(file.read_text(encoding="utf-8")).get("annotations", [])
-    ids = Counter(entry["id"] for entry in annotations)
-    problems = [f"{file}: annotation id {key} is used {n} times" for key, n in ids.items() if n > 1]
+    ids = Counter(annotation.id for image in split.images for annotation in image.annotations)
+    problems = [f"{split.file}: annotation id {key} is used {n} times" for key, n in ids.items() if n > 1]
     if 0 in ids:
-        problems.append(f"{file}: COCO evaluation never counts annotation id 0 as found; start the ids at 1")
+        problems.append(f"{split.file}: COCO evaluation never counts annotation id 0 as found; start the ids at 1")
     return problems
 
 
 def _check_image(image: ImageRecord, read: bool, report: Report) -> None:
-    if not read and not image.path.is_file():
+    if not read and not os.path.isfile(image.path):  # noqa: PTH113 (Path.is_file raises an error for a name that is too long)
         report.problems.append(f"{image.path}: no such image")
     if read:
         try:
@@ -110,12 +110,14 @@ def check_folder(config: DataConfig, *, read_images: bool = True) -> dict[str, R
     from rich.console import Console
     from rich.progress import track
 
-    splits = {"train": train_split(config), "val": val_split(config)}
+    splits = {"train": train_split(config, refuse=False), "val": val_split(config, refuse=False)}
     reports = {}
     for name, split in splits.items():
         console = Console(stderr=True)
         images = track(split.images, f"check {name}", console=console, disable=not console.is_terminal)
         reports[name] = check_split(split, images, read_images=read_images)
+        if not split.problems:  # otherwise it would only say the same in other words
+            check_for_metrics(split.file, state_of_file(split.file))
     return reports
 
 

@@ -6,21 +6,29 @@ K instances of one image, H W height and width in pixels.
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sparseinst.config import DataConfig
-from sparseinst.errors import DataError, UserError
-from sparseinst.files import read_text
+from sparseinst.data.annotations import (
+    check_annotation,
+    check_category,
+    check_for_metrics,
+    check_image,
+    check_segmentation,
+    read_content,
+)
+from sparseinst.errors import DataError, UserError, shorten
+
+Checked = TypeVar("Checked")
 
 Mask = NDArray[np.uint8]
 """(H, W), 0 or 1."""
@@ -68,11 +76,13 @@ class CocoSplit:
     file: Path
     categories: tuple[Category, ...]
     images: tuple[ImageRecord, ...]
+    problems: tuple[str, ...] = ()
+    """One line for each annotation of the whole file whose segmentation is invalid."""
 
     def with_instances(self) -> CocoSplit:
         """Return the split with only the images that training uses: those with an instance that is no crowd."""
         kept = (image for image in self.images if any(not a.crowd for a in image.annotations))
-        return CocoSplit(self.file, self.categories, tuple(kept))
+        return replace(self, images=tuple(kept))
 
     def instances_per_image(self) -> list[int]:
         """Return the number of instances of each image without crowds."""
@@ -112,14 +122,34 @@ def check_categories(split: CocoSplit, categories: Sequence[Category], of: str) 
         )
 
 
-def train_split(config: DataConfig) -> CocoSplit:
-    """Read the training images of a config. Raises `DataError`, as `read_split` does."""
-    return read_split(train_annotations(config), _prepared_root(config) / config.train_images, config.train_limit)
+def train_split(config: DataConfig, *, refuse: bool = True) -> CocoSplit:
+    """Read the training images of a config.
+
+    Args:
+        refuse: raise an error for an invalid segmentation, unless `data.on_bad_image` allows it.
+
+    Raises:
+        DataError: as in `read_split`.
+    """
+    split = read_split(train_annotations(config), _prepared_root(config) / config.train_images, config.train_limit)
+    return _usable(split, config) if refuse else split
 
 
-def val_split(config: DataConfig) -> CocoSplit:
-    """Read the validation images of a config. Raises `DataError`, as `read_split` does."""
-    return read_split(val_annotations(config), _prepared_root(config) / config.val_images, config.val_limit)
+def val_split(config: DataConfig, *, refuse: bool = True) -> CocoSplit:
+    """Read the validation images of a config, like `train_split`. The library that computes the metrics must be able to, too."""
+    split = read_split(val_annotations(config), _prepared_root(config) / config.val_images, config.val_limit)
+    if refuse:
+        split = _usable(split, config)
+        check_for_metrics(split.file, state_of_file(split.file))
+    return split
+
+
+def _usable(split: CocoSplit, config: DataConfig) -> CocoSplit:
+    """Return a split. Raises `DataError` if a segmentation is invalid and `data.on_bad_image` does not allow it."""
+    if split.problems and config.on_bad_image == "error":
+        more = f" (and {len(split.problems) - 1} more, which `sparseinst data check` lists)" if len(split.problems) > 1 else ""
+        raise DataError(f"{split.problems[0]}{more}; data.on_bad_image=skip leaves such images out of the training")
+    return split
 
 
 def train_annotations(config: DataConfig) -> Path:
@@ -170,71 +200,67 @@ def state_of_file(file: Path) -> tuple[int, ...]:
 @lru_cache(maxsize=2)
 def _read_whole(file: Path, images: Path, _state: tuple[int, ...]) -> CocoSplit:
     """Return all images of an annotation file. A training and a validation file stay in memory."""
-    data = _read_json(file)
+    data = read_content(file)
     if not images.is_dir():
         raise DataError(f"{images}: no such folder of images")
-    try:
-        categories = tuple(sorted((Category(c["id"], c["name"]) for c in data["categories"]), key=lambda c: c.id))
-        records = {entry["id"]: _record(entry, images) for entry in data["images"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{file}: categories or images: {_reason(error)}") from None
+    categories = tuple(sorted((Category(*c) for c in _checked(file, data, "categories", check_category)), key=lambda c: c.id))
+    entries = [
+        ImageRecord(number, images / name, height, width)
+        for number, name, height, width in _checked(file, data, "images", check_image)
+    ]
+    records = {record.id: record for record in entries}
     labels = {category.id: index for index, category in enumerate(categories)}
-    if len(labels) != len(categories) or len(records) != len(data["images"]):
+    if len(labels) != len(categories) or len(records) != len(entries):
         raise DataError(f"{file}: two {'images' if len(labels) == len(categories) else 'categories'} share an id")
-    for index, entry in enumerate(data.get("annotations", [])):
+    problems = []
+    for index, entry in enumerate(data["annotations"]):
         try:
-            annotation = Annotation(
-                entry["id"], labels[entry["category_id"]], bool(entry.get("iscrowd", 0)), entry["segmentation"]
-            )
-            records[entry["image_id"]].annotations.append(annotation)
-        except (KeyError, TypeError) as error:
-            name = entry.get("id", "without id") if isinstance(entry, dict) else "no object"
-            raise DataError(f"{file}: annotation {index} (id {name}): {_annotation_reason(entry, error)}") from None
-    return CocoSplit(file, categories, tuple(records.values()))
+            number, image, category, crowd, segmentation = check_annotation(entry)
+            for key, value, known in (("category_id", category, labels), ("image_id", image, records)):
+                if value not in known:
+                    raise ValueError(f"{key} {value} is not among the file's {'images' if known is records else 'categories'}")
+        except ValueError as error:
+            name = shorten(repr(entry.get("id", "without id"))) if isinstance(entry, dict) else "no object"
+            raise DataError(f"{file}: annotation {index} (id {name}): {error}") from None
+        record = records[image]
+        record.annotations.append(Annotation(number, labels[category], crowd, segmentation))
+        try:
+            check_segmentation(segmentation, record.height, record.width)
+        except ValueError as error:
+            problems.append(f"{file}: annotation {number} (image {shorten(record.path.name)}): segmentation: {error}")
+    return CocoSplit(file, categories, tuple(entries), tuple(problems))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    text = read_text(file)
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "categories")):
-        raise DataError(f"{file}: not a COCO annotation file: the lists `images` and `categories` are needed")
-    if not data["images"] or not data["categories"]:
-        raise DataError(f"{file}: holds no {'categories' if data['images'] else 'images'}")
-    return data
+def _checked(file: Path, data: Mapping[str, Any], kind: str, check: Callable[[Any], Checked]) -> list[Checked]:
+    """Return the checked entries of a list in an annotation file. Raises `DataError`."""
+    found = []
+    for index, entry in enumerate(data[kind]):
+        try:
+            found.append(check(entry))
+        except ValueError as error:
+            raise DataError(f"{file}: categories or images: {kind} {index}: {error}") from None
+    return found
 
 
-def _record(entry: Mapping[str, Any], images: Path) -> ImageRecord:
-    height, width = entry["height"], entry["width"]
-    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
-        raise ValueError(f"image {entry['file_name']} has height {height!r} and width {width!r}")
-    return ImageRecord(entry["id"], images / entry["file_name"], height, width)
-
-
-def _reason(error: Exception) -> str:
-    return f"an entry lacks {error}" if isinstance(error, KeyError) else str(error)
-
-
-def _annotation_reason(entry: Any, error: Exception) -> str:
-    if not isinstance(entry, dict):
-        return "not an object"
-    missing = [key for key in ("id", "image_id", "category_id", "segmentation") if key not in entry]
-    if missing:
-        return f"lacks {', '.join(missing)}" + (" (boxes alone are not enough)" if "segmentation" in missing else "")
-    key = "category_id" if isinstance(error, KeyError) and error.args[0] == entry["category_id"] else "image_id"
-    return f"{key} {entry[key]!r} is not among the file's {'categories' if key == 'category_id' else 'images'}"
+def read_categories(entries: Any) -> tuple[Category, ...]:
+    """Return the categories that a weights file holds as plain data. Raises `ValueError` if they are no categories."""
+    if not isinstance(entries, list):
+        raise ValueError(f"categories: a list was expected, got {shorten(repr(entries))}")
+    found = tuple(Category(*check_category(entry)) for entry in entries)
+    if len({category.id for category in found}) != len(found):
+        raise ValueError("categories: two share an id")
+    return found
 
 
 def decode(segmentation: Any, height: int, width: int) -> Mask:
     """Return the mask (height, width) of polygons or run lengths, stored column by column.
 
     Raises:
-        ValueError: the segmentation is neither, or has another size.
+        ValueError: as in `check_segmentation`.
     """
     from hotcoco import mask
 
+    check_segmentation(segmentation, height, width)
     return mask.decode(_runs(segmentation, height, width))
 
 
@@ -251,8 +277,8 @@ def _runs(segmentation: Any, height: int, width: int) -> Any:
     from hotcoco import mask
 
     if isinstance(segmentation, Mapping):
-        if list(segmentation.get("size", ())) != [height, width]:
-            raise ValueError(f"run lengths of size {segmentation.get('size')} in an image of {[height, width]}")
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"run lengths of size {segmentation['size']} in an image of {[height, width]}")
         return mask.fr_py_objects(dict(segmentation), height, width)
     polygons = [list(map(float, polygon)) for polygon in segmentation]
     if not polygons or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sparseinst.data.annotations import check_segmentation
 from sparseinst.data.coco import Bounds, Mask, decode, decode_with_bounds
 
 Pixels = NDArray[np.uint8]
@@ -39,10 +40,8 @@ class Sample:
 def as_segment(segmentation: Any, height: int, width: int) -> list[Polygon] | Mask:
     """Return an annotation's segmentation as `Sample` holds it. Raises `ValueError` if it is neither polygons nor run lengths."""
     if isinstance(segmentation, list):
-        polygons = [np.asarray(points, dtype=np.float64).reshape(-1, 2) for points in segmentation]
-        if not polygons or min(len(points) for points in polygons) < 3:
-            raise ValueError("a polygon needs at least three points of x and y")
-        return polygons
+        check_segmentation(segmentation, height, width)
+        return [np.asarray(points, dtype=np.float64).reshape(-1, 2) for points in segmentation]
     return decode(segmentation, height, width)
 
 

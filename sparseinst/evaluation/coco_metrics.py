@@ -121,7 +121,7 @@ def pycocotools_truth(annotations: Path) -> COCO:
     for number, annotation in enumerate(data["annotations"], start=1):
         try:
             as_segment(annotation["segmentation"], *sizes[annotation["image_id"]])
-            if "area" not in annotation:
+            if annotation.get("area") is None:
                 annotation["area"] = int(decode(annotation["segmentation"], *sizes[annotation["image_id"]]).sum())
         except (ValueError, TypeError) as error:
             raise DataError(f"{annotations}: annotation {annotation['id']}: segmentation: {error}") from None

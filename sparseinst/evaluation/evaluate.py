@@ -23,7 +23,7 @@ from sparseinst.data.loader import Batch, EvalSet, eval_loader, read_segments
 from sparseinst.data.transforms import as_mask, resize_segments
 from sparseinst.device import autocast
 from sparseinst.distributed import gather, rank, same_for_all, world_size
-from sparseinst.errors import DataError, UserError
+from sparseinst.errors import DataError, UserError, memory_explained
 from sparseinst.evaluation.coco_metrics import Engine, coco_figures, figures_by_limit
 from sparseinst.evaluation.mechanism import Matches, Pairs, observe, summarise
 from sparseinst.files import atomic, file_digest
@@ -68,6 +68,7 @@ class Evaluation:
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
+@memory_explained("lower inference.short_side and inference.long_side, or set inference.precision=bf16")
 @torch.no_grad()
 def evaluate(
     model: SparseInst,

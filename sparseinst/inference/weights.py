@@ -15,9 +15,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sparseinst.config import Config
-from sparseinst.data.coco import Category, train_split
-from sparseinst.errors import UserError
-from sparseinst.files import atomic, no_space_explained
+from sparseinst.data.coco import Category, read_categories, train_split
+from sparseinst.errors import UserError, shorten
+from sparseinst.files import atomic, check_is_file, no_space_explained
 from sparseinst.inference.checkpoints import CHECKPOINT_SUFFIX, find_weights, model_state, read_checkpoint
 from sparseinst.models.sparseinst import SparseInst, build_model
 from sparseinst.overrides import load_config, parse_config
@@ -75,13 +75,12 @@ def file_tensors_digest(path: Path) -> str:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file. Raises `UserError` if it cannot be read."""
+    check_is_file(path)
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no readable safetensors file ({str(error).splitlines()[0]})") from None
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is no readable safetensors file ({shorten((str(error).splitlines() or [''])[0])})") from None
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -151,11 +150,13 @@ def load_weights(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
         raise UserError(f"{path}: {not_finite[0]} holds NaN or infinite values: the training diverged; train again")
     try:
         settings, entries = json.loads(metadata["config"]), json.loads(metadata["categories"])
-        categories = tuple(Category(**entry) for entry in entries)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: its metadata cannot be read ({' '.join(str(error).split())[:100]})") from None
+        categories = read_categories(entries)
+        if not isinstance(settings, dict):
+            raise ValueError(f"settings were expected, got {shorten(repr(settings))}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: its metadata cannot be read ({shorten(' '.join(str(error).split()))})") from None
     config = parse_config(settings, where=f"{path}: config")
-    return _filled(config, state, path), config, categories
+    return _filled(config, state, path, categories), config, categories
 
 
 def _load_checkpoint(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
@@ -166,15 +167,40 @@ def _load_checkpoint(path: Path) -> tuple[SparseInst, Config, tuple[Category, ..
     config = load_config(paths.config)
     saved = read_checkpoint(path)
     entries = saved.get("categories")  # checkpoints of earlier versions have none
-    categories = train_split(config.data).categories if entries is None else tuple(Category(**entry) for entry in entries)
-    return _filled(config, model_state(saved), path), config, categories
-
-
-def _filled(config: Config, state: Mapping[str, Tensor], path: Path) -> SparseInst:
-    """Return a model in evaluation mode with these tensors, which come from the file `path`."""
-    model = build_model(config.model, load_pretrained=False)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{path}: the tensors do not fit the file's own config: {str(error).splitlines()[1].strip()}") from None
+        categories = train_split(config.data).categories if entries is None else read_categories(entries)
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); choose another one with --checkpoint") from None
+    return _filled(config, model_state(saved), path, categories), config, categories
+
+
+def _filled(config: Config, state: Mapping[str, Tensor], path: Path, categories: tuple[Category, ...]) -> SparseInst:
+    """Return a model in evaluation mode with these tensors, which come from the file `path`.
+
+    Raises:
+        UserError: the model of the config has other tensors or another number of categories. A model without memory shows this,
+            so that a damaged config cannot ask for more memory than there is.
+    """
+    if len(categories) != config.model.num_classes:
+        raise UserError(f"{path}: holds {len(categories)} categories, but its config says {config.model.num_classes}")
+    with torch.device("meta"):
+        wanted = build_model(config.model, load_pretrained=False).state_dict()
+    counters = "num_batches_tracked"  # torch does not need these either
+    problems = [f"{name} is missing" for name in wanted if name not in state and not name.endswith(counters)]
+    problems += [f"{name} is not part of the model" for name in state if name not in wanted]
+    problems += [
+        f"{name} has shape {list(state[name].shape)}, expected {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    problems += [
+        f"{name} is of type {state[name].dtype}, expected {tensor.dtype}"  # half precision is welcome
+        for name, tensor in wanted.items()
+        if name in state and state[name].is_floating_point() != tensor.is_floating_point()
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{path}: the tensors do not fit the file's own config: {problems[0]}{more}")
+    model = build_model(config.model, load_pretrained=False)
+    model.load_state_dict(state)
     return model.eval()

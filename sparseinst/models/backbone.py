@@ -5,7 +5,6 @@ Shapes: B images, C channels, H W padded height and width.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from timm.layers.norm_act import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from sparseinst.config import STRIDES, BackboneConfig
-from sparseinst.errors import UserError
+from sparseinst.errors import UserError, shorten
+from sparseinst.files import check_is_file
 from sparseinst.models import small  # noqa: F401 (the import registers its models in timm)
 from sparseinst.models.layers import DeformableConv2d
 from sparseinst.nested import nearest
@@ -147,17 +147,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such file, or it has another format.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_is_file(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        raise UserError(f"{path} holds no readable weights ({str(error).splitlines()[0][:120]})") from None
+    except Exception as error:  # noqa: BLE001 (damaged bytes make torch's unpickler raise anything, such as an IndexError)
+        raise UserError(f"{path} holds no readable weights ({shorten(' '.join(str(error).split()))})") from None
     for key in ("model", "state_dict"):
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]

@@ -28,6 +28,7 @@ from sparseinst.data.coco import check_categories, train_split, val_split
 from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
 from sparseinst.device import autocast, tf32
 from sparseinst.distributed import average, largest, rank, same_for_all, share_norms, world_size
+from sparseinst.errors import memory_explained
 from sparseinst.files import atomic, make_folder, no_space_explained
 from sparseinst.inference.weights import halved
 from sparseinst.models.backbone import Backbone
@@ -37,7 +38,7 @@ from sparseinst.training.checkpoint import load_checkpoint, newest_checkpoint, r
 from sparseinst.training.interrupt import StopRequest
 from sparseinst.training.monitor import Monitor, logging_to
 from sparseinst.training.schedule import parameter_groups
-from sparseinst.training.step import check_classes
+from sparseinst.training.step import check_batch, check_classes
 from sparseinst.training.updates import Updates
 
 _log = logging.getLogger(__name__)
@@ -175,9 +176,12 @@ def pretrain(
         if from_scratch and rank() == 0:
             remove_if_all_damaged(paths)
         if not same_for_all(paths.weights.exists()):
-            with tf32(config.pretrain.precision == "tf32"):
+            with tf32(config.pretrain.precision == "tf32"), memory_explained(_LOWER):
                 _Pretraining(config, paths, device, progress, held).run()
     return paths.weights
+
+
+_LOWER = "lower pretrain.batch_size, data.short_sides or data.long_side; the checkpoints are kept"
 
 
 class _Pretraining:
@@ -191,6 +195,7 @@ class _Pretraining:
         # An error in the validation data must stop the run before it begins.
         self.val = val_split(config.data)
         check_categories(self.val, self.split.categories, f"{self.split.file}")
+        check_batch("pretrain.batch_size", settings.batch_size, len(self.split.with_instances().images))
         torch.manual_seed(settings.seed)
         # Deformable stages later start from plain weights, as they do with ImageNet weights.
         plain = config.model.backbone.model_copy(

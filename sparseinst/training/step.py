@@ -11,17 +11,18 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from sparseinst.config import Config
+from sparseinst.config import REFERENCE_BATCH, Config
 from sparseinst.criterion import Criterion, count, prepare_targets
 from sparseinst.data.coco import CocoSplit
 from sparseinst.data.loader import Batch
 from sparseinst.device import autocast
 from sparseinst.distributed import largest, mean_counts, share_norms
 from sparseinst.errors import UserError
+from sparseinst.machine import machine_memory
 from sparseinst.models.backbone import Backbone
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.norms import absorb_norms
-from sparseinst.models.sparseinst import SparseInst
+from sparseinst.models.sparseinst import SparseInst, build_model
 from sparseinst.training.schedule import parameter_groups
 from sparseinst.training.updates import Updates
 
@@ -133,6 +134,46 @@ def recomputed(model: SparseInst, images: Tensor) -> Predictions:
         x = checkpoint(module, x, use_reentrant=False)
     assert isinstance(x, Predictions)
     return x
+
+
+def check_batch(name: str, batch_size: int, images: int) -> None:
+    """Check a batch size. Up to the paper's, it may exceed the number of images, which are then used more than once in a batch.
+
+    Args:
+        name: the setting.
+        images: the number of training images with instances.
+
+    Raises:
+        UserError: it exceeds both.
+    """
+    if batch_size > max(images, REFERENCE_BATCH):
+        raise UserError(
+            f"{name}={batch_size}: there are only {images} training images with instances: set {name}={images} or lower"
+        )
+
+
+def check_memory(config: Config, device: torch.device) -> None:
+    """Check that the weights, gradients and AdamW's two means of a model fit the device. The model is built without memory.
+
+    Raises:
+        UserError: they do not. The message says what to lower.
+    """
+    with torch.device("meta"):
+        model = build_model(config.model, load_pretrained=False)
+    needed = 16 * sum(parameter.numel() for parameter in model.parameters())
+    have = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine_memory()
+    if needed > have:
+        raise UserError(
+            f"the model has {needed // 16 / 1e9:.1f} billion parameters, and training it needs {needed / 2**30:.0f} GiB; "
+            f"{device} has {have / 2**30:.0f} GiB: {LOWER_MODEL}"
+        )
+
+
+LOWER_MODEL = "lower model.decoder.width, model.decoder.depth, model.encoder.channels or model.decoder.iam.num_maps"
+LOWER_TRAINING = (
+    "lower train.batch_size, data.short_sides or data.long_side, raise train.accumulate, or set "
+    "train.checkpoint_activations=true; the checkpoints are kept"
+)
 
 
 def check_classes(config: Config, split: CocoSplit) -> None:

@@ -18,7 +18,7 @@ from sparseinst.data.coco import CocoSplit, check_categories, train_split, val_s
 from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
 from sparseinst.device import tf32
 from sparseinst.distributed import rank, same_for_all, world_size
-from sparseinst.errors import RunFailed, UserError
+from sparseinst.errors import RunFailed, UserError, memory_explained
 from sparseinst.evaluation.evaluate import evaluate
 from sparseinst.evaluation.mechanism import Matches, stability
 from sparseinst.files import atomic, make_folder, read_text
@@ -32,7 +32,7 @@ from sparseinst.training.interrupt import StopRequest
 from sparseinst.training.loggers import Loggers, check_installed
 from sparseinst.training.monitor import Monitor, diverged, logging_to
 from sparseinst.training.pretrain import ensure_start
-from sparseinst.training.step import Step, check_classes
+from sparseinst.training.step import LOWER_MODEL, LOWER_TRAINING, Step, check_batch, check_classes, check_memory
 
 _log = logging.getLogger(__name__)
 
@@ -82,13 +82,14 @@ def train(
         if from_scratch and rank() == 0:
             remove_if_all_damaged(paths)
         if not same_for_all(paths.weights.exists()):
-            training = _Training(config, paths, device, progress, held, parts, start)
+            with memory_explained(LOWER_MODEL):
+                training = _Training(config, paths, device, progress, held, parts, start)
             if rank() == 0:
                 # This comes after `_Training` has checked the settings: a run with invalid settings must not claim the folder.
                 with atomic(paths.config, held.check) as temporary:
                     temporary.write_text(config.to_yaml(), encoding="utf-8")
             _log.info("training %s", paths.title())
-            with tf32(config.train.precision == "tf32"):
+            with tf32(config.train.precision == "tf32"), memory_explained(LOWER_TRAINING):
                 training.run()
     return paths.weights
 
@@ -132,6 +133,8 @@ class _Training:
         check_categories(val, split.categories, f"{split.file}")
         self.val = replace(val, images=val.images[: config.train.evaluate_images])
         self.categories = split.categories
+        check_batch("train.batch_size", config.train.batch_size, len(split.with_instances().images))
+        check_memory(config, device)
         torch.manual_seed(config.train.seed)
         model = build_model(_with_start(config.model, start), load_pretrained=config.train.start is None)
         if config.train.start is not None:

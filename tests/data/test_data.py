@@ -228,8 +228,8 @@ def test_an_annotation_file_is_read_once_unless_it_changes(tmp_path: Path, monke
     write_coco(tmp_path, [image_entry(1), image_entry(2)], [annotation(1, 1, 7, box(1, 1, 9, 9))])
     config = DataConfig(root=str(tmp_path))
     read_files: list[Path] = []
-    read_json = coco._read_json
-    monkeypatch.setattr(coco, "_read_json", lambda file: (read_files.append(file), read_json(file))[1])
+    read_json = coco.read_content
+    monkeypatch.setattr(coco, "read_content", lambda file: (read_files.append(file), read_json(file))[1])
     coco._read_whole.cache_clear()
     whole, limited = coco.train_split(config), coco.train_split(config.model_copy(update={"train_limit": 1}))
     assert (len(whole.images), len(limited.images), len(read_files)) == (2, 1, 1)

@@ -2,18 +2,20 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 
 from sparseinst.config import Config
 from sparseinst.data.coco import Category
 from sparseinst.errors import UserError
-from sparseinst.inference.weights import file_tensors_digest, load_weights, save_weights, start_from, tensors_digest
+from sparseinst.inference.weights import file_tensors_digest, halved, load_weights, save_weights, start_from, tensors_digest
 from sparseinst.models.sparseinst import build_model
+from tests.attacks import wrong
 
 
 @pytest.fixture
@@ -72,3 +74,45 @@ def test_a_model_with_frozen_norms_starts_from_one_with_trained_norms(tiny: Conf
     started = model.state_dict()
     assert started.keys() != state.keys()
     assert all(torch.equal(started[name], state[name]) for name in started.keys() & state.keys())
+
+
+def rewritten(saved: Path, tmp_path: Path, **changes: Any) -> Path:
+    """Write a weights file as earlier versions did, without a checksum, with other metadata or tensors."""
+    with safe_open(saved, "pt") as file:
+        metadata = {name: text for name, text in file.metadata().items() if name != "checksum"}
+    tensors = changes.pop("tensors", load_file(saved))
+    path = tmp_path / "changed.safetensors"
+    path.write_bytes(save(tensors, {**metadata, **changes}))
+    return path
+
+
+def test_wrong_metadata_are_refused_in_one_line(saved: Path, tmp_path: Path) -> None:
+    for name, texts in {"config": wrong.NO_METADATA, "categories": wrong.NO_CATEGORIES}.items():
+        for text in texts:
+            with pytest.raises(UserError) as caught:
+                load_weights(rewritten(saved, tmp_path, **{name: text}))
+            assert len(str(caught.value).splitlines()) == 1
+            assert str(caught.value).startswith(str(tmp_path)), text
+
+
+def test_a_config_or_tensors_of_another_model_are_refused_before_it_is_built(saved: Path, tmp_path: Path) -> None:
+    _, config, _ = load_weights(rewritten(saved, tmp_path))
+    huge = config.replace({"model.decoder.width": 16_384, "model.decoder.depth": 100})
+    with pytest.raises(UserError, match="do not fit the file's own config"):
+        load_weights(rewritten(saved, tmp_path, config=huge.to_json()))
+    fewer = config.replace({"model.num_classes": config.model.num_classes - 1})
+    with pytest.raises(UserError, match="categories, but its config says"):
+        load_weights(rewritten(saved, tmp_path, config=fewer.to_json()))
+    tensors = load_file(saved)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 4)
+    for changed, message in (
+        ({**tensors, name: tensors[name].int()}, "is of type torch.int32"),
+        ({**tensors, name: tensors[name][:1].clone()}, "has shape"),
+        ({**tensors, "more": tensors[name].clone()}, "more is not part of the model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_weights(rewritten(saved, tmp_path, tensors=changed))
+    assert load_weights(rewritten(saved, tmp_path, tensors=halved(tensors)))[1] == config
+    for path in (Path("/dev/zero"), tmp_path / "none"):
+        with pytest.raises(UserError):
+            load_weights(path)

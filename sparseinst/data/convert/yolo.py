@@ -14,7 +14,7 @@ from typing import Any
 from sparseinst.data.convert.source import Annotated, Entry, Instance, Report, Size, Source, images_in
 from sparseinst.errors import UserError
 from sparseinst.files import read_text
-from sparseinst.overrides import parse_yaml
+from sparseinst.plain import parse_yaml
 
 _FILES = ("data.yaml", "data.yml", "dataset.yaml")
 
