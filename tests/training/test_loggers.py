@@ -128,6 +128,14 @@ def test_a_missing_package_is_one_line_before_the_training(tiny: Config, tmp_pat
     assert not RunPaths(tmp_path / "run").config.exists()
 
 
+def test_a_folder_with_a_packages_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no_such_logger").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="no_such_logger is not installed"):
+        loggers.check_installed(["no_such_logger"])
+    loggers.check_installed(["json"])
+
+
 def train_in_two_parts(tiny: Config, folder: Path, name: str) -> RunPaths:
     """Train with a real logger, with a stop after four of six steps, and compare the weights with those without a logger."""
     config = tiny.replace({"train.loggers": [name], "train.log_project": "tests", "train.evaluate_every": 3})
@@ -147,6 +155,7 @@ def train_in_two_parts(tiny: Config, folder: Path, name: str) -> RunPaths:
     return paths
 
 
+@pytest.mark.slow
 @FOREIGN
 def test_weights_and_biases_offline(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
@@ -159,6 +168,7 @@ def test_weights_and_biases_offline(tiny: Config, tmp_path: Path, monkeypatch: p
     assert all(list(folder.glob("*.wandb")) for folder in folders)
 
 
+@pytest.mark.slow
 @FOREIGN
 def test_mlflow_with_a_file_store(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
@@ -177,6 +187,7 @@ def test_mlflow_with_a_file_store(tiny: Config, tmp_path: Path, monkeypatch: pyt
     assert sorted(steps) == [1, 2, 3, 4, 5, 5, 6, 6], "one run; the last steps were sent twice on purpose"
 
 
+@pytest.mark.slow
 @FOREIGN
 def test_trackio(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
