@@ -28,9 +28,13 @@ def bench(
     ] = None,
     size: Annotated[
         list[int] | None,
-        typer.Option(help="Length of the image's shorter side in pixels.  [default: 640, or the size of the weights' config]"),
+        typer.Option(
+            min=1,
+            max=16_384,
+            help="Length of the image's shorter side in pixels.  [default: 640, or the size of the weights' config]",
+        ),
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Number of images at once.  [default: 1]")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, max=65_536, help="Number of images at once.  [default: 1]")] = None,
     precision: Annotated[list[str] | None, typer.Option(help=f"{', '.join(PRECISIONS)}.  [default: fp32]")] = None,
     mode: Annotated[
         list[str] | None,
