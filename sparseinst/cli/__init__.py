@@ -11,6 +11,7 @@ import typer
 from sparseinst import __version__
 from sparseinst.cli import bench, cluster, data, look, models, settings, tables, weights
 from sparseinst.errors import RunFailed, UserError
+from sparseinst.files import write_error
 from sparseinst.inference.memory import keep_freed_memory
 from sparseinst.machine import limit_threads, wait_passively
 
@@ -67,6 +68,12 @@ def run_cli(arguments: list[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except OSError as error:  # a write that no file of its own explains, such as a folder's, a log's or the standard output's
+        known = write_error(error.filename or "standard output", error)
+        if known is None or "--debug" in arguments:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        return 2 if isinstance(known, UserError) else 1
     except SystemExit as ended:  # typer raises this after success and after its own one-line errors
         if isinstance(ended.code, str):  # a training that was asked to stop
             print(ended.code, file=sys.stderr)
