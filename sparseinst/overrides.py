@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparseinst.config import MODELS, PRESETS, Config
 from sparseinst.errors import UserError
-from sparseinst.files import read_text
+from sparseinst.files import read_text, state_of_file
 from sparseinst.nested import merge, nearest, nest, parse
 
 
@@ -120,7 +122,7 @@ def read_layer(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself")
-    data = parse_yaml(read_text(path), str(path))
+    data = copy.deepcopy(_parsed(path, state_of_file(path)))
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -131,6 +133,12 @@ def read_layer(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends: a path was expected, got {parent!r}")
     return _overlay(read_layer(path.parent / parent, (*seen, path.resolve())), data)
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(path: Path, _state: tuple[int, ...]) -> Any:
+    """Return the plain data of a YAML file. A process parses it once, unless it changes."""
+    return parse_yaml(read_text(path), str(path))
 
 
 def _overlay(base: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
+from sparseinst.ablation.sequential import BOUNDARIES, PENALTIES
 from sparseinst.ablation.statistics import (
+    FALSE_DISCOVERIES,
     Comparison,
     Difference,
     Prior,
@@ -14,10 +16,24 @@ from sparseinst.ablation.statistics import (
     SeedNoise,
     difference,
     estimate_prior,
+    false_discovery_control,
     judge,
     seeds_to_settle,
 )
 from tests.ablation.simulation import MARGIN, PATTERNS, ROWS, simulate, study
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 40])
+def test_adjusted_p_values_have_the_bits_of_scipys(count: int) -> None:
+    random = np.random.default_rng(count)
+    for values in (random.random(count), random.random(count) ** 6, random.integers(0, 3, count) / 2):
+        expected = stats.false_discovery_control(values) if count else values
+        assert false_discovery_control(values.tolist()).tolist() == expected.tolist()
+
+
+def test_penalties_have_the_bits_of_scipys_normal_distribution() -> None:
+    """They are part of the names of logged looks."""
+    assert tuple(FALSE_DISCOVERIES / (2 * float(stats.norm.sf(boundary))) for boundary in BOUNDARIES) == PENALTIES
 
 
 def test_the_prior_pools_variances_by_degrees_of_freedom() -> None:
