@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from sparseinst.errors import RunFailed, UserError
-from sparseinst.files import atomic, remove_temporaries
+from sparseinst.files import atomic, make_folder, remove_temporaries, write_error
 from sparseinst.machine import machine_name, process_name
 from sparseinst.paths import RunPaths
 
@@ -206,15 +206,18 @@ class Attempt:
             "world_size": world_size, "address": address, "hang_seconds": hang_seconds,
         }  # fmt: skip
         number = last.number + 1 if last is not None else 1
-        paths.attempts.mkdir(parents=True, exist_ok=True)
+        make_folder(paths.attempts)
         temporary = paths.attempts / f".{uuid.uuid4().hex[:8]}.tmp"
-        temporary.write_text(json.dumps(about) + "\n", encoding="utf-8")
         try:
+            temporary.write_text(json.dumps(about) + "\n", encoding="utf-8")
             os.link(temporary, paths.attempt(number))  # unlike a rename, a link fails if the number is taken
         except FileExistsError:
             raise Held(_held_message(paths, _read(paths, number))) from None
+        except OSError as error:
+            raise write_error(paths.root, error) or error from None
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
         for folder in (paths.root, paths.checkpoints):  # no other process writes to them now
             remove_temporaries(folder)
         remove_temporaries(paths.attempts, older_than=60)  # others may be trying to begin
@@ -236,7 +239,10 @@ class Attempt:
         raise RunFailed(f"{paths.root}: rank 0 of job {job.id} did not begin within {JOIN_SECONDS:g} s")
 
     def __enter__(self) -> Self:
-        self._beat()
+        try:
+            self._beat()
+        except OSError as error:
+            raise write_error(self.paths.root, error) or error from None
         self._thread.start()
         return self
 
@@ -309,7 +315,7 @@ class Attempt:
 
     def _end(self, outcome: Outcome, why: str | None = None, trace: str | None = None) -> None:
         end = {"outcome": outcome, "reason": why, "at": time.time(), "traceback": trace}
-        with contextlib.suppress(OSError), atomic(self.paths.end(self.number, self.rank)) as temporary:
+        with contextlib.suppress(UserError, RunFailed, OSError), atomic(self.paths.end(self.number, self.rank)) as temporary:
             temporary.write_text(json.dumps(end) + "\n", encoding="utf-8")
 
 

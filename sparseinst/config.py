@@ -534,10 +534,14 @@ class Config(Section):
         """Return the key of the training, which also names its folder. Configs with equal keys share one run."""
         return content_hash(self.train_content())
 
-    def evaluate_key(self) -> str:
-        """Return the key of the evaluation of these weights with these inference settings on these data."""
+    def evaluate_key(self, train_key: str | None = None) -> str:
+        """Return the key of the evaluation of these weights with these inference settings on these data.
+
+        Args:
+            train_key: what `train_key` returns, if the caller has it already.
+        """
         parts = {"inference": self.inference.content("evaluate"), "data": self.data.content("evaluate")}
-        return content_hash({"stage": "evaluate", "train": self.train_key(), **parts})
+        return content_hash({"stage": "evaluate", "train": train_key or self.train_key(), **parts})
 
     def latency_key(self, device: str, mode: str = "eager") -> str:
         """Return the key of the timing on the device with this name. It begins with `latency_prefix`."""

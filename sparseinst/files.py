@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -20,15 +21,33 @@ from sparseinst.errors import RunFailed, UserError, shorten
 _log = logging.getLogger(__name__)
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+
+
 @contextmanager
 def no_space_explained(folder: Path) -> Iterator[None]:
     """Turn a failed write below `folder` into a `RunFailed` with the reason. (torch.save hides it in a RuntimeError.)"""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        full = any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in _causes(error))
+        full = any(isinstance(cause, OSError) and cause.errno in _FULL for cause in _causes(error))
         reason = "no space left" if full else str(error).splitlines()[0][:150]
         raise RunFailed(f"{folder}: cannot write: {reason}; earlier files are unchanged") from error
+
+
+def write_error(path: Path | str, error: OSError) -> RunFailed | UserError | None:
+    """Return a failed write as one line.
+
+    Returns:
+        `RunFailed` if the disk is full or broken; `UserError` if nothing can be written at this place; None for another cause.
+    """
+    if error.errno in (*_FULL, errno.EIO):
+        reason = "no space left" if error.errno in _FULL else os.strerror(errno.EIO)
+        return RunFailed(f"{path}: cannot write: {reason}; earlier files are unchanged")
+    if error.errno in _NOT_ALLOWED:
+        return UserError(f"{path}: cannot write: {os.strerror(error.errno or 0)}; choose another place")
+    return None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -43,8 +62,29 @@ def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if error.errno in _FULL:
+            raise RunFailed(f"{path}: cannot create this folder: no space left") from None
         raise UserError(f"{path}: cannot create this folder ({error.strerror})") from None
     return path
+
+
+def check_writable(file: Path) -> None:
+    """Check that a file can be written, before work is done whose result goes there. Its folder is created.
+
+    Raises:
+        UserError: nothing can be written at this place, or the path is a folder.
+        RunFailed: the disk is full.
+    """
+    if file.is_dir():
+        raise UserError(f"{file}: is a folder; name a file in it")
+    make_folder(file.parent)
+    temporary = _temporary(file)
+    try:
+        temporary.write_bytes(b"0")
+    except OSError as error:
+        raise write_error(file, error) or error from None
+    finally:
+        _remove(temporary)
 
 
 @contextmanager
@@ -53,10 +93,13 @@ def atomic(path: Path, check: Callable[[], None] | None = None) -> Iterator[Path
 
     Args:
         check: is called just before the renaming. If it raises an error, the file is not renamed.
+
+    Raises:
+        UserError, RunFailed: the file cannot be written, see `write_error`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         try:
             with temporary.open("rb+") as file:
@@ -68,7 +111,19 @@ def atomic(path: Path, check: Callable[[], None] | None = None) -> Iterator[Path
         if check is not None:
             check()
         temporary.replace(path)
+    except OSError as error:
+        raise write_error(path, error) or error from error.__cause__
     finally:
+        _remove(temporary)
+
+
+def _temporary(path: Path) -> Path:
+    """Return a name for a temporary file beside `path`; `remove_temporaries` finds it."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _remove(temporary: Path) -> None:
+    with contextlib.suppress(OSError):  # it was never made, or the disk is read-only, and the error of the write says more
         temporary.unlink(missing_ok=True)
 
 
@@ -110,6 +165,15 @@ def read_json_lines(path: Path, number: str) -> list[dict[str, Any]]:
         which = f"line {damaged[0]} is" if len(damaged) == 1 else f"lines {', '.join(damaged[:10])} are"
         _log.warning("%s: %s damaged or incomplete and left out", path, which)
     return found
+
+
+def state_of_file(file: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written again: its time, size and number on the disk; () if it does not exist."""
+    try:
+        state = file.stat()
+    except OSError:
+        return ()
+    return state.st_mtime_ns, state.st_size, state.st_ino
 
 
 def file_digest(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import json
 import textwrap
@@ -42,7 +43,7 @@ def nest(overrides: Mapping[str, Any], schema: type[Section]) -> dict[str, Any]:
         UserError: a path is unknown. The message gives the nearest valid path.
     """
     nested: dict[str, Any] = {}
-    known = set(leaf_paths(schema))
+    known = _known_paths(schema)
     for path, value in overrides.items():
         if path not in known:
             if inside := [name for name in leaf_paths(schema) if name.startswith(f"{path}.")]:
@@ -91,6 +92,11 @@ def leaf_paths(section: type[Section], prefix: str = "") -> Iterator[str]:
             yield from leaf_paths(field.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
+
+
+@functools.cache
+def _known_paths(section: type[Section]) -> frozenset[str]:
+    return frozenset(leaf_paths(section))
 
 
 def explanations(section: type[Section], prefix: str = "") -> dict[str, str]:

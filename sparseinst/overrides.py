@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparseinst.config import MODELS, PRESETS, Config
 from sparseinst.errors import UserError, shorten
-from sparseinst.files import read_text
+from sparseinst.files import read_text, state_of_file
 from sparseinst.nested import merge, nearest, nest, parse
 from sparseinst.plain import MOST_CHARACTERS, parse_yaml
 
@@ -109,7 +111,7 @@ def read_layer(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: extends itself")
     if len(seen) > _LONGEST_CHAIN:
         raise UserError(f"{path}: extends files over more than {_LONGEST_CHAIN} steps: put the settings into fewer files")
-    data = parse_yaml(read_text(path, most=4 * MOST_CHARACTERS), str(path))
+    data = copy.deepcopy(_parsed(path, state_of_file(path)))
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -123,6 +125,12 @@ def read_layer(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 _LONGEST_CHAIN = 20
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(path: Path, _state: tuple[int, ...]) -> Any:
+    """Return the plain data of a YAML file. A process parses it once, unless it changes."""
+    return parse_yaml(read_text(path, most=4 * MOST_CHARACTERS), str(path))
 
 
 def _overlay(base: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ Shapes: K instances, h w height and width of the predicted masks, H W height and
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 STRIP, BLOCK, GROUP = 64, 64, 24
-"""Rows of a strip, columns of a block, and instances processed at once on a CPU. A GPU processes everything at once."""
+"""Rows of a strip, columns of a block, and instances processed at once on a CPU."""
+MOST_ON_GPU = 2**28
+"""A GPU processes all instances and columns at once, and so many rows that this number of pixels is not exceeded."""
 
 
 class ImageSize(NamedTuple):
@@ -44,29 +47,61 @@ def paste(masks: Tensor, padded: tuple[int, int], size: ImageSize, threshold: fl
         padded: height and width of the network's input.
     """
     found = masks.new_zeros((len(masks), *size.original), dtype=torch.bool)
+    rows, columns = _both_axes(masks, padded, size)
+    for row in rows:
+        _paste_strip(masks, row, columns, threshold, found[:, row.start : row.end])
+    return found
+
+
+def paste_strips(masks: Tensor, padded: tuple[int, int], size: ImageSize, threshold: float) -> Iterator[tuple[int, Tensor]]:
+    """Yield the masks of `paste`, with the same bits, strip by strip from the top.
+
+    A strip needs a small part of the memory of all masks. Without instances there is no strip.
+
+    Yields:
+        The number of the strip's first row, and the strip's boolean masks (K, rows, W), which the next strip overwrites.
+    """
+    rows, columns = _both_axes(masks, padded, size)
+    most = max((row.end - row.start for row in rows), default=0)
+    # One buffer for all strips: a process that never returns freed memory would grow by a strip each time.
+    buffer = masks.new_empty((len(masks) * most * size.original[1],), dtype=torch.bool)
+    for row in rows:
+        shape = len(masks), row.end - row.start, size.original[1]
+        strip = buffer[: math.prod(shape)].view(shape).zero_()
+        _paste_strip(masks, row, columns, threshold, strip)
+        yield row.start, strip
+
+
+def _both_axes(masks: Tensor, padded: tuple[int, int], size: ImageSize) -> tuple[list[_Block], list[_Block]]:
+    """Return the strips of rows and the blocks of columns; none without instances."""
     if not len(masks):
-        return found
+        return [], []
+    height, width = size.original
+    if masks.device.type == "cpu":
+        steps: tuple[int, int] = STRIP, BLOCK
+    else:
+        steps = min(height, max(1, MOST_ON_GPU // (len(masks) * width))), width
+    rows, columns = (
+        _blocks(masks.shape[1 + axis], padded[axis], size.resized[axis], size.original[axis], step, masks.device)
+        for axis, step in enumerate(steps)
+    )
+    return rows, columns
+
+
+def _paste_strip(masks: Tensor, row: _Block, columns: list[_Block], threshold: float, into: Tensor) -> None:
+    """Set the pixels of one strip of all masks, (K, end - start, W), which are false before."""
+    strip = masks[:, row.first : row.last]
     on_cpu = masks.device.type == "cpu"
     group = GROUP if on_cpu else len(masks)
-    rows, columns = (
-        _blocks(
-            masks.shape[1 + axis], padded[axis], size.resized[axis], size.original[axis], step if on_cpu else None, masks.device
-        )
-        for axis, step in ((0, STRIP), (1, BLOCK))
-    )
-    for row in rows:
-        strip = masks[:, row.first : row.last]
-        target = found[:, row.start : row.end]
-        # An output is a weighted mean of inputs, so it exceeds the threshold only if an input does. On a GPU this test would
-        # have to wait for the result.
-        reached = (strip.amax((1, 2)) > threshold).nonzero().squeeze(1) if on_cpu else None
-        if reached is None or len(reached) == len(masks):
-            for some, into in zip(strip.split(group), target.split(group), strict=True):
-                torch.gt(_resized(some, row, columns), threshold, out=into)
-        else:
-            for instances in reached.split(group):
-                target[instances] = _resized(strip[instances], row, columns) > threshold
-    return found
+    # An output is a weighted mean of inputs, so it exceeds the threshold only if an input does. On a GPU this test would
+    # have to wait for the result.
+    reached = (strip.amax((1, 2)) > threshold).nonzero().squeeze(1) if on_cpu else None
+    if reached is None or len(reached) == len(masks):
+        for some, part in zip(strip.split(group), into.split(group), strict=True):
+            torch.gt(_resized(some, row, columns), threshold, out=part)
+    else:
+        for instances in reached.split(group):
+            into[instances] = _resized(strip[instances], row, columns) > threshold
 
 
 def _resized(masks: Tensor, row: _Block, columns: list[_Block]) -> Tensor:
@@ -93,12 +128,12 @@ class _Block(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
-def _blocks(masks: int, padded: int, resized: int, original: int, step: int | None, device: torch.device) -> list[_Block]:
-    """Split the resizing matrix of one axis into blocks of `step` output positions; None makes a single block."""
+def _blocks(masks: int, padded: int, resized: int, original: int, step: int, device: torch.device) -> list[_Block]:
+    """Split the resizing matrix of one axis into blocks of `step` output positions."""
     both = _bilinear(resized, original, device) @ _bilinear(masks, padded, device)[:resized]  # original x masks
     blocks = []
-    for start in range(0, original, step or original):
-        weights = both[start : start + (step or original)]
+    for start in range(0, original, step):
+        weights = both[start : start + step]
         [used] = weights.any(0).nonzero(as_tuple=True)
         first, last = int(used[0]), int(used[-1]) + 1
         # The block is stored transposed, because the products are then fastest.

@@ -5,7 +5,7 @@ Shapes: B images, N instance maps, K kept instances of one image, H W height and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from sparseinst.config import InferenceConfig
 from sparseinst.models.decoder import Predictions
 from sparseinst.paste import ImageSize, Resize, paste
 
-__all__ = ["ImageSize", "Instances", "class_scores", "maskness", "postprocess"]
+__all__ = ["ImageSize", "Instances", "ScoredMaps", "class_scores", "maskness", "postprocess", "score_maps"]
 
 
 class Instances(NamedTuple):
@@ -30,6 +30,19 @@ class Instances(NamedTuple):
     """(K, H, W) bool, at the image's original size."""
     maps: Tensor
     """(K,) int64: the instance map of each instance, 0 to N - 1."""
+
+
+class ScoredMaps(NamedTuple):
+    """The instances of one image before their masks are resized."""
+
+    scores: Tensor
+    """(K,) float32 in [0, 1]."""
+    labels: Tensor
+    """(K,) int64."""
+    probabilities: Tensor
+    """(K, h, w) float32: the masks at the network's resolution."""
+    maps: Tensor
+    """(K,) int64."""
 
 
 @torch.no_grad()
@@ -57,17 +70,24 @@ def postprocess(
 def _postprocess(
     predictions: Predictions, padded: tuple[int, int], sizes: Sequence[ImageSize], config: InferenceConfig, resize: Resize
 ) -> list[Instances]:
-    scores, labels = class_scores(predictions, config)  # B N
     results = []
-    for image_scores, image_labels, logits, size in zip(scores, labels, predictions.mask_logits, sizes, strict=True):
+    for found, size in zip(score_maps(predictions, config), sizes, strict=True):
+        full = resize(found.probabilities, padded, size, config.mask_threshold)
+        results.append(Instances(found.scores, found.labels, full, found.maps))
+    return results
+
+
+@torch.no_grad()
+def score_maps(predictions: Predictions, config: InferenceConfig) -> Iterator[ScoredMaps]:
+    """Yield the instances of each image, in the order of their maps, as `postprocess` selects and scores them."""
+    scores, labels = class_scores(predictions, config)  # B N
+    for image_scores, image_labels, logits in zip(scores, labels, predictions.mask_logits, strict=True):
         maps = (image_scores > config.score_threshold).nonzero().squeeze(1)  # K
         masks = logits[maps].float().sigmoid()  # K h w
         kept = image_scores[maps]
         if config.maskness:
             kept = kept * maskness(masks, config.mask_threshold)
-        full = resize(masks, padded, size, config.mask_threshold)
-        results.append(Instances(kept, image_labels[maps], full, maps))
-    return results
+        yield ScoredMaps(kept, image_labels[maps], masks, maps)
 
 
 def class_scores(predictions: Predictions, config: InferenceConfig) -> tuple[Tensor, Tensor]:

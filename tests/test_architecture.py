@@ -31,7 +31,7 @@ ALLOWED = {
     "postprocess": {"config", "models", "paste"},
     "device": {"config", "errors"},
     "distributed": {"criterion"},
-    "inference": BASE | {"models", "data", "postprocess", "device"},
+    "inference": BASE | {"models", "data", "paste", "postprocess", "device"},
     "evaluation": BASE
     | {"attempts", "progress", "models", "data", "matcher", "criterion", "paste", "postprocess", "device", "distributed"}
     | {"inference"},
@@ -91,6 +91,8 @@ WITHOUT_TORCH = [
     "launch.submission",
     "ablation.provenance",
     "report.collect",
+    "report.figures",
+    "inference.compact",
     "report.tables",
     "report.plots",
     "report.pages",

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy import stats
+from scipy import special
 
 from sparseinst.ablation.statistics import FALSE_DISCOVERIES, Comparison, Difference, Judgement, SeedNoise, Verdict, judge
 
@@ -30,7 +30,7 @@ Brownian motion crosses one of the five boundaries, on either side, with a proba
 Sequential Methods", 2000, chapters 2 and 19). We simulated about 20 designs, with other looks, with boundaries between those of
 O'Brien and Fleming and those of Pocock, and with other values of `LEAST_POWER`. For the same number of right verdicts, this
 design needs the fewest trainings."""
-PENALTIES = tuple(FALSE_DISCOVERIES / (2 * float(stats.norm.sf(boundary))) for boundary in BOUNDARIES)
+PENALTIES = tuple(FALSE_DISCOVERIES / (2 * float(special.ndtr(-boundary))) for boundary in BOUNDARIES)
 """The factor that multiplies a row's p-values at each look, so that the boundary has a p-value of 5 %."""
 LEAST_POWER = 0.4
 """A row stops if its chance to be settled at the last look is below this."""
@@ -109,11 +109,11 @@ def predictive_power(comparison: Comparison, look: int) -> float:
     limit = FALSE_DISCOVERIES / PENALTIES[-1]
     from_zero = last.quantile(1 - limit / 2) * last.error + (comparison.margin if comparison.asks_equivalence else 0.0)
     within = comparison.margin - last.quantile(1 - limit) * last.error
-    chance = float(stats.norm.sf((from_zero - now.value) / move) + stats.norm.cdf((-from_zero - now.value) / move))
+    chance = float(special.ndtr(-((from_zero - now.value) / move)) + special.ndtr((-from_zero - now.value) / move))
     if within >= from_zero:  # every outcome settles something
         return 1.0
     if within > 0:
-        chance += float(stats.norm.cdf((within - now.value) / move) - stats.norm.cdf((-within - now.value) / move))
+        chance += float(special.ndtr((within - now.value) / move) - special.ndtr((-within - now.value) / move))
     return chance
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import special
 
 CONFIDENCE = 0.95
 FALSE_DISCOVERIES = 0.05
@@ -102,6 +102,8 @@ def _degrees_from(excess: float) -> float:
     """Return d for which trigamma(d / 2) equals the excess variance of the log variances; infinity if there is no excess."""
     if excess < 1e-5:
         return math.inf
+    from scipy import optimize  # its import takes a fifth of a second, also for commands that judge nothing
+
     return 2 * float(optimize.brentq(lambda half: special.polygamma(1, half) - excess, 1e-3, 1e6, xtol=1e-8))
 
 
@@ -268,6 +270,15 @@ class Judgement:
         return f"undecided (+{self.more_seeds} seed{'s' if self.more_seeds != 1 else ''})" if self.more_seeds else "undecided"
 
 
+def _halved_false_discoveries(raw: Sequence[float]) -> list[float]:
+    """Return p-values adjusted by Benjamini and Hochberg's procedure for half as many tests, because two tests share a verdict."""
+    if not raw:
+        return []
+    from scipy import stats  # its import takes a second, which commands that judge nothing need not wait for
+
+    return np.maximum(stats.false_discovery_control(raw) / 2, raw).tolist()
+
+
 def judge(comparisons: Sequence[Comparison]) -> list[Judgement]:
     """Judge the distinct comparisons of one table together.
 
@@ -277,7 +288,7 @@ def judge(comparisons: Sequence[Comparison]) -> list[Judgement]:
     """
     tested = [number for number, comparison in enumerate(comparisons) if comparison.difference.complete]
     raw = [p for number in tested for p in (comparisons[number].p_sign(), comparisons[number].p_equivalence())]
-    adjusted = np.maximum(stats.false_discovery_control(raw) / 2, raw).tolist() if raw else []
+    adjusted = _halved_false_discoveries(raw)
     by_number = {number: (adjusted[2 * place], adjusted[2 * place + 1]) for place, number in enumerate(tested)}
     settled = sum(min(pair) <= FALSE_DISCOVERIES for pair in by_number.values())
     confidence = 1 - FALSE_DISCOVERIES * max(settled, 1) / max(len(comparisons), 1)

@@ -253,6 +253,21 @@ def _find(what: str, name: str, folder: Path) -> Path:
 
 def row_config(spec: Spec, row: Row, profile: Profile, seed: int | None = None) -> Config:
     """Return the complete config of one row at a profile's scale. Raises `UserError` if the settings do not fit together."""
+    layers = spec.preset, spec.set, row.set, profile.settings, profile.backbones
+    content = repr(layers)  # a report asks for each row a dozen times, and the layers are dicts, which have no hash
+    if content not in _row_configs:
+        if len(_row_configs) >= _MOST_KEPT:
+            _row_configs.clear()
+        _row_configs[content] = _build(spec, row, profile)
+    config = _row_configs[content]
+    return config if seed is None else config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+
+
+_row_configs: dict[str, Config] = {}
+_MOST_KEPT = 4096
+
+
+def _build(spec: Spec, row: Row, profile: Profile) -> Config:
     data = Config().model_dump(mode="json")
     for layer in (
         nest(choose("preset", spec.preset, PRESETS), Config),
@@ -261,8 +276,6 @@ def row_config(spec: Spec, row: Row, profile: Profile, seed: int | None = None) 
         profile.settings,
     ):
         data = merge(data, layer, Config)
-    if seed is not None:
-        data["train"]["seed"] = seed
     return parse_config(stand_in(data, profile.backbones))
 
 

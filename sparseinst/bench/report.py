@@ -13,6 +13,7 @@ from rich.table import Table
 from sparseinst.bench.rows import Setting
 from sparseinst.bench.timed import MODULES
 from sparseinst.config import MODELS
+from sparseinst.files import atomic
 from sparseinst.training.step import PHASES
 
 _SETTING = tuple(field.name for field in fields(Setting))
@@ -26,8 +27,8 @@ def report_results(results: dict[str, Any], output: Path | None, *, as_json: boo
         output: also write the JSON to this file.
     """
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        with atomic(output) as temporary:
+            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if as_json:
         print(json.dumps(results))
     elif "compare" in results:

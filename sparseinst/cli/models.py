@@ -145,10 +145,13 @@ def evaluate(
 ) -> None:
     """Print the twelve COCO mask metrics of a model or a peer. A peer uses its published weights unless --weights is given."""
     from sparseinst.device import pick_device
+    from sparseinst.files import check_writable
     from sparseinst.overrides import parse_override
 
     overrides: dict[str, Any] = {} if data is None else {"data.root": str(data), "data.source": "coco"}
     overrides |= dict(map(parse_override, override))
+    if predictions is not None:
+        check_writable(predictions)
     if peer is not None and checkpoint is not None:
         raise UserError("evaluate: --checkpoint belongs to the folder of a run, so it does not go with --peer")
     if peer is not None:

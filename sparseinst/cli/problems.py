@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparseinst.errors import RunFailed, UserError, out_of_memory, shorten
+from sparseinst.files import write_error
 
 MOST_CHARACTERS = 600
 """The longest message; the middle of a longer one is left out."""
@@ -30,6 +31,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     """Return the line and the exit code for an error; None for an error of the program, which needs its traceback."""
     if isinstance(error, UserError | RunFailed):
         return _line(str(error)), 2 if isinstance(error, UserError) else 1
+    if isinstance(error, OSError) and isinstance(found := write_error(error.filename or "standard output", error), RunFailed):
+        return _line(str(found)), 1
     if isinstance(error, OSError) and error.strerror:
         name = f"{shorten(str(error.filename))}: " if error.filename is not None else ""
         return _line(f"{name}{error.strerror}"), 2

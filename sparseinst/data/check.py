@@ -12,8 +12,9 @@ import numpy as np
 
 from sparseinst.config import DataConfig
 from sparseinst.data.annotations import check_for_metrics
-from sparseinst.data.coco import CocoSplit, ImageRecord, decode, read_image, state_of_file, train_split, val_split
+from sparseinst.data.coco import CocoSplit, ImageRecord, decode, read_image, train_split, val_split
 from sparseinst.errors import DataError
+from sparseinst.files import state_of_file
 
 SMALL, MEDIUM = 32**2, 96**2
 """COCO's area limits between small, medium and large objects, in pixels."""

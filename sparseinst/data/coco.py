@@ -27,6 +27,7 @@ from sparseinst.data.annotations import (
     read_content,
 )
 from sparseinst.errors import DataError, UserError, shorten
+from sparseinst.files import state_of_file
 
 Checked = TypeVar("Checked")
 
@@ -188,15 +189,6 @@ def read_split(file: Path, images: Path, limit: int | None = None) -> CocoSplit:
     return replace(split, images=split.images[:limit])
 
 
-def state_of_file(file: Path) -> tuple[int, ...]:
-    """Return what changes when a file is written again: its time, size and number on the disk; () if it does not exist."""
-    try:
-        state = file.stat()
-    except OSError:
-        return ()
-    return state.st_mtime_ns, state.st_size, state.st_ino
-
-
 @lru_cache(maxsize=2)
 def _read_whole(file: Path, images: Path, _state: tuple[int, ...]) -> CocoSplit:
     """Return all images of an annotation file. A training and a validation file stay in memory."""
@@ -321,6 +313,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # Pillow warns of metadata that we do not read.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice the size is an error, reported below
             with Image.open(path) as file:
                 file.load()
                 stored: Image.Image = file

@@ -17,6 +17,7 @@ import numpy as np
 from sparseinst.config import Config, DataConfig
 from sparseinst.data.coco import CocoSplit, decode, train_split, val_split
 from sparseinst.errors import DataError, UserError
+from sparseinst.files import atomic
 from sparseinst.machine import multiplies_bfloat16
 from sparseinst.nested import commented_yaml, nest
 from sparseinst.overrides import load_config
@@ -282,8 +283,6 @@ def write_recipe(data: Path, output: Path, size: Size, start: Mapping[str, Any] 
         f"Settings for {data}, chosen by `sparseinst init`. Every setting can be changed; `sparseinst config` lists all."
     )
     load_config(overrides=chosen.settings)  # a setting that is not valid must not reach the file
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
+    with atomic(output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return facts, chosen

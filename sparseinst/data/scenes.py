@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sparseinst.errors import UserError
+from sparseinst.files import write_error
 
 Mask = NDArray[np.bool_]
 Owner = NDArray[np.int64]
@@ -212,4 +213,4 @@ def write_new(root: Path, write: Callable[[Path], None], what: str, is_complete:
                 if not is_complete(root):
                     raise
     except OSError as error:
-        raise UserError(f"{root}: cannot be written ({error})") from None
+        raise write_error(root, error) or UserError(f"{root}: cannot be written ({error})") from None

@@ -47,6 +47,7 @@ from sparseinst.data.scenes import (
     write_new,
 )
 from sparseinst.errors import UserError
+from sparseinst.files import write_error
 from sparseinst.machine import usable_cores
 
 Floats = NDArray[np.float64]
@@ -178,7 +179,7 @@ def ensure_shapes(root: Path, config: ShapesConfig) -> None:
             if not _holds(root, config):
                 write_shapes(root, train=config.train, val=config.val, side=config.side)
     except OSError as error:
-        raise UserError(f"{root}: cannot be written ({error})") from None
+        raise write_error(root, error) or UserError(f"{root}: cannot be written ({error})") from None
 
 
 def content_digest(root: Path) -> str:

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools.coco import COCO
 
-from sparseinst.data.coco import CocoSplit, decode, state_of_file
+from sparseinst.data.coco import CocoSplit, decode
 from sparseinst.data.transforms import as_segment
 from sparseinst.errors import DataError
+from sparseinst.files import state_of_file
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """COCO's twelve mask metrics, in percent."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparseinst.config import SIZE_DIVISOR, InferenceConfig
 from sparseinst.errors import UserError
+from sparseinst.files import atomic, check_writable, no_space_explained
 from sparseinst.models.decoder import Coordinates, Predictions
 from sparseinst.models.encoder import resize
 from sparseinst.models.layers import DeformableConv2d
@@ -142,13 +143,13 @@ def export_model(
     inference = Inference(model.half() if half else model, config, normalise=normalise, probabilities=probabilities).eval()
     example = torch.zeros(1, 3, *_EXAMPLE_SIZE)
     dynamic = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
-    if output.is_dir():
-        raise UserError(f"{output} is a folder; name a file in it")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(output)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters warn about their own code
         if form == "torch":
-            torch.export.save(torch.export.export(inference, (example,), dynamic_shapes=dynamic), output)
+            exported = torch.export.export(inference, (example,), dynamic_shapes=dynamic)
+            with no_space_explained(output.parent), atomic(output) as temporary, temporary.open("wb") as file:
+                torch.export.save(exported, file)
             return
         program: Any = torch.onnx.export(
             inference,
@@ -160,7 +161,8 @@ def export_model(
             dynamic_shapes=dynamic,
             verbose=False,
         )
-        program.save(output)
+        with atomic(output) as temporary:
+            program.save(temporary)
 
 
 def _check_onnx(model: SparseInst) -> None:

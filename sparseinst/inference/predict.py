@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,24 +20,29 @@ from sparseinst.device import autocast, pick_device
 from sparseinst.errors import DataError, UserError
 from sparseinst.inference import optimize as optimizing
 from sparseinst.inference.checkpoints import find_weights
+from sparseinst.inference.compact import CompactMasks, Strip
 from sparseinst.inference.weights import load_weights
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst
-from sparseinst.postprocess import ImageSize, postprocess
+from sparseinst.paste import paste_strips
+from sparseinst.postprocess import ImageSize, score_maps
 
 if TYPE_CHECKING:
     from supervision import Detections
 
+M = TypeVar("M", NDArray[np.bool_], CompactMasks)
+"""The form of the masks."""
+
 
 @dataclass(frozen=True)
-class FoundInstances:
+class Found(Generic[M]):
     """The K instances that the model found in one image, best score first."""
 
     scores: NDArray[np.float32]
     """(K,), in [0, 1]."""
     labels: NDArray[np.int64]
     """(K,), indices into `Predictor.categories`."""
-    masks: NDArray[np.bool_]
+    masks: M
     """(K, H, W), at the image's own size."""
     names: list[str]
     """The K category names."""
@@ -49,6 +55,10 @@ class FoundInstances:
     """The highest score in the image, also if it was left out; None if no map has a score above `inference.score_threshold`."""
     before_top: int = 0
     """The number of instances at the requested score, before `top` left some out."""
+
+
+class FoundInstances(Found[NDArray[np.bool_]]):
+    """Instances whose masks are a boolean array."""
 
     def boxes(self) -> NDArray[np.float32]:
         """Return the box of each mask, (K, 4): left, top, right, bottom, as edges of pixels; zeros for an empty mask."""
@@ -80,6 +90,29 @@ class FoundInstances:
         )
 
 
+class CompactInstances(Found[CompactMasks]):
+    """Instances whose masks are kept as runs, which need little memory."""
+
+
+_Gather = Callable[[Iterable[Strip], tuple[int, int, int]], M]
+"""A function that makes the masks, of the given shape (K, H, W), from their strips."""
+
+
+def _selected(strips: Iterable[tuple[int, Tensor]], order: list[int]) -> Iterator[Strip]:
+    """Yield the strips of some of the masks, in this order, on the CPU."""
+    for start, strip in strips:
+        masks = strip.cpu().numpy()
+        yield Strip(start, [masks[index] for index in order])
+
+
+def _as_array(strips: Iterable[Strip], shape: tuple[int, int, int]) -> NDArray[np.bool_]:
+    masks = np.zeros(shape, dtype=np.bool_)
+    for start, parts in strips:
+        for mask, part in zip(masks, parts, strict=True):
+            mask[start : start + len(part)] = part
+    return masks
+
+
 class Predictor:
     """A model with its config and categories, ready to segment images. `load_model` makes one.
 
@@ -105,7 +138,6 @@ class Predictor:
         self.config = self.config.replace({"inference.precision": chosen})
         self.model = optimizing.optimize(self.model, device=self.device, mode=mode, precision=chosen)
 
-    @torch.no_grad()
     def predict(
         self,
         image: str | Path | Image.Image | NDArray[Any],
@@ -114,7 +146,7 @@ class Predictor:
         top: int | None = None,
         activations: bool = False,
     ) -> FoundInstances:
-        """Segment one image.
+        """Segment one image. For an image of many megapixels, `predict_compact` needs far less memory.
 
         Args:
             image: a file, a Pillow image, or (H, W, 3) RGB or (H, W) grey uint8.
@@ -125,24 +157,48 @@ class Predictor:
         Raises:
             DataError: the file is no readable image, or the array has another shape or type.
         """
-        picture = as_image(image)
+        return FoundInstances(**self._find(as_image(image), score, top, activations, _as_array))
+
+    def predict_compact(
+        self,
+        image: str | Path | Image.Image | NDArray[Any],
+        score: float = 0.0,
+        *,
+        top: int | None = None,
+        activations: bool = False,
+    ) -> CompactInstances:
+        """Segment one image as `predict` does, with the same masks, but never hold all their pixels in memory."""
+        return CompactInstances(**self._find(as_image(image), score, top, activations, CompactMasks.from_strips))
+
+    @torch.no_grad()
+    def _find(self, picture: Image.Image, score: float, top: int | None, activations: bool, gather: _Gather[M]) -> dict[str, Any]:
+        """Return the fields of `Found`.
+
+        Args:
+            gather: makes the masks from their strips.
+        """
         raw, size, padded = self.forward(picture)
-        [found] = postprocess(raw, padded, [ImageSize(size, (picture.height, picture.width))], self.config.inference)
-        order = found.scores.argsort(descending=True, stable=True)
-        highest = float(found.scores[order[0]]) if len(order) else None
-        order = order[found.scores[order] >= score]
-        before_top, order = len(order), order[:top]
+        inference = self.config.inference
+        whole: tuple[int, int] = (picture.height, picture.width)
+        with torch.autocast(self.device.type, enabled=False):
+            [found] = score_maps(raw, inference)
+            order = found.scores.argsort(descending=True, stable=True)
+            highest = float(found.scores[order[0]]) if len(order) else None
+            order = order[found.scores[order] >= score]
+            before_top, order = len(order), order[:top]
+            strips = paste_strips(found.probabilities, padded, ImageSize(size, whole), inference.mask_threshold)
+            masks = gather(_selected(strips, order.tolist()), (len(order), *whole))
         labels = found.labels[order].cpu().numpy()
-        return FoundInstances(
-            found.scores[order].cpu().numpy(),
-            labels,
-            found.masks[order].cpu().numpy(),
-            [self.categories[label].name for label in labels],
-            found.maps[order].cpu().numpy(),
-            self._activations(raw, size, found.maps[order]).cpu().numpy() if activations else None,
-            highest,
-            before_top,
-        )
+        return {
+            "scores": found.scores[order].cpu().numpy(),
+            "labels": labels,
+            "masks": masks,
+            "names": [self.categories[label].name for label in labels],
+            "maps": found.maps[order].cpu().numpy(),
+            "activations": self._activations(raw, size, found.maps[order]).cpu().numpy() if activations else None,
+            "highest": highest,
+            "before_top": before_top,
+        }
 
     def forward(self, picture: Image.Image) -> tuple[Predictions, tuple[int, int], tuple[int, int]]:
         """Run the network on one image.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sparseinst.ablation.store import Store
 from sparseinst.errors import UserError
+from sparseinst.files import atomic
 from sparseinst.inference.weights import load_weights, save_weights
 from sparseinst.paths import SHIPPED, run_folder
 
@@ -22,8 +23,10 @@ def ship_start(key: str) -> Path:
     for path in (weights, record):
         if not path.exists():
             raise UserError(f"{path}: no such file")
-    shutil.copyfile(record, SHIPPED / f"{key}.json")
-    return Path(shutil.copyfile(weights, SHIPPED / f"{key}.safetensors"))
+    for file, suffix in ((record, "json"), (weights, "safetensors")):
+        with atomic(SHIPPED / f"{key}.{suffix}") as temporary:
+            shutil.copyfile(file, temporary)
+    return SHIPPED / f"{key}.safetensors"
 
 
 def ship_demo(run: Path) -> Path:

@@ -29,6 +29,7 @@ from sparseinst.ablation.provenance import PACKAGE, SNAPSHOT, code_digest, code_
 from sparseinst.ablation.store import Store
 from sparseinst.attempts import latest_attempt
 from sparseinst.errors import RunFailed, UserError
+from sparseinst.files import write_error
 from sparseinst.launch.arrange import Array, Element
 from sparseinst.launch.cluster import Cluster, Resources
 from sparseinst.launch.job import StageJob, plain
@@ -266,15 +267,17 @@ def _snapshot() -> Path:
     folder = SNAPSHOTS / hashlib.sha256(f"{code_digest()} {version}".encode()).hexdigest()[:16]
     if not folder.exists():
         temporary = SNAPSHOTS / f".{uuid.uuid4().hex[:8]}.tmp"
-        for path in code_files():
-            target = temporary / PACKAGE.name / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(PACKAGE / path, target)
-        (temporary / SNAPSHOT).write_text(version + "\n", encoding="utf-8")
         try:
+            for path in code_files():
+                target = temporary / PACKAGE.name / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(PACKAGE / path, target)
+            (temporary / SNAPSHOT).write_text(version + "\n", encoding="utf-8")
             temporary.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(temporary)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not folder.exists():  # otherwise another process was first
+                raise write_error(SNAPSHOTS, error) or error from None
     return folder
 
 

@@ -132,25 +132,43 @@ def read_results(
     Raises:
         UserError: a spec or the profile does not exist, or contains a mistake.
     """
-    tables, settings, store = read_tables(names), read_profile(profile), Store(results)
+    tables, settings, store = read_tables(names), read_profile(profile), Store(results).reader()
     keys = store.keys()
     others = read_tables(["all"]) if list_tables() else []
-    priors = seed_priors([*tables, *others], settings, store, keys)
-    return [collect(table, settings, store, states or {}, priors, keys) for table in tables]
+    known: KnownRecords = {}
+    priors = seed_priors([*tables, *others], settings, store, keys, states or {}, known)
+    return [collect(table, settings, store, states or {}, priors, keys, known) for table in tables]
 
 
-def seed_priors(tables: Sequence[Table], profile: Profile, store: Store, keys: set[str]) -> dict[Figure, Prior]:
+KnownRecords = dict[tuple[str, str], RowRecords]
+"""The records of rows by the names of the table and the row, so that a report finds them once."""
+
+
+def seed_priors(
+    tables: Sequence[Table],
+    profile: Profile,
+    store: Store,
+    keys: set[str],
+    states: Mapping[str, str] | None = None,
+    known: KnownRecords | None = None,
+) -> dict[Figure, Prior]:
     """Return what all rows of the tables together tell about the variance over seeds of each AP metric.
 
     Each distinct training counts once. Rows that are not trained do not count.
+
+    Args:
+        states: as in `collect`; they only go into `known`.
+        known: receives the records of the rows.
     """
+    known = {} if known is None else known
     rows: dict[str, RowRecords] = {}
     for table in tables:
         if "evaluate" in table.spec.stages():
             for row in table.spec.rows:
                 key = row_config(table.spec, row, profile).train_key()
                 if key not in rows:
-                    rows[key] = find_records(table, row, profile, store, {}, keys)
+                    rows[key] = find_records(table, row, profile, store, states or {}, keys)
+                    known[table.name, row.name] = rows[key]
     trained = [records for records in rows.values() if not records.not_trained]
     samples = {metric: [sample_of(records, Column(metric)) for records in trained] for metric in get_args(AccuracyFigure)}
     priors = {metric: estimate_prior(sample for sample in of_rows if sample is not None) for metric, of_rows in samples.items()}
@@ -164,6 +182,7 @@ def collect(
     states: Mapping[str, str],
     priors: Mapping[Figure, Prior],
     keys: set[str] | None = None,
+    known: KnownRecords | None = None,
 ) -> TableResult:
     """Return the results of one table.
 
@@ -171,9 +190,14 @@ def collect(
         states: the states of stages that are not done, by key; a stage without a state is pending.
         priors: what all tables tell about the variance over seeds of each metric; see `seed_priors`.
         keys: the keys of all records; None reads them from the store.
+        known: the records of rows that were found with the same states; those of other rows are read.
     """
     keys = store.keys() if keys is None else keys
-    records = {row.name: find_records(table, row, profile, store, states, keys) for row in table.spec.rows}
+    known = {} if known is None else known
+    records = {
+        row.name: known.get((table.name, row.name)) or find_records(table, row, profile, store, states, keys)
+        for row in table.spec.rows
+    }
     peers = find_peers(store, table.spec.peers, profile.name, keys)
     devices = sorted({d for entry in records.values() for d in entry.latencies} | {d for peer in peers for d in peer.whole_ms})
     columns = [column for metric in table.spec.figures for column in columns_of(metric, devices)]

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from scipy import stats
 
 from sparseinst.ablation.statistics import CONFIDENCE, Prior, Sample
 from sparseinst.ablation.store import Store
@@ -213,6 +212,8 @@ def _tau(paper: NDArray[np.float64], measured: NDArray[np.float64], least: float
         return None
     if len(set(measured.tolist())) < 2:
         return None
+    from scipy import stats  # its import takes a second, and a report that needs no order of rows has no use for it
+
     return float(stats.kendalltau(paper, measured).statistic)
 
 

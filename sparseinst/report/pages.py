@@ -6,14 +6,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from sparseinst.ablation.store import Store
 from sparseinst.files import atomic
 from sparseinst.report.collect import TableResult
-from sparseinst.report.forest import forest
-from sparseinst.report.plots import figure_file, forest_file, plots
-from sparseinst.report.style import save
+from sparseinst.report.figures import figure_file, figure_texts, forest_file
 from sparseinst.report.tables import FORMATS
 from sparseinst.report.webpage import web_page
 
@@ -32,16 +28,13 @@ def write_report(results: Sequence[TableResult], folder: Path, *, page: Sequence
         texts = {folder / "tables" / f"{result.name}.{suffix}": write(result) for suffix, write in FORMATS.items()}
         new = [path for path, text in texts.items() if _write(path, text)]
         changed += new
-        for name, plot in plots(result).items():
+        for name in figure_texts(result):
             path = folder / "figures" / f"{figure_file(result, name)}.svg"
             if new or not path.exists():  # the table contains every number of the plot, so it changes whenever the plot does
-                figure = plot.draw(result)
-                if figure is not None:
-                    save(figure, path)
-                    changed += [path, path.with_suffix(".png")]
+                changed += _draw(result, name, path)
     if page:
         path = folder / "figures" / f"{forest_file(page[0].profile)}.svg"
-        changed += _save_if_changed(forest(page), path)
+        changed += _draw_forest(page, path)
         path = page_file(folder, page[0].profile)
         if _write(path, web_page(page, Store(folder), folder / "figures")):
             changed.append(path)
@@ -51,8 +44,24 @@ def write_report(results: Sequence[TableResult], folder: Path, *, page: Sequence
     return changed
 
 
-def _save_if_changed(figure: Figure | None, path: Path) -> list[Path]:
-    """Save a plot as SVG and PNG if its bytes change; return the files that change."""
+def _draw(result: TableResult, name: str, path: Path) -> list[Path]:
+    """Draw a plot as SVG and PNG; return its files, none if there is nothing to show."""
+    from sparseinst.report.plots import plots  # matplotlib is not imported if no plot changes
+    from sparseinst.report.style import save
+
+    figure = plots(result)[name].draw(result)
+    if figure is None:
+        return []
+    save(figure, path)
+    return [path, path.with_suffix(".png")]
+
+
+def _draw_forest(page: Sequence[TableResult], path: Path) -> list[Path]:
+    """Draw the plot of all comparisons as SVG and PNG if its bytes change; return the files that change."""
+    from sparseinst.report.forest import forest
+    from sparseinst.report.style import save
+
+    figure = forest(page)
     if figure is None:
         return []
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,11 @@ import numpy as np
 from adjustText import adjust_text
 from matplotlib.figure import Figure
 
-from sparseinst.ablation.study import LatencyFigure
 from sparseinst.report import style
 from sparseinst.report.collect import TableResult
+from sparseinst.report.figures import MODULES, figure_texts
 from sparseinst.report.records import Column
 
-MODULES: tuple[LatencyFigure, ...] = ("backbone", "encoder", "decoder", "post")
 _QUOTED_MARKS = "s^v<>*"
 _PEER_MARKS = "PXhd"
 _DEVICE_LOOKS: tuple[dict[str, Any], ...] = ({}, {"fillstyle": "left"}, {"fillstyle": "bottom"}, {"fillstyle": "none"})
@@ -221,23 +220,11 @@ class Plot:
 
 def plots(result: TableResult) -> dict[str, Plot]:
     """Return the plots that fit a table, by name."""
-    metrics = set(result.table.spec.figures)
-    chosen: dict[str, Plot] = {}
-    if {"FPS", "AP"} <= metrics:
-        chosen["speed-accuracy"] = Plot(speed_accuracy, "mask AP over milliseconds an image")
-    if set(MODULES) <= metrics:
-        chosen["modules"] = Plot(module_times, "milliseconds of each module")
-    if result.table.spec.reference is not None:
-        shows = "differences in AP from the reference row, measured with intervals and the paper's"
-        chosen["differences"] = Plot(differences, shows)
-    return chosen
+    return {name: Plot(_DRAW[name], shows) for name, shows in figure_texts(result).items()}
 
 
-def forest_file(profile: str) -> str:
-    """Return the name of the files of the forest plot of a profile, without suffix."""
-    return f"forest-{profile}"
-
-
-def figure_file(result: TableResult, name: str) -> str:
-    """Return the name of a plot's files, without suffix."""
-    return f"{result.name}-{name}"
+_DRAW: dict[str, Callable[[TableResult], Figure | None]] = {
+    "speed-accuracy": speed_accuracy,
+    "modules": module_times,
+    "differences": differences,
+}

@@ -59,7 +59,8 @@ def find_records(table: Table, row: Row, profile: Profile, store: Store, states:
     if "evaluate" in stages:
         for seed in SEEDS:
             config = base.model_copy(update={"train": base.train.model_copy(update={"seed": seed})})
-            key, training = config.evaluate_key(), config.train_key()
+            training = config.train_key()
+            key = config.evaluate_key(training)
             record = store.load(key) if key in keys else None
             if training in keys:
                 entry.trainings.append(training)

@@ -18,7 +18,7 @@ from sparseinst.ablation.store import Record, Store
 from sparseinst.config import Config
 from sparseinst.nested import flatten
 from sparseinst.report.collect import Cell, RowResult, TableResult
-from sparseinst.report.plots import figure_file, forest_file, plots
+from sparseinst.report.figures import figure_file, figure_texts, forest_file
 from sparseinst.report.records import ACCURACY, Column
 from sparseinst.report.tables import DIFFERENCE, VERDICT, frame, notes
 
@@ -112,9 +112,9 @@ def _table(result: TableResult, figures: Path, loaded: Container[str]) -> dict[s
         "figures": [
             {
                 "data": base64.b64encode(path.read_bytes()).decode(),
-                "alt": f"{result.table.spec.title}: {plot.shows}. The numbers are in the table above.",
+                "alt": f"{result.table.spec.title}: {shows}. The numbers are in the table above.",
             }
-            for name, plot in plots(result).items()
+            for name, shows in figure_texts(result).items()
             if (path := figures / f"{figure_file(result, name)}.svg").exists()
         ],
         "notes": notes(result),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,10 +27,22 @@ from sparseinst.training.loggers import Loggers
 _log = logging.getLogger(__name__)
 
 
+class _LogFile(logging.FileHandler):
+    """A log that loses lines on a full disk without a word; the run's own writes report the disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def logging_to(path: Path, lead: bool = True) -> Iterator[None]:
     """Append the package's log messages with their time to a file, within this context. Only the leading process writes."""
-    handler = logging.FileHandler(path, encoding="utf-8") if lead else logging.NullHandler()
+    handler = _LogFile(path, encoding="utf-8") if lead else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("sparseinst")
     level = logger.level

@@ -14,14 +14,22 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
-from sparseinst.inference.predict import FoundInstances
+from sparseinst.inference.compact import CompactMasks, Runs, strip_rows
+from sparseinst.inference.predict import CompactInstances, FoundInstances
 from sparseinst.visualize.labels import Box, place_labels
 
 ColourBy = Literal["instance", "class", "map"]
+Colour = tuple[int, int, int]
+"""Red, green and blue, 0 to 255."""
 
 
 def overlay(
-    image: Image.Image, found: FoundInstances, *, opacity: float = 0.45, colour: ColourBy = "instance", scores: bool = True
+    image: Image.Image,
+    found: FoundInstances | CompactInstances,
+    *,
+    opacity: float = 0.45,
+    colour: ColourBy = "instance",
+    scores: bool = True,
 ) -> Image.Image:
     """Return the image with each mask tinted and outlined, and with its name and score beside it.
 
@@ -33,39 +41,73 @@ def overlay(
             `map`. Those of classes and maps are the same in every image.
         scores: write the scores beside the names.
     """
-    canvas = np.asarray(image, dtype=np.float32).copy()  # H W 3
+    masks = CompactMasks.of(found.masks)
     line = max(1, round(min(image.size) / 240))
     ranks = {"map": found.maps.tolist(), "class": found.labels.tolist(), "instance": list(range(len(found.scores)))}[colour]
     colours = [palette(rank + 1)[rank] for rank in ranks]
     order = list(range(len(found.scores)))[::-1]
-    for index in order:
-        _tint(canvas, found.masks[index], colours[index], line, opacity)
-    drawn = Image.fromarray(canvas.round().astype(np.uint8))
+    drawn = _tinted(image, masks, [(index, colours[index]) for index in order], line, opacity)
     pen = ImageDraw.Draw(drawn)
     font = ImageFont.load_default(size=max(9, min(image.size) / 32))
     texts = [name + (f" {score:.2f}" if scores else "") for name, score in zip(found.names, found.scores, strict=True)]
     plates = [pen.textbbox((0, 0), text, font=font) for text in texts]
     sizes = [(box[2] - box[0] + 4, box[3] - box[1] + 4) for box in plates]
-    for index, place in enumerate(place_labels(found.masks, sizes)):
+    for index, place in enumerate(place_labels(masks, sizes)):
         if place is not None and texts[index]:
-            _label(pen, font, texts[index], place, colours[index], _nearest_pixel(found.masks[index], place))
+            _label(pen, font, texts[index], place, colours[index], _nearest_pixel(masks.runs(index), place))
     return drawn
 
 
-def _tint(canvas: NDArray[np.float32], mask: NDArray[np.bool_], colour: tuple[int, int, int], line: int, opacity: float) -> None:
-    """Draw one mask onto the canvas (H, W, 3). Only the box around the mask is computed."""
+def _tinted(
+    image: Image.Image, masks: CompactMasks, drawn: Sequence[tuple[int, Colour]], line: int, opacity: float
+) -> Image.Image:
+    """Return the image with these masks, by index and colour in the order in which they are drawn.
+
+    The colours are mixed in floating point, which takes 12 bytes a pixel, so only a strip is mixed at a time.
+    """
+    whole = Image.new("RGB", image.size)
+    step, room = strip_rows(image.width), line + 1
+    boxes = {index: masks.box(index) for index, _ in drawn}
+    for start in range(0, image.height, step):
+        end = min(image.height, start + step)
+        canvas = np.array(image.crop((0, start, image.width, end)), dtype=np.float32)  # rows W 3
+        first, last = max(0, start - room), min(image.height, end + room)
+        for index, colour in drawn:
+            box = boxes[index]
+            if box is not None and box[1] < last and box[3] > first:
+                _tint(canvas, masks.rows(index, first, last), colour, line, opacity, above=start - first)
+        whole.paste(Image.fromarray(canvas.round().astype(np.uint8)), (0, start))
+    return whole
+
+
+def _tint(
+    canvas: NDArray[np.float32], mask: NDArray[np.bool_], colour: Colour, line: int, opacity: float, *, above: int = 0
+) -> None:
+    """Draw one mask onto the canvas (rows, W, 3). Only the box around the mask is computed.
+
+    Args:
+        mask: the rows of the canvas, perhaps with more rows above and below it, since they have a part in the outline.
+        above: the number of these rows above the canvas.
+    """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return
     room = line + 1
-    box = np.s_[max(0, rows[0] - room) : rows[-1] + room + 1, max(0, columns[0] - room) : columns[-1] + room + 1]
-    part, inside = canvas[box], mask[box]
+    top, bottom = max(0, rows[0] - room), rows[-1] + room + 1
+    across = np.s_[max(0, columns[0] - room) : columns[-1] + room + 1]
+    first, last = max(top, above), min(bottom, above + len(canvas))  # the rows on the canvas
+    if last <= first:
+        return
+    part, around, shown = canvas[first - above : last - above, across], mask[top:bottom, across], np.s_[first - top : last - top]
+    inside = around[shown]
     part[inside] = (1 - opacity) * part[inside] + opacity * np.array(colour, dtype=np.float32)
-    part[outline(~inside, max(1, line // 2), edge=True)] = 255
-    part[outline(inside, line)] = colour
+    part[outline(~around, max(1, line // 2), edge=True)[shown]] = 255
+    part[outline(around, line)[shown]] = colour
 
 
-def activation_sheet(image: Image.Image, found: FoundInstances, *, most: int = 8, width: int = 240) -> Image.Image:
+def activation_sheet(
+    image: Image.Image, found: FoundInstances | CompactInstances, *, most: int = 8, width: int = 240
+) -> Image.Image:
     """Return a sheet with one column an instance, best first: its activation map over the image, above its mask (Figure 4).
 
     Args:
@@ -145,7 +187,7 @@ def picture_grid(pictures: Sequence[tuple[str, Image.Image]], *, columns: int) -
     return whole
 
 
-def palette(count: int) -> list[tuple[int, int, int]]:
+def palette(count: int) -> list[Colour]:
     """Return `count` distinct colours: each hue is a golden angle from the last, and two brightnesses alternate."""
     golden = 0.618034
     colours = []
@@ -164,13 +206,14 @@ def outline(mask: NDArray[np.bool_], width: int, *, edge: bool = False) -> NDArr
     return mask & ~binary_erosion(mask, iterations=width, border_value=edge)
 
 
-def _nearest_pixel(mask: NDArray[np.bool_], place: Box) -> tuple[float, float] | None:
+def _nearest_pixel(runs: Runs, place: Box) -> tuple[float, float] | None:
     """Return the mask's pixel (x, y) that is nearest to a label, or None if the label touches the mask."""
-    rows, columns = np.nonzero(mask)
-    x, y = columns.clip(place[0], place[2]), rows.clip(place[1], place[3])
-    distances = np.hypot(columns - x, rows - y)
+    # In each run the nearest pixel is the one below the label's left end, or the run's own end that lies nearer.
+    columns = np.clip(int(np.ceil(place[0])), runs.lefts, runs.rights - 1)
+    x, y = columns.clip(place[0], place[2]), runs.rows.clip(place[1], place[3])
+    distances = np.hypot(columns - x, runs.rows - y)
     nearest = int(distances.argmin())
-    return (float(columns[nearest]), float(rows[nearest])) if distances[nearest] > 3 else None
+    return (float(columns[nearest]), float(runs.rows[nearest])) if distances[nearest] > 3 else None
 
 
 def _label(
@@ -178,7 +221,7 @@ def _label(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     text: str,
     place: Box,
-    colour: tuple[int, int, int],
+    colour: Colour,
     target: tuple[float, float] | None,
 ) -> None:
     """Draw text on a plate of the instance's colour, with a line to the pixel `target` if there is one."""

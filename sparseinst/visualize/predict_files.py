@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from sparseinst.data.coco import encode
 from sparseinst.errors import DataError, UserError
-from sparseinst.files import atomic, make_folder
-from sparseinst.inference.predict import FoundInstances, Predictor, as_image
+from sparseinst.files import atomic, check_writable
+from sparseinst.inference.compact import CompactMasks
+from sparseinst.inference.predict import CompactInstances, FoundInstances, Predictor, as_image
 from sparseinst.progress import progress_bar
 from sparseinst.visualize.contact_sheet import ContactSheets, sheet_names
 from sparseinst.visualize.draw import ColourBy, activation_sheet, overlay
@@ -66,7 +66,7 @@ class _CocoResult:
         """The highest score in all images, also if it was left out."""
         self.data: dict[str, Any] = {"images": [], "annotations": [], "categories": list(map(asdict, predictor.categories))}
 
-    def add(self, found: FoundInstances, size: tuple[int, int], **about: Any) -> None:
+    def add(self, found: CompactInstances, size: tuple[int, int], **about: Any) -> None:
         """Add one image or frame.
 
         Args:
@@ -80,6 +80,17 @@ class _CocoResult:
         images, annotations = self.data["images"], self.data["annotations"]
         images.append({"id": len(images) + 1, **about, "height": size[1], "width": size[0]})
         annotations += as_annotations(found, images[-1]["id"], self.predictor, len(annotations) + 1)
+
+    def write(self, file: Path) -> None:
+        """Write the JSON, one annotation after the other, since the masks of large images are long texts."""
+        with atomic(file) as temporary, temporary.open("w", encoding="utf-8") as target:
+            target.writelines(self._parts())
+
+    def _parts(self) -> Iterator[str]:
+        yield f'{{"images": {json.dumps(self.data["images"])}, "annotations": ['
+        for number, annotation in enumerate(self.data["annotations"]):
+            yield (", " if number else "") + json.dumps(annotation)
+        yield f'], "categories": {json.dumps(self.data["categories"])}}}'
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ def predict_files(
     Raises:
         UserError: there is a video and PyAV is not installed, or an overlay would overwrite its own image.
     """
-    make_folder(output)
+    check_writable(output / "predictions.json")
     sheets = sheet_names(len(files)) if sheet else []
     names = _overlay_names(files, sheets)
     written = {(output / name).resolve() for name in sheets}
@@ -146,11 +157,11 @@ def predict_files(
                     drawn = _predict_image(predictor, file, output / name, result, score, top, maps, colour or "instance")
                 if contacts is not None:
                     contacts.add(file.name, drawn)
+                del drawn  # the next image needs the memory
             except DataError as error:
                 _log.warning("%s", error)
                 failed += 1
-    with atomic(output / "predictions.json") as temporary:
-        temporary.write_text(json.dumps(result.data), encoding="utf-8")
+    result.write(output / "predictions.json")
     counts = failed, len(result.data["images"]), result.empty, len(result.data["annotations"])
     pages = contacts.finish() if contacts is not None else ()
     return Prediction(*counts, result.highest, result.left_out, result.full, pages)
@@ -167,41 +178,42 @@ def _predict_image(
     colour: ColourBy,
 ) -> Image.Image:
     image = as_image(file)
-    found = predictor.predict(image, score, top=top, activations=maps)
+    found = predictor.predict_compact(image, score, top=top, activations=maps)
+    result.add(found, image.size, file_name=str(file))
     picture = overlay(image, found, colour=colour)
     with atomic(drawn) as temporary:
         picture.save(temporary, format="JPEG", quality=92)
     if maps:
         with atomic(drawn.with_name(f"{drawn.stem}-maps.png")) as temporary:
             activation_sheet(image, found).save(temporary, format="PNG")
-    result.add(found, image.size, file_name=str(file))
     return picture
 
 
 def _predict_video(
     predictor: Predictor, file: Path, drawn: Path, result: _CocoResult, score: float, top: int | None, colour: ColourBy
 ) -> Image.Image:
-    def keep(number: int, found: FoundInstances, size: tuple[int, int]) -> None:
+    def keep(number: int, found: CompactInstances, size: tuple[int, int]) -> None:
         result.add(found, size, file_name=str(file), frame=number)
 
     return predict_video(predictor, file, drawn, keep, score=score, top=top, colour=colour)
 
 
-def as_annotations(found: FoundInstances, image_id: int, predictor: Predictor, first_id: int) -> list[dict[str, Any]]:
+def as_annotations(
+    found: FoundInstances | CompactInstances, image_id: int, predictor: Predictor, first_id: int
+) -> list[dict[str, Any]]:
     """Return the instances of one image as COCO annotations with scores."""
+    masks = CompactMasks.of(found.masks)
     return [
         {
             "id": first_id + index,
             "image_id": image_id,
             "category_id": predictor.categories[int(label)].id,
             "score": float(score),
-            "segmentation": run,
-            "area": int(np.count_nonzero(mask)),
+            "segmentation": encode(masks[index][None])[0],
+            "area": masks.area(index),
             "iscrowd": 0,
         }
-        for index, (label, score, mask, run) in enumerate(
-            zip(found.labels, found.scores, found.masks, encode(found.masks), strict=True)
-        )
+        for index, (label, score) in enumerate(zip(found.labels, found.scores, strict=True))
     ]
 
 

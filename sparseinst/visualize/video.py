@@ -13,7 +13,7 @@ from PIL import Image
 
 from sparseinst.errors import DataError, RunFailed, UserError
 from sparseinst.files import atomic
-from sparseinst.inference.predict import FoundInstances, Predictor
+from sparseinst.inference.predict import CompactInstances, Predictor
 from sparseinst.progress import progress_bar
 from sparseinst.visualize.draw import ColourBy, overlay
 
@@ -31,7 +31,7 @@ def predict_video(
     predictor: Predictor,
     file: Path,
     output: Path,
-    keep: Callable[[int, FoundInstances, tuple[int, int]], None],
+    keep: Callable[[int, CompactInstances, tuple[int, int]], None],
     *,
     score: float,
     top: int | None = None,
@@ -75,7 +75,7 @@ def predict_video(
             number = most = -1
             frames = bar.track(_frames(source, file), total=stream.frames or None, description=file.name)
             for number, frame in enumerate(frames):
-                found = predictor.predict(frame, score, top=top)
+                found = predictor.predict_compact(frame, score, top=top)
                 if number == 0:
                     # The format needs an even width and height.
                     drawn.width, drawn.height = (max(2, side - side % 2) for side in frame.size)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
+from sparseinst.ablation.sequential import BOUNDARIES, PENALTIES
 from sparseinst.ablation.statistics import (
+    FALSE_DISCOVERIES,
     Comparison,
     Difference,
     Prior,
@@ -18,6 +20,11 @@ from sparseinst.ablation.statistics import (
     seeds_to_settle,
 )
 from tests.ablation.simulation import MARGIN, PATTERNS, ROWS, simulate, study
+
+
+def test_penalties_have_the_bits_of_scipys_normal_distribution() -> None:
+    """They are part of the names of logged looks."""
+    assert tuple(FALSE_DISCOVERIES / (2 * float(stats.norm.sf(boundary))) for boundary in BOUNDARIES) == PENALTIES
 
 
 def test_the_prior_pools_variances_by_degrees_of_freedom() -> None:

@@ -15,6 +15,7 @@ from sparseinst.config import Config
 from sparseinst.errors import UserError
 from sparseinst.evaluation.coco_metrics import FIGURES
 from sparseinst.launch.status import plan_status
+from sparseinst.overrides import load_config
 from sparseinst.paths import run_folder
 from sparseinst.report.collect import collect, seed_priors
 
@@ -229,6 +230,29 @@ def test_fast_with_many_records(tmp_path: Path) -> None:
     values = [cell.measured.values for result in results for row in result.rows for cell in row.cells.values() if cell.measured]
     assert sum(len(each) == 10 for each in values) > 100, "the records of all seeds are loaded"
     assert max(planned - began, checked - planned, collected - checked) < 2
+
+
+def test_seeds_change_nothing_else_in_a_rows_config() -> None:
+    """Configs are built once for all seeds, and a changed spec or profile is another row."""
+    spec, profile = read_spec("table5"), read_profile("mini")
+    config = row_config(spec, spec.rows[0], profile)
+    for seed in (0, 3):
+        expected = config.model_dump(mode="json")
+        expected["train"]["seed"] = seed
+        found = row_config(spec, spec.rows[0], profile, seed)
+        assert found == Config.model_validate_json(json.dumps(expected))
+        assert found.evaluate_key(found.train_key()) == found.evaluate_key()
+    settings = {**profile.settings, "loss": {"pixel_weight": 7.0}}
+    other = Profile(name=profile.name, settings=settings, backbones=profile.backbones)
+    assert row_config(spec, spec.rows[0], other).loss.pixel_weight == 7.0
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("train: {seed: 1}\n")
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\n")
+    assert load_config(tmp_path / "child.yaml").train.seed == 1
+    (tmp_path / "base.yaml").write_text("train: {seed: 23}\n")
+    assert load_config(tmp_path / "child.yaml").train.seed == 23
 
 
 def test_tables_and_profiles_with_the_same_name_are_refused(tmp_path: Path) -> None:

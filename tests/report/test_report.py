@@ -1,13 +1,20 @@
 """Check tables and figures of made-up records, whose values are known."""
 
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pydantic_core
 import pytest
 
+from sparseinst import overrides
+from sparseinst.ablation import store as store_module
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import Profile, Table, read_profile, read_spec, read_tables, row_config
-from sparseinst.report.collect import TableResult, collect, seed_priors
+from sparseinst.report.collect import TableResult, collect, read_results, seed_priors
 from sparseinst.report.pages import write_report
 from sparseinst.report.tables import FORMATS, comparisons_json, frame, notes
 from sparseinst.report.terminal import print_table
@@ -172,6 +179,44 @@ def test_an_unchanged_report_is_not_written_again(store: Store) -> None:
     assert "figures/table5-mini-differences.png" in index
     for link in ("tables/table5-mini.csv", "figures/table5-mini-differences.png"):
         assert (store.results / link).exists()
+
+
+def test_a_report_reads_each_record_and_each_spec_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of records are read at each report, and rows of several tables share them."""
+    read: Counter[bytes] = Counter()
+    parsed: Counter[str] = Counter()
+
+    def from_json(content: bytes) -> Any:
+        read[content] += 1
+        return pydantic_core.from_json(content)
+
+    def parse_yaml(text: str, where: str) -> Any:
+        parsed[where] += 1
+        return original(text, where)
+
+    original = overrides.parse_yaml
+    monkeypatch.setattr(store_module, "from_json", from_json)
+    monkeypatch.setattr(overrides, "parse_yaml", parse_yaml)
+    overrides._parsed.cache_clear()
+    results = read_results([], "mini", store.results)
+    assert [result for result in results if any(row.evaluations for row in result.rows)]
+    assert set(read.values()) == {1}
+    assert len(read) == sum(map(len, MEASURED.values()))
+    read_results([], "mini", store.results)
+    assert set(parsed.values()) == {1}
+    assert set(read.values()) == {2}, "a record that changed in between would be seen"
+
+
+def test_a_report_without_new_records_imports_no_plots(tmp_path: Path) -> None:
+    code = (
+        "import sys; from sparseinst.cli import run_cli; "
+        f"assert run_cli(['report', 'table5', '--profile', 'mini', '--results', {str(tmp_path)!r}]) == 0; "
+        "assert not {'matplotlib.figure', 'scipy.stats'} & set(sys.modules)"
+    )
+    (tmp_path / "figures").mkdir()
+    write_report(read_results(["table5"], "mini", tmp_path), tmp_path)
+    (tmp_path / "figures/table5-mini-differences.svg").touch()
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_figures_are_the_same_bytes_each_time(store: Store, tmp_path: Path) -> None:
