@@ -270,8 +270,8 @@ class Judgement:
         return f"undecided (+{self.more_seeds} seed{'s' if self.more_seeds != 1 else ''})" if self.more_seeds else "undecided"
 
 
-def _halved_false_discoveries(raw: Sequence[float]) -> list[float]:
-    """Return p-values adjusted by Benjamini and Hochberg's procedure for half as many tests, because two tests share a verdict."""
+def _adjusted(raw: Sequence[float]) -> list[float]:
+    """Return p-values adjusted by Benjamini and Hochberg. Two tests share a verdict, so half as many tests count."""
     if not raw:
         return []
     from scipy import stats  # its import takes a second, which commands that judge nothing need not wait for
@@ -288,7 +288,7 @@ def judge(comparisons: Sequence[Comparison]) -> list[Judgement]:
     """
     tested = [number for number, comparison in enumerate(comparisons) if comparison.difference.complete]
     raw = [p for number in tested for p in (comparisons[number].p_sign(), comparisons[number].p_equivalence())]
-    adjusted = _halved_false_discoveries(raw)
+    adjusted = _adjusted(raw)
     by_number = {number: (adjusted[2 * place], adjusted[2 * place + 1]) for place, number in enumerate(tested)}
     settled = sum(min(pair) <= FALSE_DISCOVERIES for pair in by_number.values())
     confidence = 1 - FALSE_DISCOVERIES * max(settled, 1) / max(len(comparisons), 1)
