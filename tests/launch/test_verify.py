@@ -106,5 +106,6 @@ def test_what_cannot_be_verified_is_refused(
     assert "there is no such record in results/records" in capsys.readouterr().err
     assert run_cli(["verify", "peer-x"]) == 2
     assert "cannot be verified" in capsys.readouterr().err
-    assert run_cli(["verify", ""]) == 2
+    Store(Path("results")).write(Record("evaluate", "evaluate-y", {"figures": {"AP": 1.0}}))
+    assert run_cli(["verify", "evaluate-"]) == 2
     assert "records begin so" in capsys.readouterr().err

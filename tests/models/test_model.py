@@ -130,7 +130,8 @@ def test_half_precision_maps_do_not_overflow() -> None:
     """The maps are normalised before they gather features: in fp16 the sum over 80 x 107 positions would exceed 65,504."""
     config = DecoderConfig(width=8, depth=1, kernel_dim=4, iam=IAMConfig(num_maps=3))
     iam = Decoder(config, 8, 2).instance_branch.iam
-    torch.nn.init.zeros_(iam.conv.bias)  # responses of about one half, as after some training
+    torch.nn.init.zeros_(iam.conv.weight)
+    torch.nn.init.zeros_(iam.conv.bias)  # responses of one half, which a trained map reaches as well
     features = torch.full((1, 8, 80, 107), 30.0, dtype=torch.float16)
     with torch.autocast("cpu", dtype=torch.float16):
         gathered, responses = iam(features)
