@@ -15,7 +15,7 @@ from tests.conftest import CPU
 
 @pytest.fixture(autouse=True)
 def _fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STEPS", 150)
+    monkeypatch.setattr(module, "STEPS", 250)
     monkeypatch.setattr(module, "LEAST_RATE", 3e-3)
 
 
@@ -39,5 +39,5 @@ def test_masks_of_other_images_fail(tiny: Config, tmp_path: Path) -> None:
             shutil.copy(root / "train2017" / data["images"][0]["file_name"], root / "train2017" / image["file_name"])
     file.write_text(json.dumps(data))
     wrong = tiny.replace({"data.root": str(root), "data.source": "coco"})
-    with pytest.raises(RunFailed, match="preflight: after 150 steps on 8 images"):
+    with pytest.raises(RunFailed, match="preflight: after 250 steps on 8 images"):
         preflight(wrong, tmp_path / "run", device=CPU)
