@@ -133,6 +133,7 @@ def test_every_part_is_listed() -> None:
     assert parts - {"__init__", "__main__", "cli"} == set(ALLOWED)
 
 
+@pytest.mark.slow
 def test_listed_modules_do_not_import_torch() -> None:
     modules = ", ".join(f"sparseinst.{name}" for name in WITHOUT_TORCH)
     code = f"import sys, sparseinst, {modules}; assert 'torch' not in sys.modules, 'torch was imported'"

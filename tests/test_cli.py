@@ -255,6 +255,7 @@ def processor_seconds(command: list[str]) -> float:
     return after.children_user + after.children_system - before.children_user - before.children_system
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["data", "check", "{shapes}", "--no-read"]])
 def test_starts_in_half_a_second_without_torch(arguments: list[str], shapes_root: Path) -> None:
     command = [sys.executable, "-m", "sparseinst", *(a.format(shapes=shapes_root) for a in arguments)]

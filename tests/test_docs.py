@@ -59,6 +59,7 @@ def test_commands_can_be_parsed(line: str) -> None:
     assert not parsed.args, "no argument is left over"
 
 
+@pytest.mark.slow
 def test_the_shapes_in_method_md_are_those_of_the_model() -> None:
     text = (ROOT / "docs/method.md").read_text()
     documented = {(where, shape) for where, shape in re.findall(r"^\|[^|]+\| `([\w.]+)` \| ([\dx ]+) \|$", text, re.M)}

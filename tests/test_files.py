@@ -67,6 +67,7 @@ def test_places_that_cannot_hold_a_file_are_refused_before_the_work(tmp_path: Pa
         make_folder(tmp_path / "more")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_commands_end_with_one_line(
     number: int,

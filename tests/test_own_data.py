@@ -62,6 +62,7 @@ def test_a_number_of_maps_in_a_file_stays(crowded: Path, tmp_path: Path, caplog:
     assert "more than model.decoder.iam.num_maps=60 instances" in caplog.text
 
 
+@pytest.mark.slow
 def test_fine_tuning_keeps_the_model_but_replaces_its_class_head(
     crowded: Path, shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -203,6 +203,7 @@ RESULTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_fast_with_many_records(tmp_path: Path) -> None:
     """With 10,000 records, ten seeds of every row among them, planning, status and collecting take less than 2 s each.
 

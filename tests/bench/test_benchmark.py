@@ -42,6 +42,7 @@ def test_a_deeper_model_is_slower_and_tf32_is_restored(tiny: Config) -> None:
     assert torch.backends.cudnn.allow_tf32 == before
 
 
+@pytest.mark.slow
 def test_flops_and_parameters() -> None:
     """R-50 has 4.1 G multiply-adds at 224 x 224, and the heads come on top. Deformable convolutions are counted."""
     assert count_parameters(Config()) == 31_584_373

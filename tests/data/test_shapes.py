@@ -237,6 +237,7 @@ def test_processes_write_the_same_set(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(digests) == 1
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_gets_an_error(tmp_path: Path) -> None:
     """Each process of the pool imports the script again; it must neither wait for the lock of its parent nor start a pool."""
     script = tmp_path / "script.py"

@@ -91,6 +91,7 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(
         find_weights(tmp_path)
 
 
+@pytest.mark.slow
 def test_commands_take_an_unfinished_run(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     stopped(tiny, tmp_path / "run", monkeypatch, after=4)
     images = Path(tiny.data.root) / "val2017"

@@ -114,6 +114,7 @@ print(found.instances, most("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from Linux' /proc")
 def test_a_large_photo_with_every_map_needs_little_memory(trained: Path, tmp_path: Path) -> None:
     """As arrays, ten masks of 6 megapixels, their copies, the overlay and the sums for its labels took 400 MB; now it is 140."""

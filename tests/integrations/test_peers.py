@@ -36,6 +36,7 @@ def test_torchvisions_mask_rcnn_gives_masks_of_the_photos_size() -> None:
     assert len(found.scores) == len(found.labels) == len(found.masks) > 0
 
 
+@pytest.mark.slow
 def test_the_timed_parts_equal_torchvisions_own_call(tmp_path: Path) -> None:
     """The peer reads its weights from a file."""
     from torchvision.models.detection import maskrcnn_resnet50_fpn

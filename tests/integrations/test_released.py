@@ -129,6 +129,7 @@ def test_every_tensor_of_every_released_model_is_imported(name: str, tmp_path: P
     assert (len(found.categories), found.categories[0].id, found.categories[79].name) == (80, 1, "toothbrush")
 
 
+@pytest.mark.slow
 def test_the_written_file_can_be_used_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It gives the outputs of a model with the same tensors."""
     config = model_config("r50-giam")

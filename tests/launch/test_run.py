@@ -92,6 +92,7 @@ def test_jobs_run_in_separate_processes(capsys: pytest.CaptureFixture[str]) -> N
     assert output.count("done in") == 7
 
 
+@pytest.mark.slow
 def test_a_failure_is_reported_and_does_not_stop_the_rest(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

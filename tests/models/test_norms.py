@@ -34,6 +34,7 @@ def gradients(network: Backbone, image: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes", "count"),
     [

@@ -61,6 +61,7 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_fidelity_comes_from_records(results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(EXPERIMENTS.parent)
     arguments = ["report", "table5", "--fidelity", "--profile", "smoke", "--results", str(results)]

@@ -160,6 +160,7 @@ def test_small_resnetd_has_a_deep_stem_and_average_pooling() -> None:
     assert pools == [False, True]
 
 
+@pytest.mark.slow
 def test_rows_share_one_pretraining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiments = Path(__file__).parents[2] / "experiments"
     tables, profile = read_tables(["table5"], experiments), read_profile("smoke", experiments)
