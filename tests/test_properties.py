@@ -35,7 +35,6 @@ samples = st.lists(values, min_size=1, max_size=6).map(lambda seeds: Sample(tupl
 masks = arrays(np.bool_, array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=9))
 
 
-@pytest.mark.slow
 @given(st.dictionaries(st.text(), plain, min_size=1, max_size=5), st.randoms())
 def test_a_hash_does_not_depend_on_the_order_of_keys(data: dict[str, Any], random: Any) -> None:
     shuffled = list(data.items())
