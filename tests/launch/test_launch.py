@@ -222,7 +222,8 @@ def test_debug_and_local_give_the_same_results_as_run(capsys: pytest.CaptureFixt
         results = [record.result[field] for record in records if record is not None]
         assert results[0] == results[1] == results[2]
     [snapshot] = (path for path in Path("runs/snapshots").iterdir() if path.is_dir())
-    assert (snapshot / "sparseinst" / "config.py").read_bytes() == (ROOT / "sparseinst" / "config.py").read_bytes()
+    [copied, original] = (root / "sparseinst" / "config" / "model.py" for root in (snapshot, ROOT))
+    assert copied.read_bytes() == original.read_bytes()
     by_local = local.load(next(iter(plan.runs)))
     assert by_local is not None
     assert by_local.provenance["commit"] == json.loads((snapshot / "snapshot.json").read_text())["commit"]

@@ -1,0 +1,99 @@
+"""Define `Config`, all settings of an experiment, and the keys of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import model_validator
+
+from sparseinst.config.data import DataConfig
+from sparseinst.config.inference import InferenceConfig
+from sparseinst.config.loss import LossConfig, MatcherConfig
+from sparseinst.config.model import ModelConfig
+from sparseinst.config.training import PretrainConfig, TrainConfig
+from sparseinst.nested import merge, nest, parse
+from sparseinst.section import Section, content_hash
+
+
+class Config(Section):
+    """All settings of an experiment. The defaults are the preset `paper`."""
+
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    matcher: MatcherConfig = MatcherConfig()
+    data: DataConfig = DataConfig()
+    inference: InferenceConfig = InferenceConfig()
+    train: TrainConfig = TrainConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+
+    @model_validator(mode="after")
+    def _rescoring_needs_objectness(self) -> Self:
+        if self.loss.objectness == "none" and self.inference.rescore:
+            raise ValueError("loss.objectness is none, so set inference.rescore=false: an untrained objectness cannot rescore")
+        return self
+
+    @model_validator(mode="after")
+    def _recomputing_needs_frozen_norms(self) -> Self:
+        if self.train.checkpoint_activations and not self.model.backbone.frozen_norm:
+            raise ValueError("train.checkpoint_activations needs model.backbone.frozen_norm=true: other norms count images twice")
+        return self
+
+    def replace(self, overrides: Mapping[str, Any]) -> Config:
+        """Return a copy in which dotted paths have new values, e.g. `{"model.decoder.depth": 2}`.
+
+        Raises:
+            UserError: a path does not exist (the message gives the nearest valid path), or its value is not valid.
+        """
+        return parse(Config, merge(self.model_dump(mode="json"), nest(overrides, Config), Config))
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2)
+
+    def to_yaml(self) -> str:
+        import io
+
+        from ruamel.yaml import YAML
+
+        stream = io.StringIO()
+        YAML(typ="safe").dump(self.model_dump(mode="json"), stream)
+        return stream.getvalue()
+
+    def pretrain_content(self) -> dict[str, Any]:
+        """Return everything that can change the backbone's weights from the stage `pretrain`."""
+        backbone = self.model.backbone
+        start = {"name": backbone.name, "pretrained": backbone.pretrained, "weights": backbone.weights}
+        parts = {"data": self.data.content("pretrain"), "pretrain": self.pretrain.content("pretrain")}
+        return {"stage": "pretrain", "backbone": start, **parts}
+
+    def pretrain_key(self) -> str:
+        """Return the key of the stage `pretrain`, which also names its folder."""
+        return content_hash(self.pretrain_content())
+
+    def train_content(self) -> dict[str, Any]:
+        """Return everything that can change the trained weights."""
+        parts = {"model": self.model, "loss": self.loss, "matcher": self.matcher, "data": self.data, "train": self.train}
+        start = {"start": self.pretrain_key()} if self.pretrain.enabled else {}
+        return {"stage": "train", **{name: part.content("train") for name, part in parts.items()}, **start}
+
+    def train_key(self) -> str:
+        """Return the key of the training, which also names its folder. Configs with equal keys share one run."""
+        return content_hash(self.train_content())
+
+    def evaluate_key(self, train_key: str | None = None) -> str:
+        """Return the key of the evaluation of these weights with these inference settings on these data.
+
+        Args:
+            train_key: what `train_key` returns, if the caller has it already.
+        """
+        parts = {"inference": self.inference.content("evaluate"), "data": self.data.content("evaluate")}
+        return content_hash({"stage": "evaluate", "train": train_key or self.train_key(), **parts})
+
+    def latency_key(self, device: str, mode: str = "eager") -> str:
+        """Return the key of the timing on the device with this name. It begins with `latency_prefix`."""
+        return f"{self.latency_prefix()}-{content_hash({'device': device, 'mode': mode})[:8]}"
+
+    def latency_prefix(self) -> str:
+        """Return the hash of what is timed: the model without its weights, the image size, the precision and the thresholds."""
+        parts = {"model": self.model.content("latency"), "inference": self.inference.content("latency")}
+        return content_hash({"stage": "latency", **parts})

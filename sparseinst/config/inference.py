@@ -1,0 +1,47 @@
+"""Define the settings of prediction and evaluation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from sparseinst.config.types import Fraction, Precision, Side
+from sparseinst.section import Neutral, Section, Stage
+
+
+class InferenceConfig(Section):
+    short_side: Side = 640
+    """The length in pixels to which the shorter side of an image is resized."""
+    long_side: Side = 853
+    """The maximum of the longer side in pixels."""
+    size_factor: Annotated[float, Field(gt=0.0, le=64.0), Neutral(1.0)] = 1.0
+    """Multiply both sides by this factor. In a small experiment, a side of 512 then means 4/5 of 640."""
+    score_threshold: Fraction = 0.005
+    """Instances with a lower score are left out."""
+    mask_threshold: Fraction = 0.45
+    """The probability from which a pixel belongs to a mask."""
+    rescore: bool = True
+    """Multiply the class probability by the objectness (Table 6)."""
+    maskness: bool = True
+    """Multiply the score by the mean probability of the mask's pixels, as the reference does; the paper does not mention it."""
+    precision: Precision = "fp32"
+    """The type of numbers in which the network computes."""
+
+    @model_validator(mode="after")
+    def _sides_are_in_range(self) -> Self:
+        if self.size_factor != 1.0 and max(self.sides()) > 16_384:
+            raise ValueError(
+                f"size_factor={self.size_factor:g} gives sides of {list(self.sides())} pixels: at most 16384 are possible"
+            )
+        return self
+
+    def sides(self) -> tuple[int, int]:
+        """Return the shorter side of the resized image and the maximum of its longer side, in pixels."""
+        return max(1, round(self.short_side * self.size_factor)), max(1, round(self.long_side * self.size_factor))
+
+    def content(self, stage: Stage | None = None) -> dict[str, Any]:
+        """Return the content with the final image sides."""
+        short, long = self.sides()
+        resolved = self.model_copy(update={"short_side": short, "long_side": long, "size_factor": 1.0})
+        return super(InferenceConfig, resolved).content(stage)
