@@ -6,6 +6,7 @@ The graph takes one image of any size and returns scored masks. ONNX needs the e
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from sparseinst.config import SIZE_DIVISOR, InferenceConfig
 from sparseinst.errors import UserError
-from sparseinst.files import atomic, check_writable, no_space_explained
+from sparseinst.files import atomic, check_writable
 from sparseinst.models.decoder import Coordinates, Predictions
 from sparseinst.models.encoder import resize
 from sparseinst.models.layers import DeformableConv2d
@@ -148,8 +149,10 @@ def export_model(
         warnings.simplefilter("ignore")  # the exporters warn about their own code
         if form == "torch":
             exported = torch.export.export(inference, (example,), dynamic_shapes=dynamic)
-            with no_space_explained(output.parent), atomic(output) as temporary, temporary.open("wb") as file:
-                torch.export.save(exported, file)
+            archive = io.BytesIO()  # torch's writer ends the process if it cannot write to a file
+            torch.export.save(exported, archive)
+            with atomic(output) as temporary:
+                temporary.write_bytes(archive.getbuffer())
             return
         program: Any = torch.onnx.export(
             inference,
