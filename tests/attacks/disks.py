@@ -10,6 +10,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,11 +111,11 @@ def damaged(folder: Path) -> list[str]:
 def attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Outcome]]:
     """Yield the kind and the outcome of each attack. Each command gets about `count` / 4 full disks, and one that is read-only.
 
-    Raises:
-        PermissionError: this process may not mount disks.
+    Yields nothing, and says so, if this process may not mount disks.
     """
     if os.geteuid() != 0:
-        raise PermissionError("only root can mount the disks of these attacks: python -m tests.attacks runs inputs")
+        print("full and read-only disks are left out: only root can mount them", file=sys.stderr)
+        return
     lab = Lab(folder / "lab")
     for name in lab.commands:
         with disk(folder / "disk", ROOMY) as place:
