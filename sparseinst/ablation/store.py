@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import from_json
 
 from sparseinst.errors import UserError
-from sparseinst.files import atomic
+from sparseinst.files import atomic, check_writable
 from sparseinst.paths import SHIPPED
 from sparseinst.section import Stage
 
@@ -103,6 +103,14 @@ class Store:
             raise UserError(f"{results}: is not a folder; choose another one with --results")
         self.results = results
         self.folder = results / "records"
+
+    def check_writable(self) -> None:
+        """Check that records can be written, before the work for them is done.
+
+        Raises:
+            UserError, RunFailed: no file can be written in the folder, or the disk is full.
+        """
+        check_writable(self.path("new"))
 
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.json"

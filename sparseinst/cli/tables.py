@@ -128,6 +128,8 @@ def run(
     table_plan, store = make_plan(tables, profile, seeds, row, results, device, read_records=True)
     warn_about_overruled_rows(table_plan)
     check_budget(table_plan, store, budget)
+    if table_plan.to_do():
+        store.check_writable()
     if jobs > 1:
         from sparseinst.launch.status import plan_status
 
@@ -189,6 +191,7 @@ def _run_until_settled(
             print(f"the next look costs about {hours:.1f} {cost.unit}, and {budget - spent:.1f} of the budget are left: stopped")
             break
         spent += hours
+        store.check_writable()
         print(f"for the next look at {', '.join(wanted)}: {len(look.to_do())} runs, about {hours:.2g} {cost.unit}", flush=True)
         if jobs > 1:
             with wanted_file(wanted) as file:

@@ -76,8 +76,10 @@ def launch(
         One submission for each job.
 
     Raises:
+        UserError, RunFailed: no record could be written.
         RunFailed: SLURM refused an array; the message says why. Arrays that were sent before stay in the queue.
     """
+    store.check_writable()
     code = _snapshot()
     JOBS.mkdir(parents=True, exist_ok=True)  # with the user's own file mode mask
     sent: dict[str, str] = {}

@@ -87,7 +87,7 @@ class Lab:
         return command(*arguments, folder=self.folder, limit=LIMIT)
 
 
-SMALL_BENCH = ["--model", "r50-iam", "--size", "64", "--device", "cpu", "--repetitions", "3", "--warmup", "0"]
+SMALL_BENCH = ["--model", "r50-iam", "--size", "64", "--device", "cpu", "--repetitions", "3", "--warmup", "1"]
 
 
 def used(folder: Path) -> int:

@@ -338,3 +338,11 @@ def test_run_does_a_stage_again_whose_record_is_damaged() -> None:
     store.path(key).write_text(store.path(key).read_text()[:200])
     assert run_cli(["run", "table5", "--profile", "smoke", "--row", "dice alone", "--device", "cpu"]) == 0
     assert {key: json.loads(store.path(key).read_text())["result"] for key in results} == results
+
+
+def test_records_that_cannot_be_written_are_refused_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("results").mkdir()
+    Path("results/records").write_text("a file instead of a folder")
+    assert run_cli(["run", "table5", "--profile", "smoke", "--device", "cpu"]) == 2
+    assert "results/records" in capsys.readouterr().err
+    assert not Path("runs").exists()
