@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -45,10 +44,11 @@ def find_weights(path: Path, checkpoint: str | None = None) -> Path:
     if paths.weights.exists():
         return paths.weights
     for saved in paths.saved_checkpoints():
-        if _is_complete(saved):
+        problem = archive_damage(saved)  # the file is not renamed, because its run may still train
+        if problem is None:
             _say(paths, saved, f"{path} has not finished its training; ")
             return saved
-        _log.warning("%s is damaged, so an earlier checkpoint is used", saved)
+        _log.warning("%s is damaged (%s), so an earlier checkpoint is used", saved, problem)
     raise UserError(f"{path}: has no {paths.weights.name} and no complete checkpoint yet")
 
 
@@ -90,24 +90,30 @@ def _training(paths: RunPaths) -> tuple[str, str]:
     return str(train.iterations), "; these are the moving average of the weights" if train.ema_decay is not None else ""
 
 
-def _is_complete(path: Path) -> bool:
-    """Return whether a checkpoint is complete. The file is not changed, because its run may still train."""
+def archive_damage(path: Path) -> str | None:
+    """Return what is damaged in a checkpoint, by the checksums of the zip archive that torch.save writes; None if nothing is."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, EOFError):
-        return False
+            broken = archive.testzip()
+    except Exception as error:  # noqa: BLE001 (damaged names and headers raise errors of many kinds)
+        return first_line(error)
+    return f"entry {broken} fails its checksum" if broken is not None else None
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's kind and the beginning of its message, in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the state in a training's checkpoint, on the CPU. Raises `UserError` if the file is damaged."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path}: is damaged ({str(error).splitlines()[0][:100]}); choose another one with --checkpoint"
-        ) from None
-    if "model" not in state:
+    except (MemoryError, torch.OutOfMemoryError):  # this says nothing about the file
+        raise
+    except Exception as error:  # noqa: BLE001 (as in `archive_damage`)
+        raise UserError(f"{path}: is damaged ({first_line(error)}); choose another one with --checkpoint") from None
+    if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"{path}: is no checkpoint of a training")
     return state
 

@@ -6,7 +6,6 @@ A checkpoint gets its name only when it is complete. Checksums show whether it w
 from __future__ import annotations
 
 import logging
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from sparseinst.errors import RunFailed
 from sparseinst.files import atomic, no_space_explained
+from sparseinst.inference.checkpoints import archive_damage, first_line
 from sparseinst.paths import RunPaths
 
 _log = logging.getLogger(__name__)
@@ -82,12 +82,10 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _damage(path: Path, restore: Callable[[dict[str, Any]], None] | None) -> str | None:
-    """Return what is damaged in a checkpoint; None if it is complete. torch.save writes a zip archive with checksums."""
+    """Return what is damaged in a checkpoint; None if it is complete and `restore`, if there is one, can load it."""
+    if problem := archive_damage(path):
+        return problem
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken is not None:
-            return f"entry {broken} fails its checksum"
         state = load_checkpoint(path, torch.device("cpu"))
         if state["iteration"] != int(path.stem):
             return f"it holds step {state['iteration']}"
@@ -96,5 +94,5 @@ def _damage(path: Path, restore: Callable[[dict[str, Any]], None] | None) -> str
     except (MemoryError, torch.OutOfMemoryError):  # this says nothing about the file
         raise
     except Exception as error:  # noqa: BLE001 (damaged headers and foreign content raise errors of many kinds)
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+        return first_line(error)
     return None

@@ -1,7 +1,9 @@
 """Check the use of unfinished runs, and the best checkpoint and the early end of a training."""
 
+import contextlib
 import json
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from sparseinst import load_model
 from sparseinst.cli import run_cli
 from sparseinst.config import Config
 from sparseinst.errors import UserError
-from sparseinst.inference.checkpoints import find_weights
+from sparseinst.inference.checkpoints import find_weights, read_checkpoint
 from sparseinst.inference.weights import load_weights
+from sparseinst.paths import RunPaths
 from sparseinst.training import train as training
 from sparseinst.training.best import BestSoFar
 from sparseinst.training.train import train
@@ -89,6 +92,28 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(
         find_weights(folder / "model.safetensors", "best")
     with pytest.raises(UserError, match="no model.safetensors and no complete checkpoint yet"):
         find_weights(tmp_path)
+
+
+def test_no_flipped_bit_of_a_checkpoint_gives_a_traceback(tmp_path: Path) -> None:
+    """Damaged names and headers in the zip archive raise errors of many kinds in zipfile and in torch."""
+    paths = RunPaths(tmp_path)
+    paths.checkpoints.mkdir()
+    torch.save({"model": {}, "iteration": 4}, paths.checkpoint(4))
+    whole = paths.checkpoint(4).read_bytes()
+    chance, fallen = random.Random(0), 0
+    for _ in range(400):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        paths.checkpoint(5).write_bytes(damaged)
+        found = find_weights(tmp_path)
+        assert found in (paths.checkpoint(4), paths.checkpoint(5))
+        fallen += found == paths.checkpoint(4)
+        with contextlib.suppress(UserError):  # any other error fails the test
+            assert "model" in read_checkpoint(paths.checkpoint(5))
+    assert 50 < fallen < 350
+    torch.save(5, paths.checkpoint(5))
+    with pytest.raises(UserError, match="is no checkpoint of a training"):
+        read_checkpoint(paths.checkpoint(5))
 
 
 @pytest.mark.slow
