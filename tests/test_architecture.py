@@ -45,7 +45,7 @@ ALLOWED = {
     | {"attempts", "data", "device", "distributed", "inference", "evaluation", "training", "visualize", "bench", "ablation"}
     | {"report"},
     "report": BASE | {"ablation"},
-    "publish": BASE | {"data", "device", "inference", "evaluation", "visualize", "ablation"},
+    "publish": BASE | {"data", "device", "inference", "evaluation", "visualize", "ablation", "report"},
 }
 """For each part of the package, the parts that it may import. `cli` may import all parts."""
 

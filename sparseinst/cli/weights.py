@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from sparseinst.ablation.store import RESULTS, Store
-from sparseinst.cli.options import Checkpoint, Device, Results
+from sparseinst.cli.options import Checkpoint, Device, Results, finite
 
 app = typer.Typer()
 
@@ -88,7 +88,9 @@ def publish(
         str, typer.Option("--license", help="The licence of the weights, as Hugging Face calls it: mit, cc-by-4.0, other, ...")
     ] = "unknown",
     pictures: Annotated[int, typer.Option(min=0, help="Draw the predictions for this many validation images.")] = 4,
-    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="The pictures leave out instances with a lower score.")] = 0.4,
+    score: Annotated[
+        float, typer.Option(min=0.0, max=1.0, callback=finite, help="The pictures leave out instances with a lower score.")
+    ] = 0.4,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the files of an earlier `publish` in the folder.")
     ] = False,
@@ -118,9 +120,9 @@ def publish(
     if found.measured is not None:
         ap = found.measured.figures.get("AP")
         print(f"AP {'-' if ap is None else f'{ap:.1f}'} over {found.measured.images} images ({found.measured.source})")
-    if found.paths:
-        more = f" and {len(found.paths) - 3} more" if len(found.paths) > 3 else ""
-        print(f"the settings and records name paths of this machine: {', '.join(found.paths[:3])}{more}")
+    if found.local_paths:
+        more = f" and {len(found.local_paths) - 3} more" if len(found.local_paths) > 3 else ""
+        print(f"the settings and records name paths of this machine: {', '.join(found.local_paths[:3])}{more}")
     if any(path.suffix == ".jpg" for path in found.files):
         print("the pictures show images of your validation data; --pictures 0 leaves them out")
     print(f"nothing was uploaded; hf upload OWNER/{about.name} {output} does it")

@@ -9,8 +9,9 @@ from typing import Any, get_args
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sparseinst.ablation.study import AccuracyFigure
-from sparseinst.config import Config
+from sparseinst.config import Config, TrainConfig
 from sparseinst.data.coco import Category, category_names
+from sparseinst.report.escape import markdown
 
 NOT_STATED = "not stated"
 _TASK = "image-segmentation"
@@ -180,12 +181,17 @@ def _pictures(pictures: Sequence[str]) -> str:
 
 
 def _data(facts: Facts) -> str:
-    names = category_names(facts.categories)
+    names = [markdown(name) for name in category_names(facts.categories)]
     listed = ", ".join(names[:100]) + (f" and {len(names) - 100} more" if len(names) > 100 else "")
     return (
-        f"## Data\n\n- data set: {facts.about.dataset}\n- licence of the data: {facts.about.data_license}\n"
-        f"- licence of the weights: {facts.about.license}\n- {len(names)} classes: {listed}"
+        f"## Data\n\n- data set: {markdown(facts.about.dataset)}\n- licence of the data: {markdown(facts.about.data_license)}\n"
+        f"- licence of the weights: {markdown(facts.about.license)}\n- {len(names)} classes: {listed}"
     )
+
+
+def steps_of(train: TrainConfig) -> str:
+    """Return the number of a training's steps in words. With `train.patience`, it can end before all are done."""
+    return f"{'at most ' if train.patience is not None else ''}{train.iterations} steps"
 
 
 def _training(facts: Facts) -> str:
@@ -197,7 +203,7 @@ def _training(facts: Facts) -> str:
     else:
         start = "ImageNet weights" if backbone.pretrained or backbone.weights is not None else "random weights"
     lines = [
-        f"- {train.iterations} steps of {train.batch_size} images, learning rate {train.learning_rate:g}, seed {train.seed}",
+        f"- {steps_of(train)} of {train.batch_size} images, learning rate {train.learning_rate:g}, seed {train.seed}",
         f"- start: {start}",
         f"- checksum of the weights: {facts.weights}",
         *(f"- key of the {stage}: {key}" for stage, key in facts.keys.items()),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from sparseinst.inference.checkpoints import CHECKPOINT_SUFFIX, find_weights
 from sparseinst.inference.predict import Predictor
 from sparseinst.inference.weights import file_tensors_digest, load_weights, save_weights
 from sparseinst.paths import WEIGHTS, RunPaths
-from sparseinst.publish.card import About, Facts, Measured, model_card
+from sparseinst.publish.card import About, Facts, Measured, model_card, steps_of
 from sparseinst.visualize.draw import overlay
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Published:
 
     files: tuple[Path, ...]
     measured: Measured | None
-    paths: tuple[str, ...] = field(default=())
+    local_paths: tuple[str, ...] = ()
     """The absolute paths of this machine that the published settings and records contain."""
 
 
@@ -74,7 +74,7 @@ def publish(
     Raises:
         UserError: there are no such weights, or a file in `output` would be replaced.
     """
-    _refuse_to_replace(run, output, overwrite)
+    _check_output(run, output, overwrite)
     source = find_weights(run, checkpoint)
     model, config, categories = load_weights(source)
     make_folder(output)
@@ -90,6 +90,8 @@ def publish(
     training = _of_these_weights(store.load(config.train_key()), digest)
     evaluation, measured = _measure(run, weights, config, digest, store, device)
     drawn = _draw(Predictor(model, config, categories, pick_device(device)), output, pictures, score)
+    for old in set((output / PICTURES).glob("prediction-*.jpg")) - {output / name for name in drawn}:
+        old.unlink()
     keys = {"training": config.train_key(), "evaluation": config.evaluate_key()}
     facts = Facts(
         about, config, categories, digest, _progress(source, config), measured, drawn, keys,
@@ -114,16 +116,12 @@ def publish(
     )
 
 
-def _refuse_to_replace(run: Path, output: Path, overwrite: bool) -> None:
-    """Raise `UserError` if the output is the run itself, or holds a file that would be replaced without permission."""
-    if output.resolve() in (run.resolve(), run.resolve().parent):
+def _check_output(run: Path, output: Path, overwrite: bool) -> None:
+    """Raise `UserError` if the output is the run's own folder, or holds a file that would be replaced without permission."""
+    if output.resolve() == (run if run.is_dir() else run.parent).resolve():
         raise UserError(f"{output}: this is the run's own folder; name another one with --output")
-    if overwrite:
-        for old in (output / PICTURES).glob("prediction-*.jpg"):
-            old.unlink()
-        return
     for name in (CARD, WEIGHTS, CONFIG, RECORD, PICTURES):
-        if (output / name).exists():
+        if (output / name).exists() and not overwrite:
             raise UserError(f"{output / name}: exists; --overwrite replaces the files of an earlier `publish` in this folder")
 
 
@@ -192,8 +190,8 @@ def _progress(source: Path, config: Config) -> str:
     if source.suffix == CHECKPOINT_SUFFIX:
         return f"The weights are those after step {int(source.stem)} of {total}."
     if source.name == RunPaths(Path()).best.name:
-        return f"The weights are those with the best AP in the evaluations during the training of {total} steps."
-    return f"The training of {total} steps is finished."
+        return f"The weights are those with the best AP in the evaluations during the training of {steps_of(config.train)}."
+    return f"The training of {steps_of(config.train)} is finished."
 
 
 def _absolute_paths(content: Any) -> Iterator[str]:

@@ -16,11 +16,13 @@ from sparseinst import load_model
 from sparseinst.ablation.store import Record, Store
 from sparseinst.cli import run_cli
 from sparseinst.config import Config
+from sparseinst.data.coco import Category
 from sparseinst.evaluation.evaluate import evaluate_run
 from sparseinst.files import file_digest
 from sparseinst.inference.weights import file_tensors_digest
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths
+from sparseinst.publish.card import About, Facts, model_card
 from tests.conftest import CPU
 
 
@@ -108,7 +110,7 @@ def test_what_the_user_does_not_say_is_not_stated(evaluated: Path, tmp_path: Pat
     assert data["datasets"] == ["shapes"]
 
 
-def test_only_a_record_of_these_weights_is_published(evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_a_record_of_these_weights_is_published(evaluated: Path, tmp_path: Path) -> None:
     config = load_config(evaluated / "config.yaml")
     digest = file_tensors_digest(evaluated / "model.safetensors")
     store = Store(tmp_path / "results")
@@ -134,7 +136,9 @@ def test_only_a_record_of_these_weights_is_published(evaluated: Path, tmp_path: 
     record = json.loads((tmp_path / "b/record.json").read_text())
     assert record["training"] is None
     assert record["evaluation"]["of"]["weights"] == digest
-    assert "AP 12.3" not in capsys.readouterr().out.splitlines()[-3]
+    card = (tmp_path / "b/README.md").read_text()
+    assert "12.3" not in card
+    assert "evaluated after the training" in card
 
 
 def test_an_unfinished_run_is_evaluated_now_and_the_card_says_its_step(
@@ -151,6 +155,15 @@ def test_an_unfinished_run_is_evaluated_now_and_the_card_says_its_step(
     assert "The weights are those after step 4 of 6." in card
     assert "evaluated for this card" in card
     assert len(load_model(output, "cpu").categories) == 6
+
+
+def test_a_training_that_can_end_early_is_not_said_to_have_all_steps(tiny: Config) -> None:
+    config = tiny.replace({"train.evaluate_every": 2, "train.patience": 1})
+    facts = Facts(About("name", "data"), config, [Category(1, "a|b <i>")], "0" * 16, "", None)
+    card = str(model_card(facts))
+    assert "- at most 6 steps of 4 images" in card
+    assert "a\\|b &lt;i&gt;" in card, "names are not Markdown"
+    assert "at most" not in str(model_card(replace(facts, config=tiny))).partition("## Training")[2]
 
 
 def test_without_the_data_the_card_says_so(
@@ -184,5 +197,10 @@ def test_nothing_is_replaced_without_permission(evaluated: Path, tmp_path: Path,
     assert (output / ".gitattributes").exists()
     assert publish(evaluated, evaluated) == 2
     assert "the run's own folder" in capsys.readouterr().err
-    assert publish(tmp_path / "nothing", tmp_path / "new") == 2
-    assert "nothing: no such file" in capsys.readouterr().err
+    for where in (output, tmp_path / "new"):
+        assert publish(tmp_path / "nothing", where, "--overwrite") == 2
+        assert "nothing: no such file" in capsys.readouterr().err
+    assert (output / "pictures/prediction-1.jpg").exists(), "a call that is refused removes nothing"
+    assert publish(evaluated, evaluated.parent, "--pictures", "0") == 0, "the folder around a run is not the run's own"
+    assert publish(evaluated / "model.safetensors", evaluated) == 2
+    assert publish(evaluated, tmp_path / "x", "--score", "nan") == 2
