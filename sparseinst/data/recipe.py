@@ -69,7 +69,8 @@ class Recipe:
 
     def text(self, head: str) -> str:
         """Return a config file: the settings in YAML, with the reasons and the warnings as comments."""
-        lines = [f"# {line}" for line in [*head.splitlines(), *(f"Warning: {warning}" for warning in self.warnings)]]
+        comments = [head, *(f"Warning: {warning}" for warning in self.warnings)]
+        lines = [f"# {' '.join(comment.split())}" for comment in comments]  # names in them may hold line breaks
         return "\n".join(lines) + "\n" + commented_yaml(nest(self.settings, Config), self.reasons)
 
 
@@ -77,7 +78,7 @@ def look_at(config: DataConfig) -> Facts:
     """Read both splits and measure them.
 
     Raises:
-        DataError: an annotation file cannot be read, the training split has no instance, or a mask is not valid.
+        DataError: an annotation file cannot be read, a mask is not valid, or the training split has no instance with a pixel.
     """
     train, val = train_split(config), val_split(config)
     used = train.with_instances()
@@ -87,7 +88,10 @@ def look_at(config: DataConfig) -> Facts:
     labels = [annotation.label for image in used.images for annotation in image.annotations if not annotation.crowd]
     by_class = np.bincount(labels, minlength=len(train.categories))
     sides = np.array([(min(image.height, image.width), max(image.height, image.width)) for image in used.images])
-    roots = np.sqrt(np.fromiter(_areas(used), float))
+    areas = np.fromiter(_areas(used), float)
+    roots = np.sqrt(areas[areas > 0])
+    if not len(roots):
+        raise DataError(f"{train.file}: no instance has a pixel in its image, so there is nothing to learn")
     return Facts(
         len(used.images),
         len(val.images),

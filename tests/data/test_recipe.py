@@ -42,6 +42,24 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     assert found.median_object == pytest.approx(8)
 
 
+def test_masks_without_a_pixel_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = [{"id": n, "file_name": f"{n}.png", "height": 60, "width": 80} for n in range(1, 4)]
+    outside = [annotation(n, n, 7, box(500, 500, 8, 8)) for n in range(1, 4)]
+    some = write_coco(tmp_path / "some", images, [*outside, annotation(9, 1, 7, box(5, 5, 9, 9))])
+    assert look_at(DataConfig(root=str(some))).small_object == pytest.approx(9)
+    none = write_coco(tmp_path / "none", images, outside)
+    assert run_cli(["init", "--data", str(none), "--output", str(tmp_path / "none.yaml")]) == 2
+    assert "no instance has a pixel in its image" in capsys.readouterr().err
+
+
+def test_a_line_break_in_a_name_stays_in_its_comment(tmp_path: Path) -> None:
+    images = [{"id": n, "file_name": f"{n}.png", "height": 60, "width": 80} for n in range(1, 4)]
+    things = [annotation(n, n, 7, box(5, 5, 8, 8)) for n in range(1, 4)]
+    root = write_coco(tmp_path / "data", images, things, [{"id": 7, "name": "a\nb: 5"}])
+    assert run_cli(["init", "--data", str(root), "--output", str(tmp_path / "own.yaml")]) == 0
+    assert load_config(tmp_path / "own.yaml").model.num_classes == 1
+
+
 def test_ordinary_photos_keep_the_usual_sizes() -> None:
     chosen = recipe(FACTS, Path("d"), "full")
     assert chosen.settings["inference.short_side"] == 640
