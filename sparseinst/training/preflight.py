@@ -94,8 +94,9 @@ def _eight_images(config: Config, output: Path) -> Path:
 
 def _small(config: Config, annotations: Path) -> Config:
     """Return the config of the check on the images of an annotation file."""
-    data, backbone = config.data, config.model.backbone
+    data = config.data
     from_nothing = config.pretrain.enabled and config.train.start is None
+    frozen = config.model.backbone.frozen_norm and not from_nothing
     return config.replace(
         {
             "data.train_annotations": str(annotations),
@@ -105,7 +106,7 @@ def _small(config: Config, annotations: Path) -> Config:
             "data.val_limit": None,
             "data.short_sides": [config.inference.short_side],
             **{f"data.{name}": value for name, value in WITHOUT_AUGMENTATION.items()},
-            "model.backbone.frozen_norm": backbone.frozen_norm and not from_nothing,
+            "model.backbone.frozen_norm": frozen,
             "pretrain.enabled": False,
             "train.iterations": STEPS,
             "train.learning_rate": max(config.train.learning_rate, LEAST_RATE),
@@ -114,6 +115,8 @@ def _small(config: Config, annotations: Path) -> Config:
             "train.accumulate": 1,
             "train.ema_decay": None,
             "train.evaluate_every": None,
+            "train.patience": None,
+            "train.checkpoint_activations": config.train.checkpoint_activations and frozen,  # only these allow it
             "train.log_every": 1,
             "train.loggers": [],
             "train.checkpoint_every": STEPS,

@@ -19,6 +19,19 @@ def _fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEAST_RATE", 3e-3)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train.evaluate_every": 2, "train.patience": 3},
+        {"model.backbone.frozen_norm": True, "pretrain.enabled": True, "train.checkpoint_activations": True},
+    ],
+)
+def test_settings_of_a_long_run_do_not_prevent_its_check(settings: dict[str, object], tiny: Config) -> None:
+    small = module._small(tiny.replace(settings), Path("eight_images.json"))
+    assert small.train.patience is None
+    assert not small.train.checkpoint_activations
+
+
 @pytest.mark.slow
 def test_learnable_data_pass(tiny: Config, tmp_path: Path) -> None:
     found = preflight(tiny, tmp_path / "run", device=CPU)
@@ -29,15 +42,12 @@ def test_learnable_data_pass(tiny: Config, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_masks_of_other_images_fail(tiny: Config, tmp_path: Path) -> None:
-    """The masks are moved between images and categories, as by a wrong conversion: nothing in an image tells where they are."""
+    """All eight images show the same picture, but each has masks of its own: nothing in an image tells where its masks are."""
     root = tmp_path / "data"
     shutil.copytree(tiny.data.root, root)
-    file = root / tiny.data.train_annotations
-    data = json.loads(file.read_text())
-    for number, image in enumerate(data["images"]):
-        if 0 < number < module.IMAGES:  # all eight show the same picture, so that only their masks differ
-            shutil.copy(root / "train2017" / data["images"][0]["file_name"], root / "train2017" / image["file_name"])
-    file.write_text(json.dumps(data))
+    first, *others = json.loads((root / tiny.data.train_annotations).read_text())["images"][: module.IMAGES]
+    for image in others:
+        shutil.copy(root / "train2017" / first["file_name"], root / "train2017" / image["file_name"])
     wrong = tiny.replace({"data.root": str(root), "data.source": "coco"})
     with pytest.raises(RunFailed, match="preflight: after 250 steps on 8 images"):
         preflight(wrong, tmp_path / "run", device=CPU)
