@@ -168,7 +168,7 @@ def _check_polygon(polygon: Any) -> None:
 
 def _check_runs(segmentation: Mapping[str, Any], height: int, width: int) -> None:
     size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not isinstance(size, list | tuple) or list(size) != [height, width]:
+    if not isinstance(size, list | tuple) or list(size) != [height, width] or not set(map(type, size)) <= {int}:
         raise ValueError(f"run lengths of size {shorten(repr(size))} in an image of {[height, width]}")
     if isinstance(counts, str | bytes):
         lowest, total = _extent(counts)

@@ -230,7 +230,7 @@ def _checked(file: Path, data: Mapping[str, Any], kind: str, check: Callable[[An
         try:
             found.append(check(entry))
         except ValueError as error:
-            raise DataError(f"{file}: categories or images: {kind} {index}: {error}") from None
+            raise DataError(f"{file}: {kind} {index}: {error}") from None
     return found
 
 
