@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -52,12 +53,8 @@ def usable_cores() -> int:
 
 
 def machine_memory() -> int:
-    """Return the bytes of this machine's memory, or of its container's limit if that is lower."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            limits.append(int(Path("/sys/fs/cgroup", file).read_text(encoding="ascii")))
-    return min(limits)
+    """Return the bytes of this machine's memory, or the limit of this process's container or job if that is lower."""
+    return int(min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _memory_of_groups()))
 
 
 def _cores_of_affinity() -> int:
@@ -67,30 +64,44 @@ def _cores_of_affinity() -> int:
         return os.cpu_count() or 1
 
 
-def _cores_of_quota(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """Return how many cores the quotas of Linux's control groups, version 1 or 2, grant this process; infinity without a quota.
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
-    A group has to keep its own quota and those of the groups around it.
+
+def _cores_of_quota(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> float:
+    """Return how many cores the quotas of its control groups grant this process; infinity without a quota."""
+    return min(map(_quota_of_group, _own_groups("cpu", cgroups, own)), default=math.inf)
+
+
+def _memory_of_groups(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> float:
+    """Return how many bytes of memory its control groups grant this process; infinity without a limit."""
+    limit = math.inf
+    for folder in _own_groups("memory", cgroups, own):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                limit = min(limit, int((folder / name).read_text(encoding="ascii")))
+    return limit
+
+
+def _own_groups(controller: str, cgroups: Path, own: Path) -> Iterator[Path]:
+    """Yield the folders of the Linux control groups, version 1 or 2, that this process belongs to; none on another system.
+
+    A process has to keep the limits of its own group and those of the groups around it.
 
     Source:
         https://docs.kernel.org/admin-guide/cgroup-v2.html and https://docs.kernel.org/scheduler/sched-bwc.html
     """
-    quota = math.inf
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:  # another system
-        return quota
+    except OSError:
+        return
     for line in lines:
         _, controllers, group = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        root = cgroups / "cpu" if controllers else cgroups
+        root = cgroups / controller if controllers else cgroups
         # In a container, the path can be the host's and not exist here; the root then is the container's own group.
-        for folder in (root / group.strip("/"), *(root / group.strip("/")).parents):
-            if not folder.is_relative_to(root):
-                break
-            quota = min(quota, _quota_of_group(folder))
-    return quota
+        innermost = root / group.strip("/")
+        yield from (folder for folder in (innermost, *innermost.parents) if folder.is_relative_to(root))
 
 
 def _quota_of_group(folder: Path) -> float:
@@ -158,11 +169,7 @@ def device_name(device: str | None) -> str:
 @cache
 def gpu_names() -> list[str]:
     """Return the names of this machine's GPUs, as nvidia-smi prints them. The list is empty without a driver."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    asked = subprocess.run([command, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False)
-    return [line.strip() for line in asked.stdout.splitlines() if line.strip()] if asked.returncode == 0 else []
+    return _ask_driver("name")
 
 
 @cache
@@ -183,12 +190,16 @@ _PROCESSOR_DETAILS = {"family": "cpu family", "model": "model", "stepping": "ste
 @cache
 def gpu_driver() -> str | None:
     """Return the version of the GPU's driver; None without one."""
+    return next(iter(_ask_driver("driver_version")), None)
+
+
+def _ask_driver(what: str) -> list[str]:
+    """Return what nvidia-smi says about each GPU of this machine. The list is empty without a driver."""
     command = shutil.which("nvidia-smi")
     if command is None:
-        return None
-    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
-    asked = subprocess.run(query, capture_output=True, text=True, check=False)
-    return asked.stdout.splitlines()[0].strip() if asked.returncode == 0 and asked.stdout.strip() else None
+        return []
+    asked = subprocess.run([command, f"--query-gpu={what}", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+    return [line.strip() for line in asked.stdout.splitlines() if line.strip()] if asked.returncode == 0 else []
 
 
 def energy_counters() -> dict[str, tuple[int, int]]:

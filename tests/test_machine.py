@@ -39,6 +39,24 @@ def test_no_control_groups(tmp_path: Path) -> None:
     assert machine._cores_of_quota(tmp_path, tmp_path / "missing") == math.inf
 
 
+@pytest.mark.parametrize(
+    ("group", "files", "limit"),
+    [
+        ("0::/", {"memory.max": "5000\n"}, 5000),
+        ("0::/", {"memory.max": "max\n"}, math.inf),
+        ("0::/job/step", {"memory.max": "9000\n", "job/memory.max": "4000\n", "job/step/memory.max": "max\n"}, 4000),
+        ("3:memory:/a", {"memory/memory.limit_in_bytes": "9000\n", "memory/a/memory.limit_in_bytes": "3000\n"}, 3000),
+        ("3:cpu:/a", {"memory/a/memory.limit_in_bytes": "3000\n"}, math.inf),
+    ],
+)
+def test_control_groups_limit_the_memory(group: str, files: dict[str, str], limit: float, tmp_path: Path) -> None:
+    for name, content in files.items():
+        write(tmp_path / "cgroup" / name, content)
+    write(tmp_path / "own", group + "\n")
+    assert machine._memory_of_groups(tmp_path / "cgroup", tmp_path / "own") == limit
+    assert machine.machine_memory() > 2**20
+
+
 @pytest.mark.parametrize(("quota", "expected"), [(math.inf, 4), (8.0, 4), (2.5, 2), (0.3, 1)])
 def test_a_quota_limits_the_cores(quota: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_cores_of_affinity", lambda: 4)
