@@ -20,20 +20,8 @@ from sparseinst.errors import RunFailed, UserError, shorten
 
 _log = logging.getLogger(__name__)
 
-
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
-
-
-@contextmanager
-def no_space_explained(folder: Path) -> Iterator[None]:
-    """Turn a failed write below `folder` into a `RunFailed` with the reason. (torch.save hides it in a RuntimeError.)"""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        full = any(isinstance(cause, OSError) and cause.errno in _FULL for cause in _causes(error))
-        reason = "no space left" if full else str(error).splitlines()[0][:150]
-        raise RunFailed(f"{folder}: cannot write: {reason}; earlier files are unchanged") from error
 
 
 def write_error(path: Path | str, error: OSError) -> RunFailed | UserError | None:
@@ -58,7 +46,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def make_folder(path: Path) -> Path:
-    """Create an output folder and return it. Raises `UserError` if it cannot be created."""
+    """Create an output folder and return it.
+
+    Raises:
+        UserError: it cannot be created at this place.
+        RunFailed: the disk is full.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -111,8 +104,12 @@ def atomic(path: Path, check: Callable[[], None] | None = None) -> Iterator[Path
         if check is not None:
             check()
         temporary.replace(path)
-    except OSError as error:
-        raise write_error(path, error) or error from error.__cause__
+    except (OSError, RuntimeError) as error:  # torch.save hides the reason in a RuntimeError
+        failed = next((cause for cause in _causes(error) if isinstance(cause, OSError)), None)
+        explained = write_error(path, failed) if failed is not None else None
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         _remove(temporary)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparseinst.config import Config
 from sparseinst.data.coco import Category, read_categories, train_split
 from sparseinst.errors import UserError, shorten
-from sparseinst.files import atomic, check_is_file, no_space_explained
+from sparseinst.files import atomic, check_is_file
 from sparseinst.inference.checkpoints import CHECKPOINT_SUFFIX, find_weights, model_state, read_checkpoint
 from sparseinst.models.sparseinst import SparseInst, build_model
 from sparseinst.overrides import load_config, parse_config
@@ -52,7 +52,7 @@ def save_weights(
     if training is not None:
         metadata["training"] = json.dumps(training)
     metadata["checksum"] = _checksum(tensors, metadata)
-    with no_space_explained(path.parent), atomic(path, check) as temporary:
+    with atomic(path, check) as temporary:
         temporary.write_bytes(save(tensors, metadata))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparseinst.errors import RunFailed
-from sparseinst.files import atomic, no_space_explained
+from sparseinst.files import atomic
 from sparseinst.inference.checkpoints import archive_damage, first_line
 from sparseinst.paths import RunPaths
 
@@ -34,7 +34,7 @@ def save_checkpoint(paths: RunPaths, iteration: int, state: dict[str, Any], keep
     Raises:
         RunFailed: the checkpoint cannot be written, for example because no space is left. Earlier checkpoints are unchanged.
     """
-    with no_space_explained(paths.checkpoints), atomic(paths.checkpoint(iteration), check) as temporary:
+    with atomic(paths.checkpoint(iteration), check) as temporary:
         write_state(state, temporary)
     for old in paths.saved_checkpoints()[keep:]:
         old.unlink()

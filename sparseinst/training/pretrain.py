@@ -29,7 +29,7 @@ from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
 from sparseinst.device import autocast, tf32
 from sparseinst.distributed import average, largest, rank, same_for_all, share_norms, world_size
 from sparseinst.errors import memory_explained
-from sparseinst.files import atomic, make_folder, no_space_explained
+from sparseinst.files import atomic, make_folder
 from sparseinst.inference.weights import halved
 from sparseinst.models.backbone import Backbone
 from sparseinst.models.sparseinst import normalise
@@ -138,9 +138,9 @@ def ensure_start(
         UserError, RunFailed: as `pretrain` does.
     """
     shipped = SHIPPED / f"{config.pretrain_key()}.safetensors"
-    return (
-        shipped if shipped.exists() else (pretrain(config, folder, device=device, progress=progress, from_scratch=from_scratch))
-    )
+    if shipped.exists():
+        return shipped
+    return pretrain(config, folder, device=device, progress=progress, from_scratch=from_scratch)
 
 
 def pretrain(
@@ -304,5 +304,5 @@ class _Pretraining:
     def _save_weights(self) -> None:
         state = halved(self.model.backbone.body.state_dict())
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        with no_space_explained(self.paths.root), atomic(self.paths.weights, self.attempt.check) as temporary:
+        with atomic(self.paths.weights, self.attempt.check) as temporary:
             temporary.write_bytes(save(state, {"backbone": self.config.model.backbone.name, "key": self.config.pretrain_key()}))
