@@ -24,7 +24,7 @@ ALLOWED = {
     "config": {"nested", "section"},
     "overrides": {"config", "files", "nested", "plain", "errors"},
     "models": BASE,
-    "data": BASE,
+    "data": BASE | {"progress"},
     "matcher": {"config", "models"},
     "criterion": {"config", "matcher", "models"},
     "paste": set(),

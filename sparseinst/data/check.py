@@ -108,15 +108,14 @@ def _check_instances(image: ImageRecord, split: CocoSplit, report: Report) -> No
 
 def check_folder(config: DataConfig, *, read_images: bool = True) -> dict[str, Report]:
     """Check the training and validation splits and return their reports; a terminal shows a progress bar. Raises `DataError`."""
-    from rich.console import Console
-    from rich.progress import track
+    from sparseinst.progress import progress_bar
 
     splits = {"train": train_split(config, refuse=False), "val": val_split(config, refuse=False)}
     reports = {}
     for name, split in splits.items():
-        console = Console(stderr=True)
-        images = track(split.images, f"check {name}", console=console, disable=not console.is_terminal)
-        reports[name] = check_split(split, images, read_images=read_images)
+        with progress_bar("images") as bar:
+            images = bar.track(split.images, description=f"check {name}")
+            reports[name] = check_split(split, images, read_images=read_images)
         if not split.problems:  # otherwise it would only say the same in other words
             check_for_metrics(split.file, state_of_file(split.file))
     return reports

@@ -31,6 +31,8 @@ from sparseinst.files import state_of_file
 
 Checked = TypeVar("Checked")
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+"""The endings of files, in lower case, that count as images in a folder."""
 Mask = NDArray[np.uint8]
 """(H, W), 0 or 1."""
 

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from rich.console import Console
-from rich.progress import track
 
 from sparseinst.config import Config
 from sparseinst.data.check import MEDIUM, SMALL
@@ -26,6 +24,7 @@ from sparseinst.data.loader import BatchOrder, Example, TrainSet
 from sparseinst.errors import UserError
 from sparseinst.files import atomic
 from sparseinst.inference.predict import FoundInstances
+from sparseinst.progress import progress_bar
 from sparseinst.visualize.draw import overlay, picture_grid
 
 _CELL = 400, 320  # width and height of a picture in the sheet, in pixels
@@ -89,12 +88,12 @@ def look(config: Config, split: CocoSplit, output: Path, *, mask_stride: int, pi
     numbers.categories = dict.fromkeys(names, 0)
     cells: list[tuple[str, Image.Image]] = []
     draws = list(islice(_order(whole, config), max(pictures, sample)))
-    console = Console(stderr=True)
-    for [draw] in track(draws, "look", console=console, disable=not console.is_terminal):
-        example, full = learned[draw], whole[draw]
-        _count(example, full, names, numbers)
-        if len(cells) < pictures:
-            cells.append(_cell(example, full, names))
+    with progress_bar("images") as bar:
+        for [draw] in bar.track(draws, description="look"):
+            example, full = learned[draw], whole[draw]
+            _count(example, full, names, numbers)
+            if len(cells) < pictures:
+                cells.append(_cell(example, full, names))
     with atomic(output) as temporary:
         kind = "PNG" if output.suffix.lower() == ".png" else "JPEG"
         picture_grid(cells, columns=min(_COLUMNS, len(cells))).save(temporary, format=kind)

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from sparseinst.data.coco import encode
+from sparseinst.data.coco import IMAGE_SUFFIXES, encode
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import atomic, check_writable
 from sparseinst.inference.compact import CompactMasks
@@ -22,8 +22,6 @@ from sparseinst.visualize.draw import ColourBy, activation_sheet, overlay
 from sparseinst.visualize.video import VIDEO_SUFFIXES, predict_video
 
 _log = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def is_video(file: Path) -> bool:
@@ -40,7 +38,7 @@ def find_images(inputs: Iterable[Path], *, videos: bool = False) -> list[Path]:
         UserError: an input is neither a file nor a folder, or there is no image.
     """
     files: list[Path] = []
-    wanted = IMAGE_SUFFIXES | VIDEO_SUFFIXES if videos else IMAGE_SUFFIXES
+    wanted = {*IMAGE_SUFFIXES, *(VIDEO_SUFFIXES if videos else ())}
     for path in inputs:
         if path.is_dir():
             files += sorted(file for file in path.iterdir() if file.suffix.lower() in wanted)

@@ -240,7 +240,8 @@ def test_yolo_lines_that_cannot_be_used(tmp_path: Path) -> None:
     assert report.left_out == {
         "an unknown class id": 1,
         "a box without a polygon": 1,
-        "a polygon with fewer than three points": 2,
+        "a polygon with an odd number of coordinates": 1,
+        "a polygon with fewer than three points": 1,
         "a line that is not numbers": 1,
         "a polygon with coordinates outside the image": 1,
         "a polygon with a coordinate that is no number": 1,

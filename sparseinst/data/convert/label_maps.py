@@ -38,7 +38,7 @@ _NOT_EVALUATED = {29: "caravan", 30: "trailer"}
 
 
 def label_maps_match(root: Path) -> bool:
-    return any(True for _ in _pairs(root))
+    return any(_pairs(root))
 
 
 def read_label_maps(root: Path, category: str) -> Source:
@@ -71,14 +71,10 @@ def _maps(folder: Path) -> list[Path]:
 
 
 def _load(image: Path, file: Path, category: str, report: Report) -> Annotated | None:
-    found = load_labels(file, report)
-    if found is None:
+    labels = _numbers(file, report)
+    if labels is None:
         return None
-    labels, coloured = found
     numbers = np.unique(labels[labels > 0]).tolist()
-    if coloured:
-        report.leave_out("an image whose label map is in colour", file)
-        return None
     if numbers == [255]:
         report.leave_out("an image whose map is black and white, so that it separates no instances", file)
         return None
@@ -87,7 +83,7 @@ def _load(image: Path, file: Path, category: str, report: Report) -> Annotated |
 
 
 def cityscapes_matches(root: Path) -> bool:
-    return any(True for _ in root.rglob(f"*{_IDS}.png"))
+    return any(root.rglob(f"*{_IDS}.png"))
 
 
 def read_cityscapes(root: Path, category: str) -> Source:  # noqa: ARG001 (all readers have this signature)
@@ -111,14 +107,19 @@ def read_cityscapes(root: Path, category: str) -> Source:  # noqa: ARG001 (all r
 
 
 def _load_ids(image: Path, file: Path, report: Report) -> Annotated | None:
-    found = load_labels(file, report)
-    if found is None:
+    labels = _numbers(file, report)
+    if labels is None:
         return None
-    if found[1]:
+    return Annotated(image, (labels.shape[0], labels.shape[1]), lambda _: _things(labels, file, report))
+
+
+def _numbers(file: Path, report: Report) -> Labels | None:
+    """Return the numbers of a label map, or None with the reason in the report."""
+    found = load_labels(file, report)
+    if found is not None and found[1]:
         report.leave_out("an image whose label map is in colour", file)
         return None
-    labels = found[0]
-    return Annotated(image, (labels.shape[0], labels.shape[1]), lambda _: _things(labels, file, report))
+    return found[0] if found is not None else None
 
 
 def _things(labels: Labels, file: Path, report: Report) -> Iterator[Instance]:

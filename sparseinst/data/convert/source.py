@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sparseinst.data.coco import IMAGE_SUFFIXES
 from sparseinst.errors import DataError
 
 Kind = Literal["masks", "labelme", "voc", "cityscapes", "label_maps", "yolo"]
@@ -23,8 +24,6 @@ Mask = NDArray[np.bool_]
 """(H, W)"""
 Labels = NDArray[np.int64]
 """(H, W): a number for each pixel."""
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
 
 @dataclass

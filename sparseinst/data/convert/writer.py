@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +44,11 @@ def write_folder(source: Source, output: Path, report: Report, *, val: float | N
     """
 
     def write(new_root: Path) -> None:
+        from sparseinst.progress import progress_bar
+
         pool = new_root / "pool"
-        written = list(_write_images(pool, source.entries, report))
+        with progress_bar("images") as bar:
+            written = list(_write_images(pool, bar.track(source.entries, description="convert"), report))
         splits = _splits(written, val, seed, report)
         names = source.categories or sorted({entry["category"] for image in written for entry in image.objects})
         if not names:
@@ -82,14 +85,10 @@ def _reasons(report: Report) -> str:
     )
 
 
-def _write_images(folder: Path, entries: list[Entry], report: Report) -> Iterator[_Written]:
+def _write_images(folder: Path, entries: Iterable[Entry], report: Report) -> Iterator[_Written]:
     """Copy the usable images to a folder; report the others."""
-    from rich.console import Console
-    from rich.progress import track
-
     folder.mkdir(parents=True)
-    console = Console(stderr=True)
-    for entry in track(entries, "convert", console=console, disable=not console.is_terminal):
+    for entry in entries:
         annotated = entry.load(report)
         found = None if annotated is None else _size_and_suffix(annotated, entry.name, report)
         if annotated is None or found is None:
@@ -111,13 +110,13 @@ def _size_and_suffix(annotated: Annotated, name: str, report: Report) -> tuple[S
     if isinstance(image, Path) and not image.is_file():
         report.leave_out("a missing image", image)
         return None
+    reason = "an unreadable image"
     try:
         picture = read_image(_opened(image))
         if annotated.size is not None and picture.size != annotated.size[::-1]:
+            reason = "an image whose size differs from its annotations"  # unless they were made for the image as it is stored
             picture = read_image(_opened(image), annotated.size)
-    except DataError as error:
-        wrong_size = "its annotations say" in str(error)
-        reason = "an image whose size differs from its annotations" if wrong_size else "an unreadable image"
+    except DataError:
         report.leave_out(reason, image if isinstance(image, Path) else name)
         return None
     if isinstance(image, Path):
@@ -161,7 +160,9 @@ def _clean(polygons: list[list[float]], size: Size) -> tuple[str, list[list[floa
     limits = np.array(size[::-1], dtype=np.float64)  # of x and y
     cleaned = []
     for polygon in polygons:
-        if len(polygon) < 6 or len(polygon) % 2:
+        if len(polygon) % 2:
+            return "a polygon with an odd number of coordinates", []
+        if len(polygon) < 6:
             return "a polygon with fewer than three points", []
         points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
         if not np.isfinite(points).all():

@@ -21,7 +21,7 @@ _FILES = ("data.yaml", "data.yml", "dataset.yaml")
 
 def matches(root: Path) -> bool:
     named = _yaml(root) is not None or (root / "classes.txt").is_file()
-    return named and any(True for folder in root.rglob("labels") for _ in folder.rglob("*.txt"))
+    return named and any(any(folder.rglob("*.txt")) for folder in root.rglob("labels"))
 
 
 def read(root: Path, category: str) -> Source:  # noqa: ARG001 (all readers have this signature)
