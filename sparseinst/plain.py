@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from sparseinst.errors import UserError, shorten
+from sparseinst.errors import UserError, has_half_surrogate, shorten
 
 MOST_CHARACTERS = 128 * 1024
 """The longest text. The longest settings of this package have 8,000 characters."""
@@ -51,10 +51,18 @@ class _TooDeepError(Exception):
     pass
 
 
-@cache
-def _reader_class() -> Any:
-    """Return a YAML reader that stops at `DEEPEST` levels. ruamel is imported late, since the import takes time."""
+def _reader() -> Any:
+    """Return a YAML reader that stops at `DEEPEST` levels."""
     from ruamel.yaml import YAML
+
+    reader = YAML(typ="safe", pure=True)
+    reader.Composer = _shallow_composer()
+    return reader
+
+
+@cache
+def _shallow_composer() -> Any:
+    """Return the class of the reader's part that builds lists and groups. ruamel is imported late, since this takes time."""
     from ruamel.yaml.composer import Composer
 
     class ShallowComposer(Composer):
@@ -74,16 +82,7 @@ def _reader_class() -> Any:
             self.levels -= 1
             return node
 
-    class ShallowYAML(YAML):
-        def __init__(self) -> None:
-            super().__init__(typ="safe", pure=True)
-            self.Composer = ShallowComposer
-
-    return ShallowYAML
-
-
-def _reader() -> Any:
-    return _reader_class()()
+    return ShallowComposer
 
 
 def _check_plain(data: Any, where: str) -> None:
@@ -119,7 +118,7 @@ def _check_plain(data: Any, where: str) -> None:
 
 
 def _check_text(text: str, place: str) -> None:
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+    if "\0" in text or has_half_surrogate(text):
         raise UserError(
             f"{place}the text {shorten(ascii(text))} holds a character that no file can hold (NUL or half a surrogate pair)"
         )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparseinst.errors import RunFailed, UserError, out_of_memory, shorten
+from sparseinst.errors import RunFailed, UserError, has_half_surrogate, out_of_memory, shorten
 from sparseinst.files import write_error
 
-MOST_CHARACTERS = 600
-"""The longest message; the middle of a longer one is left out."""
+_LONGEST_MESSAGE = 600  # the middle of a longer one is left out
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -23,7 +22,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
             option = name if given_empty else arguments[number - 1] if number else ""
             what = f"the value of {option}" if option.startswith("-") else f"argument {number + 1}"
             raise UserError(f"{what} is empty: give a value, or leave it out")
-        if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
+        if has_half_surrogate(argument):  # how Python passes on bytes that are not UTF-8
             raise UserError(f"argument {number + 1} ({shorten(ascii(argument))}) is not UTF-8 text: rename the file")
 
 
@@ -42,4 +41,4 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
 
 def _line(text: str) -> str:
-    return shorten(" ".join(text.splitlines()), MOST_CHARACTERS)
+    return shorten(" ".join(text.splitlines()), _LONGEST_MESSAGE)

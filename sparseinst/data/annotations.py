@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from sparseinst.errors import DataError, shorten
+from sparseinst.errors import DataError, has_half_surrogate, shorten
 from sparseinst.files import read_text
 
 FARTHEST = 100_000
@@ -130,7 +130,7 @@ def _text(entry: Mapping[str, Any], key: str) -> str:
     value = entry[key]
     if not isinstance(value, str):
         raise ValueError(f"{key} is {shorten(json.dumps(value))}: write a text, in quotes")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if has_half_surrogate(value):
         raise ValueError(f"{key} is {shorten(ascii(value))}: it holds half a surrogate pair, which no file can hold; correct it")
     return value
 
