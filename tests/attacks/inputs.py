@@ -23,7 +23,7 @@ from sparseinst.nested import flatten, leaf_paths
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths
 from tests.attacks import wrong
-from tests.attacks.report import Ended, Outcome, command, judge
+from tests.attacks.report import Ended, Outcome, command, judge, options
 from tests.attacks.runs import cut, flip
 from tests.conftest import TINY
 
@@ -31,7 +31,11 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = {**TINY, "train.iterations": 2, "train.warmup_iterations": 1}
 LIMIT = 60.0
 """Seconds. A refusal takes under two on an idle machine; another one may be busy."""
-never = lambda: False  # noqa: E731
+
+
+def never() -> bool:
+    """The result of a command that must be refused is never right."""
+    return False
 
 
 class Lab:
@@ -55,8 +59,8 @@ class Lab:
         if output is None:
             output = self.folder / "run"
             shutil.rmtree(output, ignore_errors=True)
-        options = [part for key, value in {**SETTINGS, **settings}.items() for part in ("-o", f"{key}={json.dumps(value)}")]
-        return self.call("train", "--data", str(data), "--output", str(output), "--device", "cpu", *options, *more)
+        own = options({**SETTINGS, **settings})
+        return self.call("train", "--data", str(data), "--output", str(output), "--device", "cpu", *own, *more)
 
     def refused(self, ended: Ended, detail: str, right: Callable[[], bool] = never) -> Outcome:
         """Judge a training that must be refused before its first step."""
@@ -190,32 +194,9 @@ def _setting(lab: Lab, chance: random.Random, number: int) -> Outcome:
 def _random_setting(lab: Lab, chance: random.Random, number: int) -> Outcome:
     """A value that is accepted must be the one that the run has."""
     path = chance.choice(sorted(leaf_paths(Config)))
-    value = chance.choice(
-        [
-            None,
-            True,
-            False,
-            0,
-            1,
-            2,
-            7,
-            -1,
-            0.5,
-            -0.5,
-            1e30,
-            1e-30,
-            10**12,
-            "none",
-            "1",
-            "../x",
-            [],
-            [1],
-            [0],
-            [7, 5],
-            {},
-            {"a": 1},
-        ]
-    )
+    values = [None, True, False, 0, 1, 2, 7, -1, 0.5, -0.5, 1e30, 1e-30, 10**12, "none", "1", "../x", [], [1], [0], [7, 5], {},
+              {"a": 1}]  # fmt: skip
+    value: Any = chance.choice(values)
     ended = lab.train(lab.data, "-o", f"{path}={json.dumps(value)}")
 
     def right() -> bool:
@@ -233,12 +214,9 @@ def _write_weights(lab: Lab, metadata: dict[str, str], tensors: dict[str, Any] |
 
 def _use(lab: Lab, file: Path, chance: random.Random) -> Ended:
     picture = next((lab.data / "val2017").iterdir())
-    return chance.choice(
-        [
-            lambda: lab.call("evaluate", "--weights", str(file), "--device", "cpu"),
-            lambda: lab.call("predict", str(picture), "--weights", str(file), "--output", "seen", "--device", "cpu"),
-        ]
-    )()
+    evaluate = ["evaluate", "--weights", str(file), "--device", "cpu"]
+    predict = ["predict", str(picture), "--weights", str(file), "--output", "seen", "--device", "cpu"]
+    return lab.call(*chance.choice([evaluate, predict]))
 
 
 def _metadata(lab: Lab, chance: random.Random, number: int) -> Outcome:
@@ -304,27 +282,13 @@ def command_lines(lab: Lab) -> list[list[str]]:
     """Return command lines with one mistake each."""
     data, weights = str(lab.data), str(lab.weights)
     picture = str(next((lab.data / "val2017").iterdir()))
-    tiny = [part for key, value in SETTINGS.items() for part in ("-o", f"{key}={json.dumps(value)}")]
+    tiny = options(SETTINGS)
     train = ["train", "--data", data, *tiny, "--output"]
     evaluate, predict = ["evaluate", "--weights", weights], ["predict", picture, "--weights", weights, "--output", "seen"]
     paths = ["", " ", "/dev/null/x", "A" * 5000, "attack.yaml/x", "/proc/x", "\udce9"]
     inputs = ["", "A" * 5000, "/dev/zero", "none", "pipe", "\udcff"]
-    devices = [
-        "meta",
-        "gpu",
-        "cuda:99",
-        "cuda:-1",
-        "",
-        "vulkan",
-        "hpu",
-        "xla",
-        "mps",
-        "cpu ",
-        "0",
-        "privateuseone",
-        "CPU",
-        "cpu:x",
-    ]
+    devices = ["meta", "gpu", "cuda:99", "cuda:-1", "", "vulkan", "hpu", "xla", "mps", "cpu ", "0", "privateuseone", "CPU",
+               "cpu:x"]  # fmt: skip
     return [
         *([*train, path] for path in paths),
         [*train[:-1], "--output="],

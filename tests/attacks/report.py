@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,10 +11,10 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sparseinst.cli import run_cli
 
@@ -83,6 +84,11 @@ def start(*arguments: str, folder: Path) -> Process:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def options(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as options of a command line."""
+    return [part for key, value in settings.items() for part in ("-o", f"{key}={json.dumps(value)}")]
 
 
 def command(*arguments: str, folder: Path, limit: float = 120.0) -> Ended:

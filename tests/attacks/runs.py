@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sparseinst.data.shapes import write_shapes
 from sparseinst.errors import UserError
 from sparseinst.inference.weights import file_tensors_digest
 from sparseinst.paths import RunPaths
-from tests.attacks.report import Ended, Outcome, command, judge, start
+from tests.attacks.report import Ended, Outcome, command, judge, options, start
 from tests.conftest import TINY
 
 Damage = Callable[[bytes, random.Random], bytes]
@@ -67,8 +68,7 @@ class Lab:
         self.evaluation = self.evaluate(self.whole).output
 
     def arguments(self, paths: RunPaths) -> list[str]:
-        settings = [part for key, value in SETTINGS.items() for part in ("-o", f"{key}={json.dumps(value)}")]
-        return ["train", "--data", str(self.folder / "data"), "--output", str(paths.root), "--device", "cpu", *settings]
+        return ["train", "--data", str(self.folder / "data"), "--output", str(paths.root), "--device", "cpu", *options(SETTINGS)]
 
     def train(self, paths: RunPaths, *more: str) -> Ended:
         return command(*self.arguments(paths), *more, folder=self.folder)
@@ -93,6 +93,10 @@ class Lab:
         except UserError:
             return False
 
+    def repeats(self, paths: RunPaths) -> bool:
+        """Return whether a run has the bits and the metrics of the whole one."""
+        return self.is_right(paths) and metrics(paths) == self.metrics
+
 
 def metrics(paths: RunPaths) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics without those that measure time."""
@@ -105,7 +109,10 @@ def attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Outcome]
     lab = Lab(folder)
     for number in range(2 * count):
         yield "kill a training at a random moment, go on", _kill(lab, random.Random(f"kill {seed} {number}"))
-    newest: Callable[[RunPaths], Path] = lambda paths: max(paths.checkpoints.glob("*.pt"))  # noqa: E731
+
+    def newest(paths: RunPaths) -> Path:
+        return paths.saved_checkpoints()[0]
+
     resumed: list[tuple[str, Callable[[RunPaths], Path], Damage, bool]] = [
         ("one bit of the newest checkpoint", newest, flip, True),
         ("one bit of its zip headers", newest, flip_in_header, True),
@@ -123,10 +130,8 @@ def attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Outcome]
             chance = random.Random(f"{kind} {seed} {number}")
             paths = lab.copy(finished=False)
             _damage(choose(paths), damage, chance)
-            right = (
-                (lambda p=paths: lab.is_right(p) and metrics(p) == lab.metrics) if steps else (lambda p=paths: lab.is_right(p))
-            )
-            yield f"{kind}, go on", judge(lab.train(paths), right, f"{seed} {number}")
+            right = lab.repeats if steps else lab.is_right
+            yield f"{kind}, go on", judge(lab.train(paths), partial(right, paths), f"{seed} {number}")
     for number in range(max(1, count // 4)):
         yield "every checkpoint, called twice", _every_checkpoint(lab, random.Random(f"every {seed} {number}"))
     for kind, damage in {"one bit of the weights": flip, "cut off the weights": cut, "replace the weights": foreign}.items():
@@ -184,7 +189,7 @@ def _kill(lab: Lab, chance: random.Random) -> Outcome:
         process.kill()
         shutil.rmtree(process.folder)
     ended = lab.train(paths)
-    return judge(ended, lambda: lab.is_right(paths) and metrics(paths) == lab.metrics)
+    return judge(ended, partial(lab.repeats, paths))
 
 
 def _every_checkpoint(lab: Lab, chance: random.Random) -> Outcome:
@@ -199,5 +204,5 @@ def _every_checkpoint(lab: Lab, chance: random.Random) -> Outcome:
         outcome = judge(lab.train(paths), lambda: False)
         if outcome.word != "one line":
             return outcome
-    again = judge(lab.train(paths, "--from-scratch"), lambda: lab.is_right(paths) and metrics(paths) == lab.metrics)
+    again = judge(lab.train(paths, "--from-scratch"), partial(lab.repeats, paths))
     return outcome if again.word == "survived" else again

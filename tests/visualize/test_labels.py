@@ -1,6 +1,5 @@
 """Check the labels, the colours and the contact sheets of predictions."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,10 @@ from PIL import Image
 
 from sparseinst import load_model
 from sparseinst.cli import run_cli
-from sparseinst.data.coco import decode, encode, val_split
+from sparseinst.data.coco import val_split
 from sparseinst.inference.predict import FoundInstances
 from sparseinst.visualize.draw import overlay, palette
-from sparseinst.visualize.failures import find_failures
 from sparseinst.visualize.labels import place_labels
-from tests.conftest import annotation, box, write_coco
 
 
 def squares(places: list[tuple[int, int]], side: int, size: tuple[int, int]) -> np.ndarray:
@@ -80,19 +77,3 @@ def test_predict_writes_sheets_and_says_what_is_left_out(
     again = ["predict", str(inside), "--weights", str(trained), "--device", "cpu", "--sheet", "--output", str(inside.parent)]
     assert run_cli(again) == 2
     assert "would be overwritten" in capsys.readouterr().err
-
-
-def test_failures_count_every_object_of_a_crowded_image(tmp_path: Path) -> None:
-    """COCO counts 100 instances of a category and image; the other objects are not missed."""
-    places = [(6 * (number % 20), 6 * (number // 20)) for number in range(180)]
-    annotations = [annotation(number, 1, 3, box(x, y, 4, 4)) for number, (x, y) in enumerate(places, start=1)]
-    images = [{"id": 1, "file_name": "1.png", "height": 60, "width": 120}]
-    folder = write_coco(tmp_path, images, annotations, [{"id": 3, "name": "cell"}])
-    file = folder / "annotations/instances_val2017.json"
-    results = [
-        {"image_id": 1, "category_id": 3, "score": 0.9, "segmentation": encode(decode(entry["segmentation"], 60, 120)[None])[0]}
-        for entry in json.loads(file.read_text())["annotations"]
-    ]
-    found = find_failures(file, results, [1], 0.4)
-    assert sum(found.found.values()) == sum(found.objects.values()) == 180
-    assert found.image_ap[1] == pytest.approx(100)

@@ -12,7 +12,7 @@ from PIL import Image
 from sparseinst import load_model
 from sparseinst.cli import run_cli
 from sparseinst.config import Config
-from sparseinst.data.coco import decode, val_split
+from sparseinst.data.coco import decode, encode, val_split
 from sparseinst.errors import DataError, RunFailed
 from sparseinst.evaluation.evaluate import evaluate, evaluate_weights
 from sparseinst.evaluation.mechanism import stability
@@ -188,8 +188,6 @@ def test_failures_accept_the_same_annotations_as_evaluation(two_images: Path) ->
 
 
 def result(image: int, category: int, x: int, y: int, side: int, score: float) -> dict[str, Any]:
-    from sparseinst.data.coco import encode
-
     mask = np.zeros((1, 100, 150), dtype=bool)
     mask[0, y : y + side, x : x + side] = True
     return {"image_id": image, "category_id": category, "score": score, "segmentation": encode(mask)[0]}
@@ -227,6 +225,22 @@ def test_failures_follow_cocos_rules(two_images: Path) -> None:
     nothing = find_failures(two_images / "annotations/instances_val2017.json", [], [1, 2], 0.4)
     assert nothing.image_ap == {1: 0.0, 2: 0.0}
     assert len(nothing.missed) == 3
+
+
+def test_failures_count_every_object_of_a_crowded_image(tmp_path: Path) -> None:
+    """COCO counts 100 instances of a category and image; the other objects are not missed."""
+    places = [(6 * (number % 20), 6 * (number // 20)) for number in range(180)]
+    annotations = [annotation(number, 1, 3, box(x, y, 4, 4)) for number, (x, y) in enumerate(places, start=1)]
+    images = [{"id": 1, "file_name": "1.png", "height": 60, "width": 120}]
+    folder = write_coco(tmp_path, images, annotations, [{"id": 3, "name": "cell"}])
+    file = folder / "annotations/instances_val2017.json"
+    results = [
+        {"image_id": 1, "category_id": 3, "score": 0.9, "segmentation": encode(decode(entry["segmentation"], 60, 120)[None])[0]}
+        for entry in json.loads(file.read_text())["annotations"]
+    ]
+    found = find_failures(file, results, [1], 0.4)
+    assert sum(found.found.values()) == sum(found.objects.values()) == 180
+    assert found.image_ap[1] == pytest.approx(100)
 
 
 def test_the_failures_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
