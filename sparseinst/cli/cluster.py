@@ -53,8 +53,6 @@ def launch(
     With --until-settled, one call sends the runs of one look. Call it again when they are done: it looks at the results and sends
     the next look.
     """
-    if until_settled and (row is not None or seeds != 1):
-        raise UserError("launch: --until-settled chooses the seeds of all rows, so it allows no --seeds and no --row")
     options = {"until_settled": until_settled, "from_scratch": from_scratch}
     _send(tables, cluster, profile, seeds, row, results, budget, dry_run, retry=False, **options)
 
@@ -76,8 +74,6 @@ def retry(
 
     With --until-settled, these are the runs of the look that `launch --until-settled` has sent.
     """
-    if until_settled and (row is not None or seeds != 1):
-        raise UserError("retry: --until-settled chooses the seeds of all rows, so it allows no --seeds and no --row")
     options = {"until_settled": until_settled, "from_scratch": from_scratch}
     _send(tables, cluster, profile, seeds, row, results, budget, dry_run, retry=True, **options)
 
@@ -101,6 +97,9 @@ def _send(
     from sparseinst.launch.status import plan_status
     from sparseinst.launch.submission import ask_queue
 
+    if until_settled and (row is not None or seeds != 1):
+        command = "retry" if retry else "launch"
+        raise UserError(f"{command}: --until-settled chooses the seeds of all rows, so it allows no --seeds and no --row")
     cluster = read_cluster(name)
     if until_settled:
         looked = _plan_look(tables, cluster, profile, results, log=not dry_run and not retry)

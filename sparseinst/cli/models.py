@@ -173,15 +173,14 @@ def evaluate(
 
 
 def _refuse_other_weights(weights: Path, results: Path) -> None:
-    """Raise `UserError` if a run's folder holds other weights than the record of its training."""
+    """Raise `UserError` if a weights file in a run's folder does not hold the weights of the record of its training."""
     from sparseinst.ablation.store import Store
     from sparseinst.launch.work import check_weights
     from sparseinst.paths import WEIGHTS
 
-    file = weights / WEIGHTS if weights.is_dir() else weights
-    record = Store(results).load(file.resolve().parent.name) if file.name == WEIGHTS else None
-    if record is not None and record.kind == "train" and file.exists():
-        check_weights(file, record)
+    record = Store(results).load(weights.resolve().parent.name) if weights.name == WEIGHTS else None
+    if record is not None and record.kind == "train" and weights.exists():
+        check_weights(weights, record)
 
 
 def _evaluate_peer(

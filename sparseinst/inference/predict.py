@@ -247,7 +247,6 @@ def load_model(
         device: `cpu`, `cuda` or `cuda:1`, for example; None takes a GPU if there is one.
         optimize: `folded`, `compiled`, `graph` or `best` for speed (see `inference.optimize`); None leaves the model as it is.
         precision: `fp32`, `tf32`, `bf16` or `fp16`; None takes the config's `inference.precision`.
-
         checkpoint: `last`, `best` or the number of a step, for the folder of a run; see `find_weights`.
 
     Raises:

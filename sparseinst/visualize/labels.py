@@ -21,6 +21,10 @@ _DISTANCE_COST = 0.02
 """A place one plate height further away is chosen if it hides at least this share of an object less."""
 
 
+PixelBox = tuple[int, int, int, int]
+"""Left, top, right and bottom in whole pixels; the last two are exclusive."""
+
+
 def place_labels(masks: NDArray[np.bool_] | CompactMasks, plates: Sequence[tuple[float, float]]) -> list[Box | None]:
     """Return a place for each object's label, or None where every place would hide too much.
 
@@ -50,7 +54,7 @@ def place_labels(masks: NDArray[np.bool_] | CompactMasks, plates: Sequence[tuple
 
 
 def _candidates(
-    topmost: NDArray[np.bool_], box: tuple[int, int, int, int], plate: tuple[float, float], size: tuple[int, int]
+    topmost: NDArray[np.bool_], box: PixelBox, plate: tuple[float, float], size: tuple[int, int]
 ) -> NDArray[np.float64]:
     """Return places for a label inside the image: their left, top, right, bottom and the cost of their distance (P, 5).
 
@@ -78,7 +82,7 @@ def _candidates(
 
 
 def _hidden_shares(
-    masks: CompactMasks, boxes: Sequence[tuple[int, int, int, int] | None], places: Sequence[NDArray[np.float64]]
+    masks: CompactMasks, boxes: Sequence[PixelBox | None], places: Sequence[NDArray[np.float64]]
 ) -> list[NDArray[np.float64]]:
     """Return for each place of each group (P, 5) the sum of the shares of the objects that it hides, (P,)."""
     height, width = masks.shape[1:]
@@ -96,7 +100,7 @@ def _hidden_shares(
 
 def _integral(
     masks: CompactMasks,
-    boxes: Sequence[tuple[int, int, int, int] | None],
+    boxes: Sequence[PixelBox | None],
     rows: NDArray[np.int64],
     columns: NDArray[np.int64],
 ) -> NDArray[np.float64]:
@@ -107,6 +111,7 @@ def _integral(
     height, width = masks.shape[1:]
     found = np.zeros(len(rows))
     order = np.argsort(rows, kind="stable")
+    ordered = rows[order]
     sums = np.zeros((1, width + 1))  # of each column, above the row
     step = strip_rows(width)
     areas = [masks.area(index) for index in range(len(masks))]
@@ -120,9 +125,8 @@ def _integral(
                 inside = masks.rows(index, first, last)[:, box[0] : box[2]]
                 shares[first - start + 1 : last - start + 1, box[0] + 1 : box[2] + 1] += inside / areas[index]
         sums = np.cumsum(shares, axis=0, out=shares)
-        low, high = np.searchsorted(rows[order], (start, end), side="right")
-        for row in np.unique(rows[order[low:high]]):
-            at = order[low:high][rows[order[low:high]] == row]
+        for row in np.unique(ordered[(ordered > start) & (ordered <= end)]):
+            at = order[ordered == row]
             found[at] = sums[row - start].cumsum()[columns[at]]
     return found
 

@@ -46,7 +46,6 @@ def predict_video(
         keep: is called with each frame's number, its instances, and its (width, height).
         score: instances below this score are left out.
         top: keep only this many instances of a frame, those with the highest scores.
-
         colour: see `overlay`.
 
     Returns:

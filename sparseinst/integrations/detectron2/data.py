@@ -15,8 +15,8 @@ from detectron2.structures import Instances
 
 from sparseinst.data.coco import encode
 from sparseinst.errors import UserError
+from sparseinst.integrations.detectron2.settings import CROP_CHANCE
 
-CROP_CHANCE = 0.5
 CROP_SHORT_SIDES = (400, 500, 600)
 """The lengths in pixels from which the shorter side is drawn before a crop. The longer side has no maximum there."""
 

@@ -55,6 +55,8 @@ ONLY_IN_TRAINING: dict[str, Any] = {
 }
 """Keys of the optimiser of which only one value is supported."""
 _MAX_DETECTIONS = 100
+CROP_CHANCE = 0.5
+"""The chance of an image to be cropped, if `INPUT.CROP` is enabled. The reference's config has no key for it."""
 
 
 def add_sparseinst_config(cfg: CfgNode) -> None:
@@ -139,7 +141,7 @@ def _data(cfg: CfgNode) -> dict[str, Any]:
     """Return the settings below `data`. Only a crop of the type `absolute_range` has settings there."""
     found = {"data.short_sides": list(cfg.INPUT.MIN_SIZE_TRAIN), "data.long_side": cfg.INPUT.MAX_SIZE_TRAIN}
     if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE == "absolute_range":
-        found |= {"data.crop": 0.5, "data.crop_sizes": list(cfg.INPUT.CROP.SIZE)}
+        found |= {"data.crop": CROP_CHANCE, "data.crop_sizes": list(cfg.INPUT.CROP.SIZE)}
     return found
 
 
