@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 import torch
 
 from sparseinst.config import Precision
-from sparseinst.errors import UserError, shorten
+from sparseinst.errors import UserError
+from sparseinst.words import shorten
 
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The torch types of the half precisions."""

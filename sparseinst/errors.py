@@ -19,16 +19,6 @@ class RunFailed(Exception):
     """A run failed after it had started. The command line prints the message and exits with 1."""
 
 
-def shorten(text: str, most: int = 120) -> str:
-    """Return a text of at most `most` characters: its beginning and its end, if it is longer."""
-    return text if len(text) <= most else f"{text[: most - most // 3 - 5]} ... {text[-(most // 3) :]}"
-
-
-def has_half_surrogate(text: str) -> bool:
-    """Return whether a text holds half of a surrogate pair, which JSON can write and no file can hold."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
 @contextmanager
 def memory_explained(remedy: str) -> Iterator[None]:
     """Turn a lack of memory, on the processor or on a GPU, into a `RunFailed` that says what to lower.

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparseinst.errors import RunFailed, UserError, shorten
+from sparseinst.errors import RunFailed, UserError
+from sparseinst.words import shorten
 
 _log = logging.getLogger(__name__)
 

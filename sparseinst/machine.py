@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from sparseinst.errors import UserError
+from sparseinst.words import counted
 
 
 @cache
@@ -130,7 +131,7 @@ def limit_threads() -> str | None:
             os.environ["OMP_NUM_THREADS"] = str(cores)
         return None
     if chosen.isdigit() and int(chosen) > cores:
-        return f"OMP_NUM_THREADS={chosen}, but this process may use {cores} core{'s' * (cores > 1)}; more threads are slow"
+        return f"OMP_NUM_THREADS={chosen}, but this process may use {counted(cores, 'core')}; more threads are slow"
     return None
 
 

@@ -12,8 +12,9 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from sparseinst.errors import UserError, shorten
+from sparseinst.errors import UserError
 from sparseinst.section import Section
+from sparseinst.words import shorten
 
 S = TypeVar("S", bound=Section)
 

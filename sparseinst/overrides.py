@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sparseinst.config import MODELS, PRESETS, Config
-from sparseinst.errors import UserError, shorten
+from sparseinst.errors import UserError
 from sparseinst.files import read_text, state_of_file
 from sparseinst.nested import merge, nearest, nest, parse
 from sparseinst.plain import MOST_CHARACTERS, parse_yaml
+from sparseinst.words import shorten
 
 
 def load_config(

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from sparseinst.errors import UserError, has_half_surrogate, shorten
+from sparseinst.errors import UserError
+from sparseinst.words import has_half_surrogate, shorten
 
 MOST_CHARACTERS = 128 * 1024
 """The longest text. The longest settings of this package have 8,000 characters."""

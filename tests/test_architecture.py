@@ -10,26 +10,27 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sparseinst"
 
-BASE = {"errors", "paths", "files", "machine", "section", "plain", "nested", "config", "overrides"}
+BASE = {"errors", "words", "paths", "files", "machine", "section", "plain", "nested", "config", "overrides"}
 ALLOWED = {
     "errors": set(),
+    "words": set(),
     "paths": set(),
-    "files": {"errors"},
-    "machine": {"errors"},
+    "files": {"errors", "words"},
+    "machine": {"errors", "words"},
     "progress": set(),
     "attempts": {"errors", "files", "machine", "paths"},
     "section": set(),
-    "plain": {"errors"},
-    "nested": {"section", "errors"},
+    "plain": {"errors", "words"},
+    "nested": {"section", "errors", "words"},
     "config": {"nested", "section"},
-    "overrides": {"config", "files", "nested", "plain", "errors"},
+    "overrides": {"config", "files", "nested", "plain", "errors", "words"},
     "models": BASE,
     "data": BASE | {"progress"},
     "matcher": {"config", "models"},
     "criterion": {"config", "matcher", "models"},
     "paste": set(),
     "postprocess": {"config", "models", "paste"},
-    "device": {"config", "errors"},
+    "device": {"config", "errors", "words"},
     "distributed": {"criterion"},
     "inference": BASE | {"models", "data", "paste", "postprocess", "device"},
     "evaluation": BASE
@@ -51,6 +52,7 @@ ALLOWED = {
 
 WITHOUT_TORCH = [
     "errors",
+    "words",
     "paths",
     "machine",
     "attempts",

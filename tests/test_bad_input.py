@@ -14,12 +14,13 @@ from sparseinst.cli import run_cli
 from sparseinst.cli.problems import check_arguments, explain
 from sparseinst.config import Config
 from sparseinst.device import pick_device
-from sparseinst.errors import RunFailed, UserError, memory_explained, out_of_memory, shorten
+from sparseinst.errors import RunFailed, UserError, memory_explained, out_of_memory
 from sparseinst.files import read_text
 from sparseinst.overrides import load_config
 from sparseinst.plain import MOST_CHARACTERS, parse_yaml
 from sparseinst.training import train as training
 from sparseinst.training.step import Step, check_memory
+from sparseinst.words import shorten
 from tests.attacks import wrong
 from tests.conftest import CPU, TINY
 

@@ -20,6 +20,8 @@ from typing import Literal
 import numpy as np
 from scipy import special
 
+from sparseinst.words import counted
+
 CONFIDENCE = 0.95
 FALSE_DISCOVERIES = 0.05
 """The false discovery rate over the comparisons of a table."""
@@ -267,7 +269,7 @@ class Judgement:
         """The verdict in words, with what would settle an undecided one."""
         if self.verdict != "undecided":
             return self.verdict
-        return f"undecided (+{self.more_seeds} seed{'s' if self.more_seeds != 1 else ''})" if self.more_seeds else "undecided"
+        return f"undecided (+{counted(self.more_seeds, 'seed')})" if self.more_seeds else "undecided"
 
 
 def _adjusted(raw: Sequence[float]) -> list[float]:

@@ -9,6 +9,7 @@ import typer
 
 from sparseinst.cli.options import Json, Overrides, finite
 from sparseinst.errors import UserError
+from sparseinst.words import counted
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -130,7 +131,7 @@ def split(
     settings = load_config(overrides={**dict(map(parse_override, override)), "data.root": str(folder)})
     report = split_folder(settings.data, by=by, name=name, val=val, seed=seed)
     for part, images in report.images.items():
-        groups = "" if by == "image" else f" in {report.groups[part]} group{'' if report.groups[part] == 1 else 's'}"
+        groups = "" if by == "image" else f" in {counted(report.groups[part], 'group')}"
         print(f"{part}: {images} images{groups} with {report.instances[part]} instances")
         missing = report.missing[part]
         if missing:
@@ -191,7 +192,7 @@ def check(
     show(reports, as_json=as_json)
     problems = sum(len(report.problems) for report in reports.values())
     if problems:
-        raise UserError(f"{folder}: {problems} problem{'s' if problems > 1 else ''} found")
+        raise UserError(f"{folder}: {counted(problems, 'problem')} found")
 
 
 @app.command()
@@ -224,6 +225,6 @@ def speed(
     for count in workers or doubled(usable_cores()):
         found[count] = round(loading_speed(split, settings, workers=count, images=images), 1)
         if not as_json:
-            print(f"{count or 'no'} worker{'' if count == 1 else 's'}: {found[count]:.1f} images/s", flush=True)
+            print(f"{counted(count, 'worker')}: {found[count]:.1f} images/s", flush=True)
     if as_json:
         print(json.dumps({"rows": [{"workers": k, "images_per_second": v} for k, v in found.items()]}))

@@ -10,6 +10,7 @@ import typer
 from sparseinst.cli.mechanism import print_mechanism
 from sparseinst.cli.options import Checkpoint, Device, Optimize, Overrides, finite
 from sparseinst.errors import RunFailed, UserError
+from sparseinst.words import counted
 
 app = typer.Typer()
 
@@ -45,18 +46,18 @@ def predict(
     model = load_model(weights, device, optimize=optimize, checkpoint=checkpoint)
     found = predict_files(model, files, output, score=score, top=top, maps=maps, sheet=sheet, colour=colour)
     done = len(files) - found.failed
-    print(f"{done} file{'s' if done != 1 else ''}: overlays and predictions.json in {output}")
+    print(f"{counted(done, 'file')}: overlays and predictions.json in {output}")
     if found.images:
         highest = f"the highest score is {found.highest:.2f}" if found.highest is not None else "no map has a score at all"
         print(
-            f"{found.instances} instance{'s' if found.instances != 1 else ''} with a score of {score:g} or more; "
-            f"none in {found.empty} of {found.images} image{'s' if found.images != 1 else ''}; {highest}"
+            f"{counted(found.instances, 'instance')} with a score of {score:g} or more; "
+            f"none in {found.empty} of {counted(found.images, 'image')}; {highest}"
         )
     if found.left_out:
-        print(f"--top left out {found.left_out} more instance{'s' if found.left_out != 1 else ''} with such a score")
+        print(f"--top left out {counted(found.left_out, 'more instance')} with such a score")
     if found.full:
         print(
-            f"in {found.full} image{'s' if found.full != 1 else ''} all maps of the model have such a score; it cannot find "
+            f"in {counted(found.full, 'image')} all maps of the model have such a score; it cannot find "
             "more objects than it has maps (model.decoder.iam.num_maps)"
         )
     for path in found.sheets:

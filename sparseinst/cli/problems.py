@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparseinst.errors import RunFailed, UserError, has_half_surrogate, out_of_memory, shorten
+from sparseinst.errors import RunFailed, UserError, out_of_memory
 from sparseinst.files import write_error
+from sparseinst.words import has_half_surrogate, shorten
 
 _LONGEST_MESSAGE = 600  # the middle of a longer one is left out
 

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from sparseinst.errors import DataError, has_half_surrogate, shorten
+from sparseinst.errors import DataError
 from sparseinst.files import read_text
+from sparseinst.words import has_half_surrogate, shorten
 
 FARTHEST = 100_000
 """The largest coordinate, in pixels. Drawing takes time and memory in proportion to it."""

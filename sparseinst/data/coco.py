@@ -26,8 +26,9 @@ from sparseinst.data.annotations import (
     check_segmentation,
     read_content,
 )
-from sparseinst.errors import DataError, UserError, shorten
+from sparseinst.errors import DataError, UserError
 from sparseinst.files import state_of_file
+from sparseinst.words import shorten
 
 Checked = TypeVar("Checked")
 

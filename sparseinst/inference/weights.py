@@ -16,12 +16,13 @@ from torch import Tensor
 
 from sparseinst.config import Config
 from sparseinst.data.coco import Category, read_categories, train_split
-from sparseinst.errors import UserError, shorten
+from sparseinst.errors import UserError
 from sparseinst.files import atomic, check_is_file
 from sparseinst.inference.checkpoints import CHECKPOINT_SUFFIX, find_weights, model_state, read_checkpoint
 from sparseinst.models.sparseinst import SparseInst, build_model
 from sparseinst.overrides import load_config, parse_config
 from sparseinst.paths import SHIPPED, RunPaths
+from sparseinst.words import shorten
 
 Check = Callable[[], None] | None
 

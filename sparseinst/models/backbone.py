@@ -15,12 +15,13 @@ from timm.layers.norm_act import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from sparseinst.config import STRIDES, BackboneConfig
-from sparseinst.errors import UserError, shorten
+from sparseinst.errors import UserError
 from sparseinst.files import check_is_file
 from sparseinst.models import small  # noqa: F401 (the import registers its models in timm)
 from sparseinst.models.layers import DeformableConv2d
 from sparseinst.nested import nearest
 from sparseinst.paths import SHIPPED
+from sparseinst.words import shorten
 
 
 class Backbone(nn.Module):

@@ -14,6 +14,7 @@ from rich.table import Table
 from sparseinst.ablation.statistics import FALSE_DISCOVERIES, POWER, Difference, Prior, SeedNoise
 from sparseinst.report.collect import TableResult
 from sparseinst.report.records import Column
+from sparseinst.words import counted
 
 SIZES = (0.5, 1.0, 2.0)
 """The differences in AP for which the table lists how many seeds they need."""
@@ -131,9 +132,7 @@ def _rounded(value: float | None) -> float | None:
 
 def show(found: Sequence[RowPower], seeds: int, unit: str) -> None:
     """Print what each comparison can settle."""
-    table = Table(
-        title=f"What {seeds} seed{'s' if seeds != 1 else ''} of each row can settle, with 80 % power", title_justify="left"
-    )
+    table = Table(title=f"What {counted(seeds, 'seed')} of each row can settle, with 80 % power", title_justify="left")
     for name in ("table", "row"):
         table.add_column(name)
     for name in ("detectable", *(f"{size:g} AP" for size in SIZES), "paper's", unit, "floor"):

@@ -26,6 +26,7 @@ from sparseinst.files import atomic
 from sparseinst.inference.predict import FoundInstances
 from sparseinst.progress import progress_bar
 from sparseinst.visualize.draw import overlay, picture_grid
+from sparseinst.words import counted
 
 _CELL = 400, 320  # width and height of a picture in the sheet, in pixels
 _COLUMNS = 4
@@ -191,31 +192,31 @@ def lines(found: dict[str, Any]) -> list[str]:
     (h1, h2), (w1, w2) = found["heights"], found["widths"]
     total, stride = max(1, found["instances"]), found["mask_stride"]
     text = [
-        f"{_counted(found['images'], 'image')} after augmentation: {_range(w1, w2)} pixels wide, {_range(h1, h2)} high",
-        f"{_counted(found['instances'], 'instance')}; in an image {least:g} to {most:g}, median {median:g}",
+        f"{counted(found['images'], 'image')} after augmentation: {_range(w1, w2)} pixels wide, {_range(h1, h2)} high",
+        f"{counted(found['instances'], 'instance')}; in an image {least:g} to {most:g}, median {median:g}",
         f"sizes (root of the area in pixels): {low:g} to {high:g}, median {middle:g}, 90% from {low5:g} to {high95:g}",
         "by COCO's limits: " + ", ".join(f"{count} {size} ({count / total:.0%})" for size, count in found["by_size"].items()),
         f"categories: {_categories(found['categories'])}",
-        f"masks are learned at 1/{stride} of the image: {_counted(found['tiny'], 'instance', 'covers', 'cover')} "
+        f"masks are learned at 1/{stride} of the image: {counted(found['tiny'], 'instance', 'covers', 'cover')} "
         f"less than {_TINY:g} mask pixels",
     ]
     if found["vanished"]:
         text.append(
-            f"{_counted(found['vanished'], 'more instance', 'has', 'have')} no pixel at this size, "
+            f"{counted(found['vanished'], 'more instance', 'has', 'have')} no pixel at this size, "
             f"the first in {found['first_vanished']}"
         )
     if found["lost"]:
-        text.append(f"{_counted(found['lost'], 'annotated instance', 'has', 'have')} no pixel in the augmented image")
+        text.append(f"{counted(found['lost'], 'annotated instance', 'has', 'have')} no pixel in the augmented image")
     if found["pasted"]:
-        text.append(f"{_counted(found['pasted'], 'instance', 'was', 'were')} pasted from other images (data.copy_paste)")
+        text.append(f"{counted(found['pasted'], 'instance', 'was', 'were')} pasted from other images (data.copy_paste)")
     if found["over_num_maps"]:
         text.append(
-            f"{_counted(found['over_num_maps'], 'instance', 'exceeds', 'exceed')} the model's {found['num_maps']} maps; "
+            f"{counted(found['over_num_maps'], 'instance', 'exceeds', 'exceed')} the model's {found['num_maps']} maps; "
             "set model.decoder.iam.num_maps"
         )
     if found["skipped"]:
         text.append(
-            f"{_counted(len(found['skipped']), 'unreadable image', 'was', 'were')} left out, the first: {found['skipped'][0]}"
+            f"{counted(len(found['skipped']), 'unreadable image', 'was', 'were')} left out, the first: {found['skipped'][0]}"
         )
     return text
 
@@ -226,12 +227,6 @@ def _categories(counts: dict[str, int]) -> str:
     unused = [name for name, count in counts.items() if not count]
     more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
     return ", ".join(used) + (f"; no instance of {', '.join(unused[:5])}{more}" if unused else "")
-
-
-def _counted(count: int, noun: str, one: str = "", many: str = "") -> str:
-    """Return a count with its noun, and with the verb that fits the number."""
-    verb = one if count == 1 else many
-    return f"{count} {noun}{'' if count == 1 else 's'}" + (f" {verb}" if verb else "")
 
 
 def _range(low: int, high: int) -> str:

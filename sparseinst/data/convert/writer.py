@@ -16,6 +16,7 @@ from sparseinst.data.coco import decode, encode, read_image
 from sparseinst.data.convert.source import Annotated, Entry, Instance, Mask, Report, Size, Source
 from sparseinst.data.scenes import SPLITS, annotation_file, image_folder, write_new
 from sparseinst.errors import DataError, UserError
+from sparseinst.words import counted
 
 _OUTSIDE = 0.02
 """A point may lie outside the image by this fraction of its side, and is moved to the edge. Tools write such points."""
@@ -67,8 +68,10 @@ def _splits(written: list[_Written], val: float | None, seed: int, report: Repor
     if val is None and all(named.values()):
         return named
     if len(written) < 2:
-        count = f"{len(written)} usable image{'' if len(written) == 1 else 's'}"
-        raise UserError(f"{count} found, but two are needed, for training and for validation: {_reasons(report)}")
+        raise UserError(
+            f"{counted(len(written), 'usable image')} found, but two are needed, for training and for validation: "
+            f"{_reasons(report)}"
+        )
     number = min(max(1, round((0.2 if val is None else val) * len(written))), len(written) - 1)
     chosen = set(np.random.default_rng(seed).permutation(len(written))[:number].tolist())
     parts: dict[str, list[_Written]] = {split: [] for split in SPLITS}

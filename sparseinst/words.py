@@ -1,0 +1,23 @@
+"""Put messages into words: shorten texts, and count things with the right plural."""
+
+from __future__ import annotations
+
+
+def shorten(text: str, most: int = 120) -> str:
+    """Return a text of at most `most` characters: its beginning and its end, if it is longer."""
+    return text if len(text) <= most else f"{text[: most - most // 3 - 5]} ... {text[-(most // 3) :]}"
+
+
+def has_half_surrogate(text: str) -> bool:
+    """Return whether a text holds half of a surrogate pair, which JSON can write and no file can hold."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
+    """Return a count with its noun, and with the verb that fits the number: `1 image has`, `2 images have`.
+
+    Args:
+        one, many: the verb for one thing and for several; empty for no verb.
+    """
+    verb = one if count == 1 else many
+    return f"{count} {noun}{'' if count == 1 else 's'}" + (f" {verb}" if verb else "")
