@@ -1,7 +1,6 @@
 """Check that a full or read-only disk gives one line and the right exit code, and damages nothing."""
 
 import errno
-import io
 import json
 import os
 from pathlib import Path
@@ -38,6 +37,14 @@ def test_a_failed_write_changes_nothing_and_says_why(number: int, tmp_path: Path
     assert str(file) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("whole.txt", "whole")]
+
+
+def test_the_reason_behind_another_error_is_found(tmp_path: Path) -> None:
+    """torch.save raises a RuntimeError that hides the disk's error."""
+    with pytest.raises(RunFailed, match="no space left"), atomic(tmp_path / "file"):
+        raise RuntimeError("unexpected pos") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(RuntimeError, match="shapes"), atomic(tmp_path / "file"):
+        raise RuntimeError("shapes differ")
 
 
 def test_other_errors_of_the_block_stay_as_they_are(tmp_path: Path) -> None:
@@ -121,12 +128,9 @@ def test_an_export_is_whole_or_absent(trained: Path, tmp_path: Path, monkeypatch
     output = tmp_path / "model.pt2"
     output.write_text("earlier")
 
-    def half(_: object, file: io.BufferedWriter) -> None:
-        file.write(b"half")
-        raise RuntimeError("the writer hides the reason") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     monkeypatch.setattr(export.torch.export, "export", lambda *_, **__: None)
-    monkeypatch.setattr(export.torch.export, "save", half)
+    monkeypatch.setattr(export.torch.export, "save", lambda _, file: file.write(b"new"))
+    break_writes(monkeypatch, errno.ENOSPC)
     assert run_cli(["export", "--weights", str(trained), "--form", "torch", "--output", str(output)]) == 1
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.pt2", "earlier")]
 

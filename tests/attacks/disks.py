@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sparseinst.data.shapes import write_shapes
-from tests.attacks.report import Ended, Outcome, command, judge
+from tests.attacks.report import Ended, Outcome, command, judge, options
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -59,8 +59,7 @@ class Lab:
         write_shapes(folder / "data", train=24, val=4, side=64)
         for name in ("experiments", "slurm"):
             (folder / name).symlink_to(ROOT / name)
-        settings = [part for key, value in SETTINGS.items() for part in ("-o", f"{key}={json.dumps(value)}")]
-        train = ["train", "--data", str(folder / "data"), "--device", "cpu", *settings]
+        train = ["train", "--data", str(folder / "data"), "--device", "cpu", *options(SETTINGS)]
         assert command(*train, "--output", str(folder / "trained"), folder=folder, limit=LIMIT).code == 0
         weights = ["--weights", str(folder / "trained")]
         self.commands: dict[str, list[str]] = {
