@@ -206,6 +206,14 @@ def test_bad_input_gives_a_one_line_error(
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("group", [[], ["data"]])
+def test_the_list_of_commands_cuts_no_sentence_off(group: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli([*group, "--help"]) == 0
+    lines = capsys.readouterr().out.partition("Commands:")[2].strip().splitlines()
+    assert len(lines) > 6
+    assert [line for line in lines if not line.endswith(".") or line.endswith("...")] == []
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     from sparseinst.errors import UserError
 

@@ -29,7 +29,7 @@ app.add_typer(settings.app)
 app.add_typer(look.app)
 app.add_typer(weights.app)
 app.add_typer(bench.app)
-app.add_typer(data.app, name="data", help="Make, convert, split, check and look at data sets in COCO format; time their loading.")
+app.add_typer(data.app, name="data", help="Make, convert, split, check and look at data sets.")
 
 
 @app.callback(invoke_without_command=True)

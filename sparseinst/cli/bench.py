@@ -71,7 +71,9 @@ def bench(
     results: Results = RESULTS,
     as_json: Json = False,
 ) -> None:
-    """Time models by the paper's protocol: forward pass and post-processing, without image decoding.
+    """Time models by the paper's protocol.
+
+    The forward pass and the post-processing are timed, without the decoding of images.
 
     A model given by name has random weights and keeps every map, which is the slowest case. Give weights and --photos to time
     real use. Every combination of the options is timed. Repeat an option to give it several values.

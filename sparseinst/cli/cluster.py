@@ -48,7 +48,9 @@ def launch(
     until_settled: UntilSettled = False,
     from_scratch: FromScratch = False,
 ) -> None:
-    """Send the runs that the tables still need to a cluster. Runs that are done, queued or running are not sent again.
+    """Send to a cluster the runs that the tables still need.
+
+    Runs that are done, queued or running are not sent again.
 
     With --until-settled, one call sends the runs of one look. Call it again when they are done: it looks at the results and sends
     the next look.
@@ -70,7 +72,9 @@ def retry(
     until_settled: UntilSettled = False,
     from_scratch: FromScratch = False,
 ) -> None:
-    """Send runs again that failed, were lost, cancelled or interrupted. A training continues from its last checkpoint.
+    """Send failed, lost, cancelled or interrupted runs again.
+
+    A training continues from its last checkpoint.
 
     With --until-settled, these are the runs of the look that `launch --until-settled` has sent.
     """
@@ -153,7 +157,7 @@ def cancel(
     results: Results = RESULTS,
     cluster: TimingCluster = None,
 ) -> None:
-    """Cancel runs on their cluster, and the runs that wait for them."""
+    """Cancel runs on their cluster. The runs that wait for them are cancelled, too."""
     from sparseinst.launch import submit as launcher
     from sparseinst.launch.status import find_runs
 

@@ -39,7 +39,10 @@ def collage(
     side: Annotated[int, typer.Option(min=64, max=4096, help="Side of the square images in pixels.")] = 256,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Compose scenes from cut-outs on backgrounds, in COCO format. The two splits share no cut-out and no background."""
+    """Compose scenes from cut-outs on backgrounds.
+
+    The result is in COCO format. The two splits share no cut-out and no background.
+    """
     from sparseinst.data.collage import write_collage
 
     found = write_collage(output, cutouts, backgrounds, train=train_images, val=val_images, side=side, seed=seed)
@@ -63,7 +66,7 @@ _KINDS = """
 
 
 @app.command(
-    help="Convert annotations in another format to a COCO-format folder, and print what was left out. KIND is detected if it is "
+    help="Convert annotations in another format to COCO's.\n\nThe command prints what was left out. KIND is detected if it is "
     "not given." + _KINDS
 )
 def convert(
@@ -121,7 +124,9 @@ def split(
     seed: Annotated[int, typer.Option(min=0, help="Seed that chooses the validation images or groups.")] = 0,
     override: Overrides = [],  # noqa: B006
 ) -> None:
-    """Split the images of a COCO-format folder anew, so that the images of a group are all on one side. No image is copied.
+    """Split the images of a COCO-format folder anew.
+
+    The images of a group are all on one side. No image is copied.
 
     Writes DIR/annotations/NAME_train.json, NAME_val.json and DIR/NAME.yaml, a config that selects them.
     """
@@ -150,7 +155,9 @@ def look(
     sample: Annotated[int, typer.Option(min=1, help="The number of images to count in.")] = 100,
     as_json: Json = False,
 ) -> None:
-    """Draw the training images as a training with these settings sees them, and print the sizes of the instances.
+    """Draw the images as a training sees them.
+
+    The command also prints the sizes of the instances.
 
     The images are the first ones that the training uses, resized and augmented, with the masks at the size that the model learns.
     A red ring marks an instance that vanishes at this size.
@@ -208,7 +215,9 @@ def speed(
     override: Overrides = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Print how many training images per second the loader decodes, augments and rasterises, for each number of workers.
+    """Measure how fast training images are loaded.
+
+    The command prints how many images per second are decoded, augmented and rasterised, for each number of workers.
 
     A training that needs more images per second waits for its data; `data_seconds` in its metrics.jsonl shows how long.
     """

@@ -80,7 +80,9 @@ def maps(
     checkpoint: Checkpoint = None,
     device: Device = None,
 ) -> None:
-    """Show where the activation maps respond, for each object and as a mean over a data set (the paper's Figures 4 and 6).
+    """Show where the activation maps respond.
+
+    The pictures show it for each object, and as a mean over a data set (the paper's Figures 4 and 6).
 
     If the data are annotated, the training's matching assigns a map to each object. The map is drawn on the image with the shares
     of its mass on the object, on other objects and on the border. These metrics are also computed over all images.
@@ -133,7 +135,10 @@ def failures(
     checkpoint: Checkpoint = None,
     device: Device = None,
 ) -> None:
-    """Show where a model fails: the images with the lowest AP, the missed objects by size, and the false positives."""
+    """Show where a model fails.
+
+    The sheets show the images with the lowest AP, the missed objects by size, and the false positives.
+    """
     import json
 
     from sparseinst.data.coco import val_split
@@ -169,7 +174,10 @@ def curves(
         "curves.png"
     ),
 ) -> None:
-    """Plot losses, learning rate, AP and matching stability over the training, for several runs in one figure."""
+    """Plot how trainings went: losses, AP, learning rate.
+
+    The figure also shows the matching stability. It can hold several runs.
+    """
     from sparseinst.paths import RunPaths
     from sparseinst.report.curves import draw_curves, read_metrics
     from sparseinst.report.style import save

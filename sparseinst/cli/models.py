@@ -31,7 +31,8 @@ def train(
         Path | None, typer.Option(help="A COCO-format folder; sets data.root, model.num_classes and, if needed, num_maps.")
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Weights to start from, such as imported ones; sets their model, with a new class head.")
+        Path | None,
+        typer.Option(help="Weights to start from, such as imported ones. The model is theirs, with a new class head."),
     ] = None,
     preflight: Annotated[
         bool, typer.Option("--preflight", help="Only check that the model learns eight of the images by heart.")
@@ -143,7 +144,10 @@ def evaluate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Print the twelve COCO mask metrics of a model or a peer. A peer uses its published weights unless --weights is given."""
+    """Print COCO's twelve mask metrics of a model or a peer.
+
+    A peer uses its published weights unless --weights is given.
+    """
     from sparseinst.device import pick_device
     from sparseinst.files import check_writable
     from sparseinst.overrides import parse_override

@@ -49,7 +49,10 @@ Optimize = Annotated[
 ]
 Record = Annotated[bool, typer.Option("--record", help="Record a peer's metrics for the speed-accuracy plot.")]
 FromScratch = Annotated[
-    bool, typer.Option("--from-scratch", help="Train from step 0 where every checkpoint is damaged; otherwise that is an error.")
+    bool,
+    typer.Option(
+        "--from-scratch", help="If all checkpoints of a training are damaged, train again from step 0; without this, it fails."
+    ),
 ]
 
 

@@ -25,7 +25,10 @@ def init(
     ] = "auto",
     weights: Annotated[Path | None, typer.Option(help="Trained weights to start from, such as imported ones or a run.")] = None,
 ) -> None:
-    """Look at your data and write a config file for `train`, with a reason for each setting, and warnings."""
+    """Choose settings for your own data, each with a reason.
+
+    The command looks at the data, writes a config file for `train`, and warns of what cannot work.
+    """
     from sparseinst.data.recipe import write_recipe
 
     start: dict[str, Any] | None = None
@@ -66,7 +69,10 @@ def show_config(
     override: Overrides = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Print all settings that a config file, a model and overrides give, with the explanation of each."""
+    """Print all settings with their explanations.
+
+    The values are those of a config file, a model and overrides.
+    """
     from sparseinst.config import Config
     from sparseinst.nested import commented_yaml, explanations
     from sparseinst.overrides import load_config, parse_override

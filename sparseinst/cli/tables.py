@@ -50,7 +50,10 @@ def plan(
     power: Annotated[bool, typer.Option("--power", help="Show which differences the planned seeds can settle.")] = False,
     cluster: TimingCluster = None,
 ) -> None:
-    """Show the rows of the tables, the distinct runs that they need, which of these are done, and what the others cost."""
+    """Show which runs the tables need and what they cost.
+
+    Several rows can share a run. Runs that have a record are done; the cost is that of the others.
+    """
     from sparseinst.ablation.plan import as_json as plan_json
     from sparseinst.ablation.plan import costs, show
 
@@ -92,20 +95,20 @@ def run(
     row: RowText = None,
     results: Results = RESULTS,
     jobs: Annotated[
-        int, typer.Option(min=1, max=256, help="Number of processes that share the work; they use the GPUs in turn.")
+        int, typer.Option(min=1, max=256, help="Number of processes that share the work; they are spread over the GPUs.")
     ] = 1,
     budget: Budget = None,
-    pictures: Annotated[Path | None, typer.Option(help="Draw predictions of each row into a subfolder of this folder.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Draw predictions into this folder; each row gets a subfolder.")] = None,
     device: Device = None,
     until_settled: UntilSettled = False,
     again: Annotated[
         bool,
-        typer.Option("--again", help=f"Run here what others have measured; the records go to {HERE} (as with --results {HERE})."),
+        typer.Option("--again", help=f"Measure here what others have measured. The records go to {HERE}."),
     ] = False,
     from_scratch: FromScratch = False,
     seeds_of: Annotated[Path | None, typer.Option(hidden=True, help="A file with the seeds of each row of one look.")] = None,
 ) -> None:
-    """Do on this machine the runs that the tables still need. Runs that are done are not repeated."""
+    """Do the runs that the tables still need, on this machine. Runs that are done are not repeated."""
     from sparseinst.launch.run import made_elsewhere, run_in_processes, run_plan
     from sparseinst.launch.work import draw
     from sparseinst.paths import RUNS
@@ -231,7 +234,10 @@ def status(
     as_json: Json = False,
     cluster: TimingCluster = None,
 ) -> None:
-    """Show each run's state, progress and ETA, and why it failed. The command reads files and needs no scheduler."""
+    """Show the state, progress and ETA of each run.
+
+    A failed run also shows its reason. The command reads files and needs no scheduler.
+    """
     from sparseinst.launch import status as states
     from sparseinst.launch.submission import ask_queue
     from sparseinst.paths import JOBS
@@ -293,7 +299,9 @@ def verify(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Repeat the training and evaluation, or the timing, of a record, and compare the results.
+    """Repeat the run of a record, and compare the results.
+
+    An evaluation is repeated together with its training.
 
     The exit code is 1 if the results are different. It is 0 if they have the same bits or are the same within noise.
     """

@@ -23,7 +23,10 @@ def import_weights(
         bool, typer.Option("--backbone", help="Import ImageNet weights of a ResNet for model.backbone.weights.")
     ] = False,
 ) -> None:
-    """Convert a released model to a weights file of this package, with its config. Every tensor must fit."""
+    """Convert a released model to a weights file.
+
+    The file also holds the model's config. Every tensor must fit.
+    """
     from sparseinst.integrations import released as released_models
 
     if backbone:
@@ -62,7 +65,10 @@ def export(
     half: Annotated[bool, typer.Option("--half", help="Use fp16 weights; scores and masks stay fp32.")] = False,
     checkpoint: Checkpoint = None,
 ) -> None:
-    """Export the whole inference as a graph that takes one image of any size and returns scores, labels and masks."""
+    """Export the whole inference for ONNX or torch.export.
+
+    The graph takes one image of any size and returns scores, labels and masks.
+    """
     from sparseinst.inference.checkpoints import find_weights
     from sparseinst.inference.export import export_model
     from sparseinst.inference.weights import load_weights
@@ -98,7 +104,9 @@ def publish(
     results: Results = RESULTS,
     device: Device = None,
 ) -> None:
-    """Write a model with its card, metrics, pictures and checksums as a folder that you can upload. Nothing is uploaded.
+    """Write a model with its card as a folder for upload.
+
+    The folder also holds metrics, pictures and checksums. Nothing is uploaded.
 
     `load_model(DIR)` and `--weights DIR` read the folder.
     """
