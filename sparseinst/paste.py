@@ -1,9 +1,9 @@
 """Resize mask probabilities from the network's resolution to the image's own size, in one step.
 
 The reference resizes twice: bilinearly to the padded input, then, without the padding, bilinearly to the image's size. Both steps
-are linear and separable, so that together they are one matrix product on each side: out = R_h M R_w^T. The matrices are banded (a
-few weights a row). The image is therefore computed strip by strip, and only for the instances that reach into the strip. The
-intermediate values of a strip are small enough for the CPU's cache.
+are linear and separable, so that together they are one matrix product on each side: out = R_h M R_w^T. Each row of these matrices
+has only a few weights, beside each other. The image is therefore computed strip by strip, and only for the instances that reach
+into the strip. The intermediate values of a strip are small enough for the CPU's cache.
 
 Shapes: K instances, h w height and width of the predicted masks, H W height and width of the image.
 """
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 STRIP, BLOCK, GROUP = 64, 64, 24
 """Rows of a strip, columns of a block, and instances processed at once on a CPU."""
 MOST_ON_GPU = 2**28
-"""A GPU processes all instances and columns at once, and so many rows that this number of pixels is not exceeded."""
+"""A GPU processes all instances and all columns at once, and as many rows as give at most this number of pixels."""
 
 
 class ImageSize(NamedTuple):
@@ -63,7 +63,7 @@ def paste_strips(masks: Tensor, padded: tuple[int, int], size: ImageSize, thresh
     """
     rows, columns = _both_axes(masks, padded, size)
     most = max((row.end - row.start for row in rows), default=0)
-    # One buffer for all strips: a process that never returns freed memory would grow by a strip each time.
+    # All strips share one buffer. With a new one each time, a process that keeps freed memory would grow with every strip.
     buffer = masks.new_empty((len(masks) * most * size.original[1],), dtype=torch.bool)
     for row in rows:
         shape = len(masks), row.end - row.start, size.original[1]
@@ -89,12 +89,12 @@ def _both_axes(masks: Tensor, padded: tuple[int, int], size: ImageSize) -> tuple
 
 
 def _paste_strip(masks: Tensor, row: _Block, columns: list[_Block], threshold: float, into: Tensor) -> None:
-    """Set the pixels of one strip of all masks, (K, end - start, W), which are false before."""
+    """Compute one strip of all masks, and set its pixels in `into` (K, end - start, W), whose pixels are false before."""
     strip = masks[:, row.first : row.last]
     on_cpu = masks.device.type == "cpu"
     group = GROUP if on_cpu else len(masks)
     # An output is a weighted mean of inputs, so it exceeds the threshold only if an input does. On a GPU this test would
-    # have to wait for the result.
+    # make the processor wait for the GPU.
     reached = (strip.amax((1, 2)) > threshold).nonzero().squeeze(1) if on_cpu else None
     if reached is None or len(reached) == len(masks):
         for some, part in zip(strip.split(group), into.split(group), strict=True):
@@ -124,7 +124,7 @@ class _Block(NamedTuple):
     first: int
     last: int
     weights: Tensor
-    """(end - start, last - first): output positions start to end from inputs first to last."""
+    """(end - start, last - first): the weight of each input, from `first` on, in each output, from `start` on."""
 
 
 @functools.lru_cache(maxsize=512)

@@ -2,9 +2,9 @@
 
 This is a group-sequential design. All rows are compared with the reference row when they have one seed. Rows that are not settled
 get more seeds, and are compared again when they have 2, 3, 5 and 8. Repeated tests find more false differences, so each look
-demands stronger evidence than a single test. The boundaries are those of O'Brien and Fleming (1979): they are strictest at the
-first look, and close to that of a single test at the last. A row also stops if it is unlikely to be settled with 8 seeds
-(futility). The first look can only stop rows in this way, because its boundary is too strict for one seed.
+demands stronger evidence than a single test. The boundaries are those of O'Brien and Fleming (1979). They are strictest at the
+first look. The last one is close to the boundary of a single test. A row also stops if it is unlikely to be settled with 8 seeds
+(futility). At the first look, a row can stop only for this reason, because one seed cannot cross the boundary.
 
 With k comparisons, the reference row gets about sqrt(k) times the seeds of another row, because every comparison uses it. This is
 the best division of a fixed number of trainings (Dunnett, 1955).
@@ -25,7 +25,7 @@ LOOKS = (1, 2, 3, 5, 8)
 """The number of seeds of a row at each look."""
 MOST_REFERENCE_SEEDS = 12
 BOUNDARIES = (5.653, 3.997, 3.264, 2.528, 1.999)
-"""The boundary of each look for a difference in standard errors, for a table with one comparison: 1.999 / sqrt(seeds / 8). A
+"""For each look, how many standard errors a difference must exceed in a table with one comparison: 1.999 / sqrt(seeds / 8). A
 Brownian motion crosses one of the five boundaries, on either side, with a probability of 5 % (Jennison and Turnbull, "Group
 Sequential Methods", 2000, chapters 2 and 19). We simulated about 20 designs, with other looks, with boundaries between those of
 O'Brien and Fleming and those of Pocock, and with other values of `LEAST_POWER`. For the same number of right verdicts, this
@@ -78,9 +78,9 @@ def decide(comparisons: Mapping[str, Comparison], look: int) -> dict[str, Decisi
             of rows that have stopped.
         look: the index of the look, from 0.
     """
-    paid = [Comparison(c.difference, c.paper, c.margin, PENALTIES[look]) for c in comparisons.values()]
+    penalised = [Comparison(c.difference, c.paper, c.margin, PENALTIES[look]) for c in comparisons.values()]
     decisions = {}
-    for (name, comparison), judgement in zip(comparisons.items(), judge(paid), strict=True):
+    for (name, comparison), judgement in zip(comparisons.items(), judge(penalised), strict=True):
         power = predictive_power(comparison, look)
         decisions[name] = Decision(_kind(judgement, power, look), judgement.verdict, power)
     return decisions
@@ -98,8 +98,8 @@ def predictive_power(comparison: Comparison, look: int) -> float:
     """Return the chance that a comparison is settled at the last look, if the estimated variances are right.
 
     The true difference has a flat prior. The difference at the last look is then normally distributed around the present one. Its
-    variance is that of the present difference minus that of the difference at the last look (Jennison and Turnbull 2000, section
-    10.3). The chance is 1 if the noise of seeds is unknown.
+    variance is the error variance of the present difference minus the smaller one that it will have at the last look (Jennison
+    and Turnbull 2000, section 10.3). The chance is 1 if the noise of seeds is unknown.
     """
     now = comparison.difference
     if not now.seeds_known:

@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         return self.fusion(torch.cat([resize(level, size) for level in reversed(pyramid)], dim=1))  # B E H W
 
     def top_down(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return the sums of laterals, the deepest level first: (B, E, H/4, W/4), (B, E, H/2, W/2), (B, E, H, W)."""
+        """Return each level's lateral plus the deeper levels: (B, E, H/4, W/4), (B, E, H/2, W/2), (B, E, H, W)."""
         deepest, *rest = reversed(features)
         merged = [self.ppm(self.laterals[0](deepest))]
         for lateral, feature in zip(list(self.laterals)[1:], rest, strict=True):

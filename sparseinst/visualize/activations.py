@@ -32,7 +32,7 @@ def mean_responses(predictor: Predictor, images: Sequence[Path], size: tuple[int
         UserError: there is no image.
     """
     if not images:
-        raise UserError("no image to take the mean over")
+        raise UserError("there is no image, so the maps have no mean response")
     num_maps = predictor.config.model.decoder.iam.num_maps
     total = np.zeros((num_maps, *size), dtype=np.float64)
     with progress_bar("images") as bar:
