@@ -54,7 +54,7 @@ def forest(results: Sequence[TableResult]) -> Figure | None:
     names = []
     for result, rows in groups:
         title = style.short(f"{result.table.spec.title.partition(':')[0]}, from '{result.table.spec.reference}'", 80)
-        axes.text(0.0, at, title, transform=axes.get_yaxis_transform(), fontsize=8, fontweight="bold", va="center")
+        axes.text(0.01, at, title, transform=axes.get_yaxis_transform(), fontsize=8, fontweight="bold", va="center")
         reference = next(row for row in result.rows if row.row.name == result.table.spec.reference)
         for row in rows:
             at += 1

@@ -21,6 +21,7 @@ from sparseinst.report.collect import Cell, RowResult, TableResult
 from sparseinst.report.figures import figure_file, figure_texts, forest_file
 from sparseinst.report.records import ACCURACY, Column
 from sparseinst.report.tables import DIFFERENCE, VERDICT, frame, notes
+from sparseinst.words import counted
 
 _CHIPS = {
     "same sign, size compatible": "yes",
@@ -52,12 +53,13 @@ def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str
         if row.missing is not None
     ]
     verdicts = Counter(_verdict(row) for result in results for row in result.rows if row.verdict and row.same_as is None)
+    measured = sum(row.missing is None for result in results for row in result.rows)
     counts = [
-        (len(results), "tables"),
-        (sum(row.missing is None for result in results for row in result.rows), "rows measured"),
-        (len(gaps), "gaps"),
-        (len(loaded), "records"),
-        *((verdicts[name], f"comparisons: {name}") for name in _CHIPS if verdicts[name]),
+        (len(results), _noun(len(results), "table")),
+        (measured, _noun(measured, "measured row")),
+        (len(gaps), _noun(len(gaps), "gap")),
+        (len(loaded), _noun(len(loaded), "record")),
+        *((verdicts[name], f"{_noun(verdicts[name], 'comparison')}: {name}") for name in _CHIPS if verdicts[name]),
     ]
     folder = files(__package__) / "page"
     environment = Environment(autoescape=True, undefined=StrictUndefined)
@@ -74,6 +76,11 @@ def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str
         css=Markup((folder / "page.css").read_text(encoding="utf-8")),
         js=Markup((folder / "page.js").read_text(encoding="utf-8")),
     )
+
+
+def _noun(count: int, noun: str) -> str:
+    """Return the noun that follows a count."""
+    return counted(count, noun).partition(" ")[2]
 
 
 def _verdict(row: RowResult) -> str:
