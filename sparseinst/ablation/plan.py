@@ -18,6 +18,7 @@ from sparseinst.errors import UserError
 from sparseinst.machine import device_name
 from sparseinst.paths import stored_weights
 from sparseinst.section import STAGES, Stage
+from sparseinst.words import counted
 
 
 @dataclass(frozen=True)
@@ -237,9 +238,11 @@ def show(plan: Plan, cost: Costs) -> None:
         if not runs:
             continue
         hours = f", {cost.hours[stage]:.3g} {cost.unit} each" if stage in cost.hours else ""
-        source = f" (mean of {cost.measured[stage]} records)" if cost.measured.get(stage) else " (estimate)" if hours else ""
-        print(f"{stage}: {len(runs)} distinct runs, {len(runs) - sum(r in left for r in runs)} done{hours}{source}")
-    print(f"{len(plan.rows)} rows, {len(plan.runs)} distinct runs, {len(left)} to do: about {cost.of(left):.3g} {cost.unit}")
+        measured = cost.measured.get(stage)
+        source = f" (mean of {counted(measured, 'record')})" if measured else " (estimate)" if hours else ""
+        print(f"{stage}: {counted(len(runs), 'distinct run')}, {len(runs) - sum(r in left for r in runs)} done{hours}{source}")
+    total = f"{counted(len(plan.rows), 'row')}, {counted(len(plan.runs), 'distinct run')}"
+    print(f"{total}, {len(left)} to do: about {cost.of(left):.3g} {cost.unit}")
     if plan.profile.cost is not None and any(not cost.measured.get(run.stage) for run in left):
         print(f"Estimates: {plan.profile.cost.source}")
 

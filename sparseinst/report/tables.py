@@ -13,6 +13,7 @@ from sparseinst.ablation.study import Figure
 from sparseinst.report import escape
 from sparseinst.report.collect import Cell, TableResult
 from sparseinst.report.records import EVALUATED, Column
+from sparseinst.words import counted
 
 IMAGES_ALONE = "†"
 """This sign marks an interval that covers the noise of images alone, because too few rows have several seeds."""
@@ -116,17 +117,17 @@ def notes(result: TableResult) -> list[str]:
     lines = []
     if result.profile != "coco":
         lines.append(
-            f"Measured at {result.profile} scale; the paper's values are of COCO. Compare signs and sizes of differences, not "
-            "values."
+            f"Measured at {result.profile} scale; the paper's values are of COCO. Compare the signs and sizes of differences, "
+            "not the values."
         )
         sizes = {row.as_run for row in result.rows}
         if len(sizes) == 1:
             lines.append(f"Every row was run with {sizes.pop()}.")
     cells = [cell for row in result.rows for cell in row.cells.values()]
     if any(cell.measured and cell.measured.deviation is not None for cell in cells):
-        lines.append("± is the standard deviation over seeds, their number in brackets.")
+        lines.append("± is the standard deviation over the seeds. The number of seeds is in brackets.")
     if any(cell.spread is not None for cell in cells):
-        lines.append("In brackets after a time: its 5th and 95th percentile.")
+        lines.append("The brackets after a time hold its 5th and 95th percentile.")
     lines += _comparison_notes(result)
     if result.profile == "coco":
         lines += [
@@ -134,7 +135,7 @@ def notes(result: TableResult) -> list[str]:
             for name, protocol in result.table.spec.protocols.items()
         ]
     elif result.table.spec.quoted:
-        lines.append("The table of the profile coco has the published values of other systems, which are of COCO.")
+        lines.append("The published values of other systems are of COCO, so only the table of the profile coco shows them.")
     lines += list(result.table.spec.footnotes)
     lines += _same_runs(result)
     lines.append("Provenance: " + "; ".join(result.provenance) + "." if result.provenance else "Nothing is measured yet.")
@@ -147,20 +148,26 @@ def _comparison_notes(result: TableResult) -> list[str]:
     if spec.reference is None:
         return []
     lines = [
-        f"Differences are from the row '{spec.reference}', with a 95 % interval over seeds and images. Verdicts hold a false "
-        f"discovery rate of 5 % over the comparisons of this table ({result.comparisons} so far); 'equivalent' means within "
-        f"{spec.margin:g} AP. docs/verdicts.md explains each word."
+        f"Differences are from the row '{spec.reference}', with a 95 % interval over seeds and images. The verdicts of this "
+        f"table ({counted(result.comparisons, 'comparison')} so far) have a false discovery rate of at most 5 %. 'equivalent' "
+        f"means within {spec.margin:g} AP. docs/verdicts.md explains each word."
     ]
     differences = [cell.difference for row in result.rows for cell in row.cells.values() if cell.difference is not None]
     if not all(found.seeds_known for found in differences):
-        lines.append(f"{IMAGES_ALONE} over images alone: too few seeds to know their noise, so this difference stays undecided.")
+        lines.append(
+            f"{IMAGES_ALONE} The interval is over images alone, because there are too few seeds to know their noise. "
+            "The difference stays undecided."
+        )
     if any(found.seeds_known and not found.complete for found in differences):
         lines.append(
-            f"{SEEDS_ALONE} over seeds alone: an evaluation holds no resamplings of the images, so this difference stays "
-            "undecided. Remove its record and run the table again."
+            f"{SEEDS_ALONE} The interval is over seeds alone, because an evaluation holds no resamplings of the images. The "
+            "difference stays undecided. Remove the record of the evaluation, and run the table again."
         )
     if any(row.judgement is not None and row.judgement.more_seeds for row in result.rows):
-        lines.append("(+n seeds): about n more seeds of both rows would settle it with 80 % power, if its estimates are right.")
+        lines.append(
+            "(+n seeds) means: about n more seeds of both rows would settle the comparison with 80 % power, if its estimates "
+            "are right."
+        )
     for row in result.rows:
         if row.not_trained:
             lines.append(f"'{row.row.name}' is not trained: {'; '.join(row.not_trained)}. It has no verdict.")

@@ -141,7 +141,7 @@ def test_every_format_contains_values_notes_and_provenance(store: Store) -> None
         if suffix != "csv":
             assert "A card" in text
             assert "abcdef0123" in text
-            assert "declared choice" in text
+            assert "our choice" in text
     latex = FORMATS["tex"](result)
     assert "\\toprule" in latex
     assert "31.0 $\\pm$ 1.0 (3)" in latex
