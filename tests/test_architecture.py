@@ -70,6 +70,7 @@ WITHOUT_TORCH = [
     "data.augmentation",
     "data.scenes",
     "data.shapes",
+    "data.shape_scenes",
     "data.collage",
     "data.check",
     "data.convert",

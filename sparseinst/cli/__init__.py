@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sparseinst import __version__
-from sparseinst.cli import bench, cluster, data, look, models, settings, tables, weights
+from sparseinst.cli import bench, cluster, data, look, models, results, settings, tables, weights
 from sparseinst.cli.problems import check_arguments, explain
 from sparseinst.inference.memory import keep_freed_memory
 from sparseinst.machine import limit_threads, wait_passively
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(tables.app)
+app.add_typer(results.app)
 app.add_typer(cluster.app)
 app.add_typer(models.app)
 app.add_typer(settings.app)

@@ -16,7 +16,7 @@ from scipy.ndimage import label
 from scipy.spatial import cKDTree
 
 from sparseinst.config import ShapesConfig
-from sparseinst.data import scenes, shapes
+from sparseinst.data import scenes, shape_scenes, shapes
 from sparseinst.data.coco import encode
 from sparseinst.errors import UserError
 from sparseinst.evaluation.coco_metrics import coco_figures
@@ -91,7 +91,7 @@ def test_coco_layout(root: Path, split: str) -> None:
     data = read(root, split)
     assert {"info", "licenses", "images", "annotations", "categories"} == set(data)
     ids = [category["id"] for category in data["categories"]]
-    assert max(ids) > len(set(ids)) == len(ids) == len(shapes._SHAPES), "the ids are distinct and have gaps"
+    assert max(ids) > len(set(ids)) == len(ids) == len(shape_scenes.SHAPES), "the ids are distinct and have gaps"
     assert [a["id"] for a in data["annotations"]] == list(range(1, len(data["annotations"]) + 1))
     names = [entry["file_name"] for entry in data["images"]]
     assert sorted(file.name for file in (root / f"{split}2017").iterdir()) == names
@@ -130,16 +130,16 @@ def test_scenes_are_varied(root: Path) -> None:
 def test_objects_hide_each_other() -> None:
     hidden = 0
     for index in range(20):
-        _, objects, owner = shapes._scene(np.random.Generator(np.random.PCG64(index)), SIDE)
+        _, objects, owner = shape_scenes.random_scene(np.random.Generator(np.random.PCG64(index)), SIDE)
         for number, item in enumerate(objects):
             seen = (owner == number).sum()
-            assert seen >= max(scenes._MIN_VISIBLE_AREA, shapes._MIN_VISIBLE * item.whole_area)
+            assert seen >= max(scenes._MIN_VISIBLE_AREA, shape_scenes.MIN_VISIBLE * item.whole_area)
             hidden += seen < item.mask.sum()
     assert hidden >= 5
 
 
 def test_crowds_are_stored_as_uncompressed_run_lengths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shapes, "_CROWDED", 1.0)
+    monkeypatch.setattr(shape_scenes, "_CROWDED", 1.0)
     shapes.write_shapes(tmp_path / "set", train=5, val=1)
     crowds = [a for a in read(tmp_path / "set", "train")["annotations"] if a["iscrowd"]]
     assert crowds
@@ -269,7 +269,7 @@ class Objects(NamedTuple):
 @pytest.fixture(scope="module")
 def sample() -> list[scenes.Scene]:
     streams = (np.random.Generator(np.random.PCG64(np.random.SeedSequence((0, 0, number)))) for number in range(300))
-    return [shapes._scene(stream, ShapesConfig().side) for stream in streams]
+    return [shape_scenes.random_scene(stream, ShapesConfig().side) for stream in streams]
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +320,7 @@ def test_connected_components_do_not_separate_touching_objects(sample: list[scen
             for run in encode(np.stack([labelled == component for component in range(1, count + 1)])):
                 found.append({"image_id": number, "category_id": category, "score": 1.0, "segmentation": run})
     file = tmp_path / "truth.json"
-    names = [{"id": shape[0], "name": name} for name, shape in shapes._SHAPES.items()]
+    names = [{"id": shape[0], "name": name} for name, shape in shape_scenes.SHAPES.items()]
     file.write_text(json.dumps({"images": images, "annotations": truth, "categories": names}))
     ap = coco_figures(file, found, [image["id"] for image in images])["AP"]
     assert ap is not None

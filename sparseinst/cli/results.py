@@ -1,0 +1,99 @@
+"""The commands for recorded results: verify, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparseinst.ablation.store import RESULTS, Store
+from sparseinst.cli.options import Device, Json, ProfileName, Results, Tables, make_plan
+
+app = typer.Typer()
+
+
+@app.command()
+def verify(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A record's key, or its beginning.")],
+    results: Results = RESULTS,
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of threads; default: the record's.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Repeat the run of a record, and compare the results.
+
+    An evaluation is repeated together with its training.
+
+    The exit code is 1 if the results are different. It is 0 if they have the same bits or are the same within noise.
+    """
+    from sparseinst.launch.verify import verify as verify_record
+
+    found = verify_record(key, Store(results), device, threads=threads, progress=not as_json)
+    if as_json:
+        print(json.dumps({"key": found.key, "outcome": found.outcome}))
+    else:
+        print("\n".join([*found.lines, found.outcome]))
+    if found.outcome == "different":
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    tables: Tables = None,
+    profile: ProfileName = "coco",
+    results: Results = RESULTS,
+    show: Annotated[bool, typer.Option(help="Also print the tables.")] = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="Also write results/PROFILE.html, one page with all tables; it needs no network.")
+    ] = False,
+    fidelity: Annotated[bool, typer.Option(help="Show and plot only how often two rows have the paper's order.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write tables and plots from the records to results/. For a missing run, the table shows the run's state.
+
+    --json prints every comparison with its interval and verdict. With --fidelity it prints the agreement with the paper.
+    """
+    if fidelity:
+        _print_fidelity(tables or [], profile, results, as_json)
+        return
+    from sparseinst.launch.status import plan_status
+    from sparseinst.report.collect import read_results
+    from sparseinst.report.pages import page_file, write_report
+    from sparseinst.report.tables import comparisons_json
+    from sparseinst.report.terminal import print_table
+
+    table_plan, _ = make_plan(tables, profile, 1, None, results, None)
+    states = {found.run.key: found.state for found in plan_status(table_plan)}
+    collected = read_results(tables or [], profile, results, states)
+    # The page holds every table, even if the command writes only some of them.
+    named = [name for name in tables or [] if name != "all"]
+    page = read_results(["all", *named], profile, results, states) if html else []
+    changed = write_report(collected, results, page=page)
+    if as_json:
+        comparisons = [line for result in collected for line in comparisons_json(result)]
+        print(json.dumps({"profile": table_plan.profile.name, "comparisons": comparisons}))
+        return
+    if show:
+        for result in collected:
+            print_table(result)
+    if html:
+        print(f"the page: {page_file(results, table_plan.profile.name)}")
+    print(f"{len(changed)} files changed in {results}" if changed else f"no file changed in {results}")
+
+
+def _print_fidelity(tables: list[str], profile: str, results: Path, as_json: bool) -> None:
+    from sparseinst.report import fidelity as order
+    from sparseinst.report.style import save
+
+    found = order.read_fidelity([name for name in tables if name != "all"], profile, results)
+    if as_json:
+        print(json.dumps(order.as_json(found)))
+        return
+    order.show(found)
+    figure = order.draw(found)
+    if figure is not None:
+        path = order.fidelity_file(results, found.profile)
+        save(figure, path)
+        print(f"the plot: {path.with_suffix('.png')}")
