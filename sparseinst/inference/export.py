@@ -9,6 +9,7 @@ import copy
 import io
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseinst.config import SIZE_DIVISOR, InferenceConfig
+from sparseinst.engines.base import INPUT
+from sparseinst.engines.base import OUTPUTS as NETWORK_OUTPUTS
 from sparseinst.errors import UserError
 from sparseinst.files import atomic, check_writable
 from sparseinst.models.decoder import Coordinates, Predictions
@@ -27,6 +30,8 @@ from sparseinst.postprocess import class_scores, maskness
 _log = logging.getLogger(__name__)
 
 OPSET = 18
+NETWORK_OPSET = 19
+"""The ONNX operator set of a network for the engines: the first with deformable convolutions."""
 _EXAMPLE_SIZE = (250, 330)
 """Height and width of the exporters' example image. They are no multiples of 32, so that the graph contains the padding."""
 OUTPUTS = ("scores", "labels", "masks")
@@ -140,7 +145,8 @@ def export_model(
             `output` is a folder.
     """
     if form == "onnx":
-        _check_onnx(model)
+        check_onnx_packages()
+        _check_operators(model)
     inference = Inference(model.half() if half else model, config, normalise=normalise, probabilities=probabilities).eval()
     example = torch.zeros(1, 3, *_EXAMPLE_SIZE)
     dynamic = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
@@ -168,8 +174,48 @@ def export_model(
             program.save(temporary)
 
 
-def _check_onnx(model: SparseInst) -> None:
-    """Raise `UserError` if the model cannot be exported to ONNX."""
+class Network(nn.Module):
+    """The network alone, which the engines run: normalised images (B, 3, H, W) to the four tensors of `Predictions`."""
+
+    def __init__(self, model: SparseInst) -> None:
+        super().__init__()
+        self.model = _exportable(model)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model(images))
+
+
+def export_network(model: SparseInst, output: Path, about: Mapping[str, str]) -> None:
+    """Write the network as ONNX in float32, for any number of images whose sides are multiples of 32.
+
+    Args:
+        about: entries for the file's metadata.
+
+    Raises:
+        UserError: the ONNX operator set lacks an operator that the model needs, or the extra `export` is not installed.
+    """
+    check_onnx_packages()
+    _check_operators(model)
+    network = Network(model).cpu().float().eval()
+    dynamic = {INPUT: dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters warn about their own code
+        program: Any = torch.onnx.export(
+            network,
+            (torch.zeros(2, 3, 256, 320),),
+            dynamo=True,
+            opset_version=NETWORK_OPSET,
+            input_names=[INPUT],
+            output_names=list(NETWORK_OUTPUTS),
+            dynamic_shapes=dynamic,
+            verbose=False,
+        )
+        program.model.metadata_props.update(about)
+        program.save(output)
+
+
+def check_onnx_packages() -> None:
+    """Raise `UserError` if a package that the export to ONNX needs is missing."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -177,6 +223,10 @@ def _check_onnx(model: SparseInst) -> None:
         raise UserError(
             f"ONNX needs the extra `export` ({error.name} is missing); install it: pip install 'sparseinst[export]'"
         ) from None
+
+
+def _check_operators(model: SparseInst) -> None:
+    """Raise `UserError` if the ONNX operator set lacks an operator of the model."""
     deformable = [name for name, module in model.named_modules() if isinstance(module, DeformableConv2d)]
     if deformable:
         raise UserError(
