@@ -46,7 +46,7 @@ ALLOWED = {
     "ablation": BASE | {"data"},
     "launch": BASE
     | {"attempts", "data", "device", "distributed", "inference", "evaluation", "training", "visualize", "bench", "ablation"}
-    | {"report", "engines"},
+    | {"report"},
     "report": BASE | {"ablation"},
     "publish": BASE | {"data", "device", "inference", "evaluation", "visualize", "ablation"},
 }
