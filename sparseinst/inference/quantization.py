@@ -8,7 +8,9 @@ outputs' error they cause. What was tried, with the AP of each attempt, is the r
 from __future__ import annotations
 
 import ast
+import contextlib
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -179,7 +181,8 @@ class Quantiser:
         present = {operator.get_friendly_name() for operator in model.get_ops()}
         names = [name for part in kept for name in self._operators(part) if name in present]
         images = self._images[:most]
-        with torch.random.fork_rng():
+        # NNCF prints its progress, but the output may be JSON for a script.
+        with torch.random.fork_rng(), contextlib.redirect_stdout(sys.stderr):
             return self._nncf.quantize(
                 model,
                 self._nncf.Dataset(images),
