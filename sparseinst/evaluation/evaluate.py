@@ -287,7 +287,7 @@ def _validation_score(config: Config, source: Source, device: torch.device) -> S
     def score(artifact: Path, precision: NetworkPrecision) -> float | None:
         split = val_split(config.data)
         check_categories(split, source.categories, f"{source.path}")
-        network = load_artifact(artifact, read_about(artifact), precision).network
+        network = load_artifact(artifact, read_about(artifact), precision, keep_compiled=False).network
         return evaluate(network, split, config, device=device).figures["AP"]
 
     return score

@@ -90,8 +90,15 @@ def prepare(
     return load_artifact(artifact, about, inference.precision)
 
 
-def load_artifact(artifact: Path, about: About, precision: NetworkPrecision) -> Prepared:
-    """Return the network of an artifact. Raises `UserError` as `prepare` does."""
+def load_artifact(artifact: Path, about: About, precision: NetworkPrecision, *, keep_compiled: bool = True) -> Prepared:
+    """Return the network of an artifact.
+
+    Args:
+        keep_compiled: let OpenVINO keep the compiled network on the disk, for the next start.
+
+    Raises:
+        UserError: as `prepare` does.
+    """
     engine: Engine
     if engine_of(artifact) == "onnxruntime":
         from sparseinst.engines import onnxruntime_engine
@@ -100,7 +107,7 @@ def load_artifact(artifact: Path, about: About, precision: NetworkPrecision) -> 
     else:
         from sparseinst.engines import openvino_engine
 
-        engine = openvino_engine.load(artifact, precision, cache=compiled_folder())
+        engine = openvino_engine.load(artifact, precision, cache=compiled_folder() if keep_compiled else None)
     return Prepared(EngineNetwork(engine, about).eval(), engine.facts, about.recipe, artifact)
 
 
