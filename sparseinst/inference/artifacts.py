@@ -22,8 +22,9 @@ from sparseinst.data.coco import Category, read_categories
 from sparseinst.engines.base import artifact_files, missing_package
 from sparseinst.errors import UserError, shorten
 from sparseinst.files import atomic, check_is_file, make_folder
-from sparseinst.inference.export import NETWORK_OPSET, export_network
+from sparseinst.inference.export import OPSET, export_network
 from sparseinst.inference.weights import tensors_digest
+from sparseinst.models.layers import DeformableConv2d
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.overrides import parse_config
 from sparseinst.section import content_hash
@@ -89,7 +90,7 @@ def network_folder(about: About) -> Path:
         "version": _VERSION,
         "weights": about.weights,
         "model": about.config.model.content(),
-        "exporter": [torch.__version__, NETWORK_OPSET],
+        "exporter": [torch.__version__, OPSET],
     }
     return artifacts_folder() / "networks" / content_hash(content)
 
@@ -105,6 +106,8 @@ def float_artifact(model: SparseInst, about: About, engine: EngineName) -> Path:
     Raises:
         UserError: a package is missing, or the network cannot be exported.
     """
+    if engine == "openvino":
+        _check_openvino_layers(model)
     folder = network_folder(about)
     onnx = folder / "network.onnx"
     if not onnx.exists():
@@ -117,6 +120,16 @@ def float_artifact(model: SparseInst, about: About, engine: EngineName) -> Path:
     if not converted.exists():
         write_openvino(_openvino().Core().read_model(onnx), converted, about)
     return converted
+
+
+def _check_openvino_layers(model: SparseInst) -> None:
+    """Raise `UserError` for deformable convolutions: the process of OpenVINO 2026.4.1 dies when it reads them from ONNX."""
+    found = [name for name, module in model.named_modules() if isinstance(module, DeformableConv2d)]
+    if found:
+        raise UserError(
+            f"engine openvino cannot read deformable convolutions, and the model has {len(found)} (first: {found[0]}); "
+            "use the engine onnxruntime or torch"
+        )
 
 
 def _openvino() -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,17 +20,14 @@ from sparseinst.engines.base import INPUT
 from sparseinst.engines.base import OUTPUTS as NETWORK_OUTPUTS
 from sparseinst.errors import UserError
 from sparseinst.files import atomic, check_writable
+from sparseinst.inference.onnx_operators import translations
 from sparseinst.models.decoder import Coordinates, Predictions
 from sparseinst.models.encoder import resize
-from sparseinst.models.layers import DeformableConv2d
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.postprocess import class_scores, maskness
 
-_log = logging.getLogger(__name__)
-
-OPSET = 18
-NETWORK_OPSET = 19
-"""The ONNX operator set of a network for the engines: the first with deformable convolutions."""
+OPSET = 19
+"""The ONNX operator set: the first with deformable convolutions."""
 _EXAMPLE_SIZE = (250, 330)
 """Height and width of the exporters' example image. They are no multiples of 32, so that the graph contains the padding."""
 OUTPUTS = ("scores", "labels", "masks")
@@ -141,12 +137,10 @@ def export_model(
         half: true if weights and features are fp16; scores and masks stay float32.
 
     Raises:
-        UserError: the ONNX operator set lacks an operator that the model needs, the extra `export` is not installed, or
-            `output` is a folder.
+        UserError: the extra `export` is not installed, or `output` is a folder.
     """
     if form == "onnx":
         check_onnx_packages()
-        _check_operators(model)
     inference = Inference(model.half() if half else model, config, normalise=normalise, probabilities=probabilities).eval()
     example = torch.zeros(1, 3, *_EXAMPLE_SIZE)
     dynamic = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
@@ -165,6 +159,7 @@ def export_model(
             (example,),
             dynamo=True,
             opset_version=OPSET,
+            custom_translation_table=translations(OPSET),
             input_names=["image"],
             output_names=list(OUTPUTS),
             dynamic_shapes=dynamic,
@@ -192,10 +187,9 @@ def export_network(model: SparseInst, output: Path, about: Mapping[str, str]) ->
         about: entries for the file's metadata.
 
     Raises:
-        UserError: the ONNX operator set lacks an operator that the model needs, or the extra `export` is not installed.
+        UserError: the extra `export` is not installed.
     """
     check_onnx_packages()
-    _check_operators(model)
     network = Network(model).cpu().float().eval()
     dynamic = {INPUT: dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)}
     with torch.no_grad(), warnings.catch_warnings():
@@ -204,7 +198,8 @@ def export_network(model: SparseInst, output: Path, about: Mapping[str, str]) ->
             network,
             (torch.zeros(2, 3, 256, 320),),
             dynamo=True,
-            opset_version=NETWORK_OPSET,
+            opset_version=OPSET,
+            custom_translation_table=translations(OPSET),
             input_names=[INPUT],
             output_names=list(NETWORK_OUTPUTS),
             dynamic_shapes=dynamic,
@@ -223,13 +218,3 @@ def check_onnx_packages() -> None:
         raise UserError(
             f"ONNX needs the extra `export` ({error.name} is missing); install it: pip install 'sparseinst[export]'"
         ) from None
-
-
-def _check_operators(model: SparseInst) -> None:
-    """Raise `UserError` if the ONNX operator set lacks an operator of the model."""
-    deformable = [name for name, module in model.named_modules() if isinstance(module, DeformableConv2d)]
-    if deformable:
-        raise UserError(
-            f"ONNX opset {OPSET} has no deformable convolutions, but the model has {len(deformable)} (first: {deformable[0]}); "
-            "export with --form torch, or export a model without deformable convolutions"
-        )

@@ -17,7 +17,9 @@ from sparseinst.engines.names import ENGINES, check_engine
 from sparseinst.errors import UserError
 from sparseinst.evaluation.evaluate import evaluate_weights
 from sparseinst.inference import artifacts as keeping
+from sparseinst.inference.engine_network import prepare
 from sparseinst.machine import multiplies_bfloat16
+from sparseinst.models.sparseinst import build_model
 from tests.conftest import CPU
 
 SIZES = [(48, 64), (64, 64), (100, 40)]
@@ -157,6 +159,12 @@ def test_openvino_compiles_what_is_asked_for(artifacts: Path, trained: Path) -> 
     assert (found["precision"], max(found["layers"], key=found["layers"].get)) == ("bf16", "bf16")
     with pytest.raises(UserError, match="compiled bf16 although fp16 was asked for"):
         evaluate_weights(weights, {"inference.engine": "openvino", "inference.precision": "fp16"}, device=CPU)
+
+
+def test_openvino_refuses_deformable_convolutions(artifacts: Path, tiny: Config) -> None:
+    config = tiny.replace({"model.decoder.deformable": True, "inference.engine": "openvino"})
+    with pytest.raises(UserError, match="cannot read deformable convolutions, and the model has 2 .*use the engine onnxruntime"):
+        prepare(build_model(config.model), config, (), device=CPU)
 
 
 def test_files_that_are_no_networks_are_refused(tmp_path: Path) -> None:
