@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
 from sparseinst.bench.benchmark import percentiles, ratio_of
 from sparseinst.bench.isolated import Runner, race_isolated
@@ -228,17 +229,23 @@ def agreement(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> di
 
 
 def _partners(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any], float]]:
-    """Return pairs of instances of one image with the IoU of their masks. The pairs with the largest IoU come first."""
+    """Return pairs of instances of one image with the IoU of their masks. The pairs with the largest IoU come first.
+
+    Among equal masks, the pairs with the closest scores come first. Two empty masks are equal.
+    """
     if not ours or not theirs:
         return []
-    height, width = ours[0]["segmentation"]["size"]
-    iou = overlaps([one["segmentation"] for one in ours], [other["segmentation"] for other in theirs], height, width)
-    iou = np.array(iou, dtype=float).reshape(len(ours), len(theirs))
-    same = [[one["category_id"] == other["category_id"] for other in theirs] for one in ours]
-    iou[~np.array(same)] = -1.0
+    masks = [[result["segmentation"] for result in results] for results in (ours, theirs)]
+    height, width = masks[0][0]["size"]
+    iou = np.array(overlaps(masks[0], masks[1], height, width), dtype=np.float64).reshape(len(ours), len(theirs))
+    iou[np.outer(*[coco_mask.area(side) == 0 for side in masks])] = 1.0
+    scores, categories = (np.array([one[key] for one in ours]) for key in ("score", "category_id"))
+    others, classes = (np.array([one[key] for one in theirs]) for key in ("score", "category_id"))
+    preference = iou - _SAME_SCORE * np.abs(scores[:, None] - others)
+    preference[categories[:, None] != classes] = -np.inf
     pairs = []
-    while iou.max() >= 0.0:
-        row, column = np.unravel_index(iou.argmax(), iou.shape)
+    while np.isfinite(preference.max()):
+        row, column = np.unravel_index(preference.argmax(), iou.shape)
         pairs.append((ours[row], theirs[column], float(iou[row, column])))
-        iou[row], iou[:, column] = -1.0, -1.0
+        preference[row], preference[:, column] = -np.inf, -np.inf
     return pairs
