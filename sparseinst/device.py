@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 
-from sparseinst.config import Precision
+from sparseinst.config import NetworkPrecision
 from sparseinst.errors import UserError
 from sparseinst.words import shorten
 
@@ -48,8 +48,11 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """Return the context in which a model computes in this precision. `fp32` also switches an outer autocast and TF32 off."""
+def autocast(device: torch.device, precision: NetworkPrecision) -> AbstractContextManager[object]:
+    """Return the context in which a model computes in this precision. `fp32` also switches an outer autocast and TF32 off.
+
+    `int8` is no torch type; it changes nothing here.
+    """
     cast = torch.autocast(device.type, dtype=DTYPES.get(precision, torch.float32), enabled=precision in DTYPES)
     if device.type != "cuda":
         return cast

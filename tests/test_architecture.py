@@ -32,14 +32,17 @@ ALLOWED = {
     "postprocess": {"config", "models", "paste"},
     "device": {"config", "errors", "words"},
     "distributed": {"criterion"},
-    "inference": BASE | {"models", "data", "paste", "postprocess", "device"},
+    "engines": BASE | {"models", "device"},
+    "inference": BASE | {"models", "data", "paste", "postprocess", "device", "engines"},
     "evaluation": BASE
     | {"attempts", "progress", "models", "data", "matcher", "criterion", "paste", "postprocess", "device", "distributed"}
-    | {"inference"},
+    | {"inference", "engines"},
     "training": BASE
     | {"attempts", "progress", "models", "data", "criterion", "device", "distributed", "evaluation", "inference"},
     "visualize": BASE | {"progress", "data", "postprocess", "evaluation", "inference"},
-    "bench": BASE | {"models", "data", "paste", "postprocess", "device", "inference", "training", "integrations"},
+    "bench": BASE
+    | {"models", "data", "paste", "postprocess", "device", "inference", "training", "integrations"}
+    | {"engines", "evaluation", "report"},
     "integrations": BASE | {"progress", "models", "data", "criterion", "distributed", "postprocess", "evaluation", "training"},
     "ablation": BASE | {"data"},
     "launch": BASE
@@ -95,6 +98,7 @@ WITHOUT_TORCH = [
     "ablation.provenance",
     "report.collect",
     "report.figures",
+    "engines.names",
     "inference.compact",
     "report.tables",
     "report.plots",

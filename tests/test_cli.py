@@ -140,7 +140,10 @@ def bad_inputs() -> dict[str, tuple[list[str], str]]:
         "unknown profile": (["run", "table5", "--profile", "minni"], "did you mean 'mini'"),
         "unknown row": (["run", "table5", "--profile", "mini", "--row", "l2"], "no row is called"),
         "unknown option": (["train", "--outpt", "x"], "No such option"),
-        "unknown engine": (["evaluate", "--weights", "{trained}", "--engine", "x"], "Invalid value"),
+        "unknown engine": (
+            ["evaluate", "--weights", "{trained}", "--engine", "x"],
+            "engine 'x' is unknown: expected one of torch",
+        ),
     }
 
 

@@ -141,6 +141,8 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "model.decoder.iam.kind": {"model.decoder.iam.groups": 1},
     "data.crop_limit": {"data.crop": 0.5},
     "data.scale_jitter_max": {"data.scale_jitter_min": 0.1},
+    "inference.max_drop": {"inference.engine": "openvino", "inference.precision": "int8"},
+    "inference.calibration_images": {"inference.engine": "openvino", "inference.precision": "int8"},
     "loss.dice": {"loss.pixel": "bce"},
     "loss.objectness": {"inference.rescore": False},
 }

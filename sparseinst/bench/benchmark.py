@@ -11,7 +11,7 @@ import statistics
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ class Latency:
     """Peak memory of the GPU in MiB. None on a processor."""
     clocks: str | None = None
     """The GPU's clocks, temperature and throttling before and after, as its driver reports them. None on a processor."""
+    facts: dict[str, Any] | None = None
+    """What ran the network; see `engines.base.Facts`. None for a peer and in training."""
 
 
 @torch.no_grad()
@@ -78,6 +80,7 @@ def measure(workload: Workload, *, device: torch.device, warmup: int = 10, repet
         _drift(whole, workload.num_batches),
         torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else None,
         f"{before} | {after}" if before is not None else None,
+        workload.facts,
     )
 
 
@@ -118,7 +121,7 @@ class LocalSide:
     """A side of a comparison that runs in this process."""
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
-        self.num_batches = workload.num_batches
+        self.num_batches, self.facts = workload.num_batches, workload.facts
         self._workload, self._device = workload, device
 
     @torch.no_grad()
@@ -132,23 +135,32 @@ def compare(first: ComparedSide, second: ComparedSide, *, warmup: int = 10, repe
     Raises:
         UserError: the sides have different numbers of batches.
     """
-    if first.num_batches != second.num_batches:
+    one, other = take_turns([first, second], warmup=warmup, repetitions=repetitions)
+    return Comparison(percentiles(one), percentiles(other), ratio_of(one, other), len(one))
+
+
+def take_turns(sides: Sequence[ComparedSide], *, warmup: int = 10, repetitions: int = 50) -> list[list[float]]:
+    """Time sides by turns, and return the seconds of each side's runs. Run n of each side takes the same images.
+
+    Raises:
+        UserError: the sides have different numbers of batches.
+    """
+    batches = [side.num_batches for side in sides]
+    if len(set(batches)) > 1:
         raise UserError(
-            f"the sides have {first.num_batches} and {second.num_batches} batches: "
-            "a ratio needs the same images, and as many images at once"
+            f"the sides have {' and '.join(map(str, batches))} batches: a ratio needs the same images, and as many images at once"
         )
-    repetitions = round_up_repetitions(first, repetitions)
-    for number in range(max(warmup, first.num_batches)):
-        for side in (first, second):
+    for number in range(max(warmup, batches[0])):
+        for side in sides:
             side.time_batch(number)
-    pairs = [tuple(side.time_batch(number) for side in (first, second)) for number in range(repetitions)]
-    ratios = np.percentile([a / b for a, b in pairs], (50, 5, 95))
-    return Comparison(
-        percentiles([a for a, _ in pairs]),
-        percentiles([b for _, b in pairs]),
-        {name: round(float(value), 3) for name, value in zip(("median", "p5", "p95"), ratios, strict=True)},
-        repetitions,
-    )
+    turns = [[side.time_batch(number) for side in sides] for number in range(round_up_repetitions(sides[0], repetitions))]
+    return [list(seconds) for seconds in zip(*turns, strict=True)]
+
+
+def ratio_of(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+    """Return `median`, `p5` and `p95` of the first side's time divided by the second's, turn by turn."""
+    ratios = np.percentile(np.divide(first, second), (50, 5, 95))
+    return {name: round(float(value), 3) for name, value in zip(("median", "p5", "p95"), ratios, strict=True)}
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:

@@ -7,11 +7,12 @@ freed memory in their process, as our commands do. Mode `plain` and peers do not
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +25,16 @@ if TYPE_CHECKING:
 
 
 def measure_isolated(setting: Setting, task: Task, device: Any, warmup: int, repetitions: int) -> dict[str, Any]:
-    """Measure one setting in a process of its own, and return the fields of `Latency`, `flops` and `parameters`.
+    """Measure one setting in a process of its own, and return the fields of `Latency`, `flops`, `parameters` and
+    `first_image_s`, the seconds from the start of the process to the result of its first image.
 
     Raises:
         UserError, DataError: the workload cannot be built.
         RunFailed: the process was killed.
     """
+    began = time.time()
     with _start_process(setting) as process:
-        return _wait_for_result(process.submit(_measure, setting, task, device, warmup, repetitions), setting)
+        return _wait_for_result(process.submit(_measure, setting, task, device, warmup, repetitions, began), setting)
 
 
 def compare_isolated(pair: list[Setting], task: Task, device: Any, warmup: int, repetitions: int) -> Comparison:
@@ -53,6 +56,41 @@ def compare_isolated(pair: list[Setting], task: Task, device: Any, warmup: int, 
             for process, setting, num_batches in zip((first, second), pair, pending, strict=True)
         )
         return compare(one, other, warmup=warmup, repetitions=repetitions)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """The runs of one setting among others that took turns."""
+
+    seconds: list[float]
+    first_image_s: float
+    """From the start of its process to the result of the first image."""
+    facts: dict[str, Any] | None
+    """See `Workload.facts`."""
+
+
+def race_isolated(settings: Sequence[Setting], task: Task, device: Any, warmup: int, repetitions: int) -> list[Runner]:
+    """Time settings by turns, each in a process of its own, and return the runs of each.
+
+    The processes prepare one after the other, so that none delays another one's first image.
+
+    Raises:
+        UserError, DataError: a workload cannot be built, or the settings have different numbers of batches.
+        RunFailed: a process was killed.
+    """
+    from sparseinst.bench.benchmark import take_turns
+
+    with ExitStack() as stack:
+        sides, firsts, facts = [], [], []
+        for setting in settings:
+            began = time.time()
+            process = stack.enter_context(_start_process(setting))
+            firsts.append(_wait_for_result(process.submit(_first_image, setting, task, device, began), setting))
+            facts.append(_wait_for_result(process.submit(_facts, setting), setting))
+            num_batches = _wait_for_result(process.submit(_num_batches, setting), setting)
+            sides.append(IsolatedSide(process, setting, num_batches))
+        seconds = take_turns(sides, warmup=warmup, repetitions=repetitions)
+    return [Runner(*runner) for runner in zip(seconds, firsts, facts, strict=True)]
 
 
 class IsolatedSide:
@@ -97,12 +135,30 @@ def _initialize_process(keep_memory: bool) -> None:
         keep_freed_memory()
 
 
-def _measure(setting: Setting, task: Task, device: Any, warmup: int, repetitions: int) -> dict[str, Any]:
+def _measure(setting: Setting, task: Task, device: Any, warmup: int, repetitions: int, began: float) -> dict[str, Any]:
     """Build the workload of a setting, and measure it."""
-    from sparseinst.bench.benchmark import measure
+    from sparseinst.bench.benchmark import LocalSide, measure
 
     workload, counts = build_workload(setting, task, device)
-    return asdict(measure(workload, device=device, warmup=warmup, repetitions=repetitions)) | counts
+    LocalSide(workload, device).time_batch(0)
+    first = round(time.time() - began, 3)
+    measured = asdict(measure(workload, device=device, warmup=warmup, repetitions=repetitions))
+    return {**measured, **counts, "first_image_s": first}
+
+
+def _first_image(setting: Setting, task: Task, device: Any, began: float) -> float:
+    """Prepare a setting, run its first image, and return the seconds since this process was started."""
+    _prepare(setting, task, device)
+    _time_batch(setting, 0)
+    return round(time.time() - began, 3)
+
+
+def _facts(setting: Setting) -> dict[str, Any] | None:
+    return _prepared_sides[setting].facts
+
+
+def _num_batches(setting: Setting) -> int:
+    return _prepared_sides[setting].num_batches
 
 
 def _prepare(setting: Setting, task: Task, device: Any) -> int:

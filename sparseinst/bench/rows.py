@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from sparseinst.bench.modes import INFERENCE_MODES, TRAINING_MODES
-from sparseinst.config import MODELS, Precision
+from sparseinst.config import ENGINE_PRECISIONS, MODELS, Precision
+from sparseinst.engines.names import check_engine
 from sparseinst.errors import UserError
 from sparseinst.nested import nearest
 
 if TYPE_CHECKING:
     from sparseinst.bench.timed import Workload
     from sparseinst.config import Config
-    from sparseinst.models.sparseinst import SparseInst
+    from sparseinst.inference.engine_network import Prepared, Source
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+ENGINE_MODE = "compiled"
+"""The mode of every engine other than torch."""
 _ALL_MODES = tuple(dict.fromkeys(INFERENCE_MODES + TRAINING_MODES))
 
 
@@ -30,11 +33,17 @@ class Setting:
     batch: int = 1
     precision: str = "fp32"
     mode: str = "eager"
+    engine: str = "torch"
+    """What runs the network; see `config.EngineName`. Engines other than torch compile it themselves, in mode `compiled`."""
 
     def __post_init__(self) -> None:
-        for what, value, known in (("precision", self.precision, PRECISIONS), ("mode", self.mode, _ALL_MODES)):
+        known_precisions = ENGINE_PRECISIONS[check_engine(self.engine)]
+        for what, value, known in (("precision", self.precision, known_precisions), ("mode", self.mode, _ALL_MODES)):
             if value not in known:
-                raise UserError(f"{what} {value!r} is unknown: expected one of {', '.join(known)}{nearest(value, known)}")
+                of = f" of engine {self.engine}" if self.engine != "torch" else ""
+                raise UserError(f"{what} {value!r}{of} is unknown: expected one of {', '.join(known)}{nearest(value, known)}")
+        if self.engine != "torch" and self.mode != ENGINE_MODE:
+            raise UserError(f"{self}: engine {self.engine} compiles the network itself, so its mode is {ENGINE_MODE}")
         if self.size < 32 or self.batch < 1:
             raise UserError(f"size {self.size}, batch {self.batch}: the size must be at least 32, and the batch at least 1")
 
@@ -44,7 +53,8 @@ class Setting:
         return self.size, round(self.size * 853 / 640)
 
     def __str__(self) -> str:
-        return f"{self.model} {self.size} x{self.batch} {self.precision} {self.mode}"
+        engine = f" {self.engine}" if self.engine != "torch" else ""
+        return f"{self.model} {self.size} x{self.batch} {self.precision} {self.mode}{engine}"
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,10 @@ class Task:
     photos: tuple[Path, ...] = ()
     """Photos for inference. If there are none, random images are used."""
     data: Path | None = None
-    """A COCO-format folder to train on. If it is None, random images are used."""
+    """A COCO-format folder to train on, or to calibrate and evaluate on. If it is None, training uses random images, and weights
+    are evaluated on their own data."""
+    images: int | None = None
+    """Evaluate only this many validation images; they also decide what int8 keeps in float. None evaluates all."""
 
     def check(self, setting: Setting) -> None:
         """Raise `UserError` if the setting cannot do this task."""
@@ -64,6 +77,8 @@ class Task:
         modes = TRAINING_MODES if self.train else INFERENCE_MODES
         if setting.mode not in modes:
             raise UserError(f"{setting}: the modes {'of --train' if self.train else 'without --train'} are {', '.join(modes)}")
+        if self.train and setting.engine != "torch":
+            raise UserError(f"{setting}: only torch trains")
         if is_peer(setting.model) and (self.train or setting != Setting(setting.model, setting.size)):
             raise UserError(f"{setting}: a peer is timed as it is, in inference with batch 1, fp32 and mode eager")
 
@@ -89,36 +104,44 @@ def apply_changes(setting: Setting, text: str, *, size_of_model: bool) -> Settin
             raise UserError(f"--compare: {part!r}: expected a number") from None
     if size_of_model and "model" in changes:
         changes.setdefault("size", default_short_side(changes["model"]))
+    if changes.get("engine", "torch") != "torch":
+        changes.setdefault("mode", ENGINE_MODE)
     return replace(setting, **changes)
 
 
 def default_short_side(model: str) -> int:
     """Return the image's shorter side that a model is meant for: the size of its weights' config, else 640."""
-    from sparseinst.inference.weights import load_weights
+    from sparseinst.inference.checkpoints import find_weights
+    from sparseinst.inference.engine_network import open_source
 
-    return load_weights(Path(model))[1].inference.sides()[0] if _is_weights_path(model) else 640
-
-
-def _is_weights_path(model: str) -> bool:
-    """Tell whether the text is a path of weights. A model's name takes precedence over a path of the same name."""
-    return model not in MODELS and Path(model).exists()
+    return open_source(find_weights(Path(model))).config.inference.sides()[0] if _is_weights(model) else 640
 
 
-def load_network(setting: Setting, data: Path | None = None) -> tuple[Config, SparseInst | None]:
-    """Return the config to time with, and the trained model if the setting names weights.
+def _is_weights(model: str) -> bool:
+    """Tell whether the text names weights: a path or a model of the package. The name of a model takes precedence."""
+    from sparseinst.inference.weights import SHIPPED_MODELS
+
+    return model not in MODELS and (model in SHIPPED_MODELS or Path(model).exists())
+
+
+def load_network(setting: Setting, data: Path | None = None, images: int | None = None) -> tuple[Config, Source | None]:
+    """Return the config to time with, and the trained weights, or the artifact of an engine, if the setting names them.
 
     Args:
-        data: a COCO-format folder to train on, instead of the config's own data.
+        data: a COCO-format folder, instead of the config's own data.
+        images: evaluate only this many validation images.
 
     Raises:
         UserError: the model's name is unknown, or its weights cannot be loaded.
     """
-    from sparseinst.inference.weights import load_weights
+    from sparseinst.inference.checkpoints import find_weights
+    from sparseinst.inference.engine_network import open_source
     from sparseinst.overrides import load_config
 
     (short, long), trained = setting.sides, None
-    if _is_weights_path(setting.model):
-        trained, config, _ = load_weights(Path(setting.model))
+    if _is_weights(setting.model):
+        trained = open_source(find_weights(Path(setting.model)))
+        config = trained.config
         own_short, own_long = config.inference.sides()
         long = round(short * own_long / own_short)
     else:
@@ -128,9 +151,10 @@ def load_network(setting: Setting, data: Path | None = None) -> tuple[Config, Sp
         "inference.long_side": long,
         "inference.size_factor": 1.0,
         "inference.precision": setting.precision,
+        "inference.engine": setting.engine,
         "data.short_sides": [short],
         "data.long_side": long,
-        "train.precision": setting.precision,
+        **({"train.precision": setting.precision} if setting.engine == "torch" else {}),
         "train.batch_size": setting.batch,
         "train.accumulate": 1,
         # These values give every setting the same training images.
@@ -141,6 +165,8 @@ def load_network(setting: Setting, data: Path | None = None) -> tuple[Config, Sp
     }
     if data is not None:
         changes |= {"data.root": str(data), "data.source": "coco"}
+    if images is not None:
+        changes["data.val_limit"] = images
     return config.replace(changes), trained
 
 
@@ -160,10 +186,30 @@ def build_workload(setting: Setting, task: Task, device: Any) -> tuple[Workload,
     if is_peer(setting.model):
         peer = build_peer(setting.model, device=device, sides=setting.sides, pretrained=False)
         return peer_workload(peer, device, task.photos), {"flops": None, "parameters": peer.parameters}
-    config, trained = load_network(setting, task.data)
+    config, source = load_network(setting, task.data, task.images)
     counts = {"flops": count_network_cost(config).flops, "parameters": count_parameters(config)}
     mode: Any = setting.mode
     if task.train:
         split = train_split(config.data) if task.data is not None else None
-        return training_workload(config, device=device, model=trained, mode=mode, split=split), counts
-    return network_workload(config, device=device, model=trained, batch=setting.batch, mode=mode, photos=task.photos), counts
+        model = source.model if source is not None else None
+        return training_workload(config, device=device, model=model, mode=mode, split=split), counts
+    prepared = prepare_for_timing(setting, config, source, device)
+    return network_workload(config, prepared, device=device, batch=setting.batch, mode=mode, photos=task.photos), counts
+
+
+def prepare_for_timing(setting: Setting, config: Config, source: Source | None, device: Any) -> Prepared:
+    """Return the network of a setting, ready to run.
+
+    Args:
+        source: the trained weights or an artifact. Without it the weights are random; then int8 is calibrated on noise.
+
+    Raises:
+        UserError: the engine or its precision is not available.
+    """
+    from sparseinst.bench.timed import optimize_mode, random_network
+    from sparseinst.evaluation.evaluate import prepare_network
+
+    mode: Any = setting.mode
+    if source is None:
+        return random_network(config, device=device, mode=mode)
+    return prepare_network(source, config, device=device, optimize=optimize_mode(config, mode))

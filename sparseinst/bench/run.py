@@ -12,7 +12,7 @@ import torch
 
 from sparseinst.bench.isolated import compare_isolated, measure_isolated
 from sparseinst.bench.roofline import count_network_cost, measure_peak
-from sparseinst.bench.rows import Setting, Task, default_short_side, load_network
+from sparseinst.bench.rows import ENGINE_MODE, Setting, Task, default_short_side, load_network
 from sparseinst.errors import UserError
 from sparseinst.integrations.peers import is_peer
 from sparseinst.machine import device_name
@@ -27,16 +27,22 @@ def build_settings(
     batches: Sequence[int],
     precisions: Sequence[str],
     modes: Sequence[str],
+    engines: Sequence[str] = ("torch",),
 ) -> list[Setting]:
     """Return every combination of the values. Without sizes each model has the size that it is meant for.
+
+    The modes are torch's; the other engines have one mode.
 
     Raises:
         UserError: a value is not valid, or weights cannot be loaded.
     """
     return [
-        Setting(name, *values)
+        Setting(name, *values, engine)
         for name in models
-        for values in itertools.product(sizes or [default_short_side(name)], batches, precisions, modes)
+        for engine in engines
+        for values in itertools.product(
+            sizes or [default_short_side(name)], batches, precisions, modes if engine == "torch" else [ENGINE_MODE]
+        )
     ]
 
 

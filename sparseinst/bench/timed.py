@@ -23,6 +23,7 @@ from sparseinst.data.network_input import at_test_size, inference_size, pad, pad
 from sparseinst.data.transforms import Pixels
 from sparseinst.device import autocast
 from sparseinst.inference import optimize as optimizing
+from sparseinst.inference.engine_network import Prepared, prepare
 from sparseinst.models.sparseinst import SparseInst, build_model
 from sparseinst.paste import paste
 from sparseinst.postprocess import ImageSize, postprocess
@@ -50,6 +51,8 @@ class Workload:
     """Height and width of the padded input. None if they differ between batches."""
     num_batches: int = RANDOM_BATCHES
     """Number of different batches. Batch `num_batches` is batch 0 again."""
+    facts: dict[str, Any] | None = None
+    """What runs the network, as `Prepared.as_json` returns it; None for a peer and for training."""
 
 
 class InputBatch(NamedTuple):
@@ -89,9 +92,9 @@ def photo_inputs(files: Sequence[Path], inference: InferenceConfig, batch: int) 
 
 def network_workload(
     config: Config,
+    prepared: Prepared | None = None,
     *,
     device: torch.device,
-    model: SparseInst | None = None,
     batch: int = 1,
     mode: InferenceMode = "eager",
     photos: Sequence[Path] = (),
@@ -99,27 +102,27 @@ def network_workload(
     """Return the workload of our model in inference: forward pass and post-processing.
 
     Args:
-        model: a model with trained weights. Without it the weights are random, and post-processing keeps every map, which is the
-            slowest case.
+        prepared: the network in the config's engine and precision and in this mode. None takes random weights, with which
+            post-processing keeps every map, which is the slowest case.
         photos: image files. Without them the images are random, in COCO's usual size.
 
     Raises:
         DataError: a photo cannot be read.
     """
+    prepared = prepared or random_network(config, device=device, mode=mode)
     torch.manual_seed(0)
-    network = (model or build_model(config.model, load_pretrained=False)).to(device).eval()
     inference = config.inference
-    layout = torch.contiguous_format if mode == "plain" else torch.channels_last
-    if mode not in ("plain", "eager"):
-        network = optimizing.optimize(network, device=device, mode=cast(OptimizeMode, mode), precision=inference.precision)
-    network = network.to(memory_format=layout)
+    plain_layout = mode == "plain" or inference.engine != "torch"
+    layout = torch.contiguous_format if plain_layout else torch.channels_last
+    network = prepared.network.to(memory_format=layout)
     resize = paste_in_two_steps if mode == "plain" else paste
     inputs = photo_inputs(photos, inference, batch) if photos else random_inputs(inference, batch)
     images = [
         network.normalise(each.pixels.to(device), [size.resized for size in each.sizes]).contiguous(memory_format=layout)
         for each in inputs
     ]
-    separable = mode in ("plain", "eager", "folded")  # a compiled network and a CUDA graph run as one
+    # A compiled network, a CUDA graph and another engine's network run as one.
+    separable = mode in ("plain", "eager", "folded") and inference.engine == "torch"
 
     def run(number: int, module_done: OnModuleDone) -> int:
         index = number % len(inputs)
@@ -131,7 +134,25 @@ def network_workload(
         return sum(len(instances.scores) for instances in found)
 
     shapes = {each.padded for each in inputs}
-    return Workload(run, MODULES if separable else (), shapes.pop() if len(shapes) == 1 else None, len(inputs))
+    return Workload(
+        run, MODULES if separable else (), shapes.pop() if len(shapes) == 1 else None, len(inputs), prepared.as_json()
+    )
+
+
+def random_network(config: Config, *, device: torch.device, mode: InferenceMode = "eager") -> Prepared:
+    """Return the network of a config with random weights, always the same ones. In int8 it is calibrated on noise.
+
+    Raises:
+        UserError: the engine or its precision is not available.
+    """
+    torch.manual_seed(0)
+    model = build_model(config.model, load_pretrained=False).to(device).eval()
+    return prepare(model, config, (), device=device, optimize=optimize_mode(config, mode), score=lambda *_: None)
+
+
+def optimize_mode(config: Config, mode: InferenceMode) -> OptimizeMode | None:
+    """Return what `inference.optimize` does in a mode; None if the network runs as it is, or in another engine than torch."""
+    return None if mode in ("plain", "eager") or config.inference.engine != "torch" else cast(OptimizeMode, mode)
 
 
 def _run_modules(network: SparseInst, image: Tensor, module_done: OnModuleDone) -> Any:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from sparseinst.cli.mechanism import print_mechanism
-from sparseinst.cli.options import Checkpoint, Device, Optimize, Overrides, finite
+from sparseinst.cli.options import (
+    Checkpoint,
+    Device,
+    EngineChoice,
+    NetworkPrecisionChoice,
+    Optimize,
+    Overrides,
+    engine_overrides,
+    finite,
+)
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.words import counted
 
@@ -35,15 +44,23 @@ def predict(
         ),
     ] = None,
     checkpoint: Checkpoint = None,
+    engine: EngineChoice = None,
+    precision: NetworkPrecisionChoice = None,
     optimize: Optimize = None,
     device: Device = None,
 ) -> None:
     """Segment images and videos. Write an overlay for each, and all instances as COCO JSON."""
+    from sparseinst.inference.checkpoints import find_weights
     from sparseinst.inference.predict import load_model
     from sparseinst.visualize.predict_files import find_images, predict_files
 
     files = find_images(inputs, videos=True)
-    model = load_model(weights, device, optimize=optimize, checkpoint=checkpoint)
+    choice: dict[str, Any] = {}
+    for setting, value in engine_overrides(engine, precision).items():
+        choice[setting.removeprefix("inference.")] = value
+    if choice.get("precision") == "int8":
+        _make_int8(find_weights(weights, checkpoint), engine_overrides(engine, precision))
+    model = load_model(weights, device, optimize=optimize, checkpoint=checkpoint, **choice)
     found = predict_files(model, files, output, score=score, top=top, maps=maps, sheet=sheet, colour=colour)
     done = len(files) - found.failed
     print(f"{counted(done, 'file')}: overlays and predictions.json in {output}")
@@ -66,6 +83,15 @@ def predict(
         print("Use a lower --score to see weaker instances. If the scores stay near zero, the model has not learned the task.")
     if found.failed:
         raise RunFailed(f"{found.failed} of {len(files)} files could not be read; the warnings above say why")
+
+
+def _make_int8(weights: Path, overrides: dict[str, str]) -> None:
+    """Make the int8 network of these weights, with its AP checked, unless it exists."""
+    from sparseinst.evaluation.evaluate import open_for_evaluation, prepare_network
+    from sparseinst.inference.engine_network import device_for
+
+    source, config = open_for_evaluation(weights, overrides)
+    prepare_network(source, config, device=device_for(config, None))
 
 
 @app.command()

@@ -10,7 +10,20 @@ import typer
 
 from sparseinst.ablation.store import RESULTS
 from sparseinst.cli.mechanism import print_mechanism
-from sparseinst.cli.options import Checkpoint, Device, FromScratch, Json, Optimize, Overrides, ProfileName, Record, Results
+from sparseinst.cli.options import (
+    Checkpoint,
+    Device,
+    EngineChoice,
+    FromScratch,
+    Json,
+    NetworkPrecisionChoice,
+    Optimize,
+    Overrides,
+    ProfileName,
+    Record,
+    Results,
+    engine_overrides,
+)
 from sparseinst.errors import UserError
 
 if TYPE_CHECKING:
@@ -132,7 +145,11 @@ def evaluate(
         Path | None, typer.Option(help="Also write the predicted instances to this file, in COCO's result format.")
     ] = None,
     override: Overrides = [],  # noqa: B006
-    engine: Annotated[Literal["hotcoco", "pycocotools"], typer.Option(help="The library that computes the metrics.")] = "hotcoco",
+    engine: EngineChoice = None,
+    precision: NetworkPrecisionChoice = None,
+    evaluator: Annotated[
+        Literal["hotcoco", "pycocotools"], typer.Option(help="The library that computes the metrics.")
+    ] = "hotcoco",
     peer: Annotated[
         str | None, typer.Option(help="Evaluate another system instead of ours: mask-rcnn-r50-fpn, or detectron2:CONFIG.")
     ] = None,
@@ -148,30 +165,33 @@ def evaluate(
 
     A peer uses its published weights unless --weights is given.
     """
-    from sparseinst.device import pick_device
     from sparseinst.files import check_writable
     from sparseinst.overrides import parse_override
 
     overrides: dict[str, Any] = {} if data is None else {"data.root": str(data), "data.source": "coco"}
-    overrides |= dict(map(parse_override, override))
+    overrides |= engine_overrides(engine, precision) | dict(map(parse_override, override))
     if predictions is not None:
         check_writable(predictions)
     if peer is not None and checkpoint is not None:
         raise UserError("evaluate: --checkpoint belongs to the folder of a run, so it does not go with --peer")
+    if peer is not None and (engine is not None or precision is not None):
+        raise UserError("evaluate: a peer runs as it is, in torch and fp32: leave out --engine and --precision")
     if peer is not None:
-        found = _evaluate_peer(peer, weights, overrides, predictions, engine, device, (profile, results) if record else None)
+        found = _evaluate_peer(peer, weights, overrides, predictions, evaluator, device, (profile, results) if record else None)
     elif weights is None:
         raise UserError("evaluate: give --weights to evaluate a model, or --peer to evaluate another system")
     elif record:
         raise UserError("evaluate: --record is for peers only; `run` and `launch` record their results without it")
     else:
-        from sparseinst.evaluation.evaluate import evaluate_weights
+        from sparseinst.evaluation.evaluate import evaluate_weights, open_for_evaluation
         from sparseinst.inference.checkpoints import find_weights
+        from sparseinst.inference.engine_network import device_for
 
         weights = find_weights(weights, checkpoint)
         _refuse_other_weights(weights, results)
+        chosen = device_for(open_for_evaluation(weights, overrides)[1], device)
         found = evaluate_weights(
-            weights, overrides, device=pick_device(device), predictions=predictions, engine=engine, optimize=optimize
+            weights, overrides, device=chosen, predictions=predictions, evaluator=evaluator, optimize=optimize
         )
     _print_metrics(found, as_json)
 
@@ -192,7 +212,7 @@ def _evaluate_peer(
     weights: Path | None,
     overrides: dict[str, Any],
     predictions: Path | None,
-    engine: Literal["hotcoco", "pycocotools"],
+    evaluator: Literal["hotcoco", "pycocotools"],
     device: str | None,
     keep: tuple[str, Path] | None,
 ) -> Any:
@@ -210,7 +230,7 @@ def _evaluate_peer(
     split = val_split(config.data)
     chosen = pick_device(device)
     model = build_peer(name, device=chosen, sides=config.inference.sides(), weights=weights)
-    found = evaluate_peer(model, split, predictions=predictions, engine=engine)
+    found = evaluate_peer(model, split, predictions=predictions, evaluator=evaluator)
     if keep is not None:
         profile, results = keep
         keep_peer(

@@ -47,6 +47,20 @@ Optimize = Annotated[
     OptimizeMode | None,
     typer.Option(help="Optimise the model first; compiling takes seconds (compiled) to minutes (best)."),
 ]
+EngineChoice = Annotated[
+    str | None,
+    typer.Option(
+        metavar="torch|onnxruntime|openvino",
+        help="What runs the network. onnxruntime and openvino need the extras of these names.  [default: torch]",
+    ),
+]
+NetworkPrecisionChoice = Annotated[
+    str | None,
+    typer.Option(
+        metavar="fp32|bf16|fp16|int8",
+        help="The type of numbers in which the network computes.  [default: inference.precision of the weights]",
+    ),
+]
 Record = Annotated[bool, typer.Option("--record", help="Record a peer's metrics for the speed-accuracy plot.")]
 FromScratch = Annotated[
     bool,
@@ -74,6 +88,20 @@ UntilSettled = Annotated[
         help="Instead of --seeds: add seeds to each row until its difference from the reference row is settled.",
     ),
 ]
+
+
+def engine_overrides(engine: str | None, precision: str | None) -> dict[str, str]:
+    """Return the options --engine and --precision as overrides. Raises `UserError` if there is no such engine."""
+    if engine in ("hotcoco", "pycocotools"):
+        raise UserError(f"--engine says what runs the network; the library that computes the metrics is --evaluator {engine}")
+    found: dict[str, str] = {}
+    if engine is not None:
+        from sparseinst.engines.names import check_engine
+
+        found["inference.engine"] = check_engine(engine)
+    if precision is not None:
+        found["inference.precision"] = precision
+    return found
 
 
 def make_plan(

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from sparseinst.ablation.store import RESULTS, Store
-from sparseinst.cli.options import Checkpoint, Device, Results, finite
+from sparseinst.cli.options import (
+    Checkpoint,
+    Device,
+    EngineChoice,
+    NetworkPrecisionChoice,
+    Results,
+    engine_overrides,
+    finite,
+)
+from sparseinst.errors import UserError
 
 app = typer.Typer()
 
@@ -63,12 +72,39 @@ def export(
         bool, typer.Option("--probabilities", help="Return masks as probabilities instead of booleans.")
     ] = False,
     half: Annotated[bool, typer.Option("--half", help="Use fp16 weights; scores and masks stay fp32.")] = False,
+    engine: EngineChoice = None,
+    precision: NetworkPrecisionChoice = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=100.0, callback=finite, help="With int8: the largest loss of AP on the validation data.  [default: 0.5]"
+        ),
+    ] = None,
+    calibration_images: Annotated[
+        int | None, typer.Option(min=1, help="With int8: the number of training images that set the ranges.  [default: 300]")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With int8: a COCO-format folder; default: the data that the model was trained on.")
+    ] = None,
     checkpoint: Checkpoint = None,
 ) -> None:
     """Export the whole inference for ONNX or torch.export.
 
     The graph takes one image of any size and returns scores, labels and masks.
+
+    With --engine, export instead the network alone, from normalised images to raw predictions, as this engine runs it:
+    model.onnx for onnxruntime, model.xml and model.bin for openvino. `predict`, `evaluate` and `load_model` take such a file in
+    place of weights.
     """
+    if engine is not None:
+        given = {"max_drop": max_drop, "calibration_images": calibration_images}
+        overrides: dict[str, Any] = {f"inference.{name}": value for name, value in given.items() if value is not None}
+        if data is not None:
+            overrides |= {"data.root": str(data), "data.source": "coco"}
+        _export_network(weights, output, {**engine_overrides(engine, precision), **overrides}, checkpoint)
+        return
+    if precision is not None or max_drop is not None or calibration_images is not None or data is not None:
+        raise UserError("export: --precision, --max-drop, --calibration-images and --data go with --engine")
     from sparseinst.inference.checkpoints import find_weights
     from sparseinst.inference.export import export_model
     from sparseinst.inference.weights import load_weights
@@ -77,6 +113,31 @@ def export(
     export_model(model, config.inference, output, form=form, normalise=not normalised, probabilities=probabilities, half=half)
     size = output.stat().st_size / 1e6
     print(f"{output}: {size:.1f} MB, {len(categories)} classes, {config.model.decoder.iam.num_maps} maps an image")
+
+
+def _export_network(weights: Path, output: Path, overrides: dict[str, Any], checkpoint: str | None) -> None:
+    from sparseinst.evaluation.evaluate import open_for_evaluation, prepare_network
+    from sparseinst.files import check_writable
+    from sparseinst.inference.artifacts import ARTIFACT_SUFFIXES, copy_artifact
+    from sparseinst.inference.checkpoints import find_weights
+    from sparseinst.inference.engine_network import device_for
+
+    source, config = open_for_evaluation(find_weights(weights, checkpoint), overrides)
+    inference = config.inference
+    if inference.engine == "torch":
+        raise UserError("export: torch runs the weights themselves; export for onnxruntime or openvino, or use --form torch")
+    if output.suffix != (suffix := ARTIFACT_SUFFIXES[inference.engine]):
+        raise UserError(f"export: {output}: a network for {inference.engine} is a file {suffix}: name it {output.stem}{suffix}")
+    check_writable(output)
+    prepared = prepare_network(source, config, device=device_for(config, None))
+    assert prepared.artifact is not None
+    copy_artifact(prepared.artifact, output)
+    facts, recipe = prepared.facts, prepared.recipe
+    print(f"{output}: {facts.bytes / 1e6:.1f} MB, {facts.engine} {facts.version}, {facts.precision}, digest {facts.artifact}")
+    if recipe is not None:
+        kept, before, after = ", ".join(recipe["float"]) or "nothing", recipe["AP_float"], recipe["AP"]
+        scored = f"AP {after:.2f}, in float {before:.2f}" if before is not None and after is not None else "AP is unknown"
+        print(f"int8: {kept} stayed in float; {scored}; calibrated on {recipe['calibration_images']} {recipe['calibrated_on']}")
 
 
 @app.command()

@@ -12,13 +12,16 @@ from sparseinst.config.model import BackboneConfig, DecoderConfig, EncoderConfig
 from sparseinst.config.presets import MODELS, PRESETS
 from sparseinst.config.training import OptimizerConfig, PretrainConfig, TrainConfig
 from sparseinst.config.types import (
+    ENGINE_PRECISIONS,
     REFERENCE_BATCH,
     SHAPES_VERSION,
     SIZE_DIVISOR,
     STRIDES,
     Activation,
     Channels,
+    EngineName,
     Fraction,
+    NetworkPrecision,
     NonNegative,
     OptimizeMode,
     Parts,
@@ -29,6 +32,7 @@ from sparseinst.config.types import (
 )
 
 __all__ = [
+    "ENGINE_PRECISIONS",
     "MODELS",
     "PRESETS",
     "REFERENCE_BATCH",
@@ -43,12 +47,14 @@ __all__ = [
     "DataConfig",
     "DecoderConfig",
     "EncoderConfig",
+    "EngineName",
     "Fraction",
     "IAMConfig",
     "InferenceConfig",
     "LossConfig",
     "MatcherConfig",
     "ModelConfig",
+    "NetworkPrecision",
     "NonNegative",
     "OptimizeMode",
     "OptimizerConfig",

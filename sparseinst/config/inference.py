@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from sparseinst.config.types import Fraction, Precision, Side
+from sparseinst.config.types import ENGINE_PRECISIONS, EngineName, Fraction, NetworkPrecision, PositiveInt, Side
 from sparseinst.section import Neutral, Section, Stage
 
 
@@ -25,14 +25,31 @@ class InferenceConfig(Section):
     """Multiply the class probability by the objectness (Table 6)."""
     maskness: bool = True
     """Multiply the score by the mean probability of the mask's pixels, as the reference does; the paper does not mention it."""
-    precision: Precision = "fp32"
-    """The type of numbers in which the network computes."""
+    precision: NetworkPrecision = "fp32"
+    """The type of numbers in which the network computes. `int8` needs the engine `openvino`."""
+    engine: Annotated[EngineName, Neutral("torch")] = "torch"
+    """What runs the network: `torch`, or `onnxruntime` and `openvino`, which need the extras of these names."""
+    max_drop: Annotated[float, Field(ge=0.0, le=100.0), Neutral(0.5)] = 0.5
+    """For int8: the largest loss of AP on the validation data. Parts of the network stay in float until this holds."""
+    calibration_images: Annotated[PositiveInt, Neutral(300)] = 300
+    """For int8: the number of training images that set the ranges of the integers, the first of the training split."""
 
     @model_validator(mode="after")
     def _sides_are_in_range(self) -> Self:
         if self.size_factor != 1.0 and max(self.sides()) > 16_384:
             raise ValueError(
                 f"size_factor={self.size_factor:g} gives sides of {list(self.sides())} pixels: at most 16384 are possible"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_has_the_precision(self) -> Self:
+        known = ENGINE_PRECISIONS[self.engine]
+        if self.precision not in known:
+            able = [name for name, precisions in ENGINE_PRECISIONS.items() if self.precision in precisions]
+            raise ValueError(
+                f"engine {self.engine} has no precision {self.precision}: it has {', '.join(known)}; "
+                f"{self.precision} needs the engine {' or '.join(able)}"
             )
         return self
 
@@ -44,4 +61,7 @@ class InferenceConfig(Section):
         """Return the content with the final image sides."""
         short, long = self.sides()
         resolved = self.model_copy(update={"short_side": short, "long_side": long, "size_factor": 1.0})
-        return super(InferenceConfig, resolved).content(stage)
+        content = super(InferenceConfig, resolved).content(stage)
+        if self.precision != "int8":  # only quantisation reads these
+            content = {name: value for name, value in content.items() if name not in ("max_drop", "calibration_images")}
+        return content

@@ -8,6 +8,16 @@ from pydantic import Field
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 """`tf32` is float32 whose factors a GPU may round to 10 bits before it multiplies. On other devices it equals `fp32`."""
+NetworkPrecision = Literal["fp32", "tf32", "bf16", "fp16", "int8"]
+"""The precisions of a trained network in use. `int8` needs an engine that quantises; what it keeps in float is measured."""
+EngineName = Literal["torch", "onnxruntime", "openvino"]
+"""What runs a trained network: PyTorch, ONNX Runtime or OpenVINO. The last two need the extras of their names."""
+ENGINE_PRECISIONS: dict[EngineName, tuple[NetworkPrecision, ...]] = {
+    "torch": ("fp32", "tf32", "bf16", "fp16"),
+    "onnxruntime": ("fp32",),
+    "openvino": ("fp32", "bf16", "fp16", "int8"),
+}
+"""The precisions that each engine offers. Whether the device has one of them is checked after compiling."""
 OptimizeMode = Literal["folded", "compiled", "graph", "best"]
 """How `inference.optimize` speeds up a trained network. Each mode folds layers and uses channels-last tensors.
 

@@ -25,25 +25,25 @@ from sparseinst.files import state_of_file
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """COCO's twelve mask metrics, in percent."""
 
-Engine = Literal["hotcoco", "pycocotools"]
+Evaluator = Literal["hotcoco", "pycocotools"]
 COCO_LIMIT = 100
 """The number of predictions that COCO's metrics count in an image for one category, at most."""
 
 
 def coco_figures(
-    annotations: Path, results: list[dict[str, Any]], image_ids: list[int], engine: Engine = "hotcoco"
+    annotations: Path, results: list[dict[str, Any]], image_ids: list[int], evaluator: Evaluator = "hotcoco"
 ) -> dict[str, float | None]:
     """Return the twelve metrics of results over these images, in percent; None if there is no object of that size.
 
     Args:
         annotations: a file in COCO's format.
         results: instances in COCO's result format.
-        engine: the library that computes the metrics.
+        evaluator: the library that computes the metrics.
 
     Raises:
         DataError: pycocotools is used and a segmentation of the annotations is invalid.
     """
-    comparison = _compared(annotations, results, image_ids, engine)
+    comparison = _compared(annotations, results, image_ids, evaluator)
     with contextlib.redirect_stdout(io.StringIO()):
         comparison.summarize()
     values = [float(value) for value in comparison.stats]
@@ -59,7 +59,7 @@ def most_objects(split: CocoSplit) -> int:
 
 
 def figures_by_limit(
-    split: CocoSplit, results: list[dict[str, Any]], image_ids: list[int], engine: Engine = "hotcoco"
+    split: CocoSplit, results: list[dict[str, Any]], image_ids: list[int], evaluator: Evaluator = "hotcoco"
 ) -> dict[str, float | None]:
     """Return AP in percent if only so many predictions of an image and category count: `AP@1`, `AP@10`, `AP@100`, `AP@most`.
 
@@ -70,7 +70,7 @@ def figures_by_limit(
     if most <= COCO_LIMIT:
         return {}
     limits = [1, 10, COCO_LIMIT, most]
-    comparison = _compared(split.file, results, image_ids, engine, limits)
+    comparison = _compared(split.file, results, image_ids, evaluator, limits)
     precision = np.asarray(comparison.eval["precision"])[:, :, :, 0]  # thresholds, recalls, categories, limits; all object sizes
     recall = np.asarray(comparison.eval["recall"])[:, :, 0, -1]  # thresholds, categories
     figures = {f"AP@{limit}": _mean_percent(precision[..., number]) for number, limit in enumerate(limits)}
@@ -84,15 +84,17 @@ def _mean_percent(values: np.ndarray) -> float | None:
 
 
 def _compared(
-    annotations: Path, results: list[dict[str, Any]], image_ids: list[int], engine: Engine, limits: list[int] | None = None
+    annotations: Path, results: list[dict[str, Any]], image_ids: list[int], evaluator: Evaluator, limits: list[int] | None = None
 ) -> Any:
-    """Return the engine's comparison of results with annotations, accumulated but not summarised."""
-    coco = importlib.import_module(engine if engine == "hotcoco" else "pycocotools.coco")
-    evaluation = importlib.import_module(engine if engine == "hotcoco" else "pycocotools.cocoeval")
+    """Return the library's comparison of results with annotations, accumulated but not summarised."""
+    coco = importlib.import_module(evaluator if evaluator == "hotcoco" else "pycocotools.coco")
+    evaluation = importlib.import_module(evaluator if evaluator == "hotcoco" else "pycocotools.cocoeval")
     with contextlib.redirect_stdout(io.StringIO()):  # both print their progress
-        truth = _hotcoco_truth(annotations, state_of_file(annotations)) if engine == "hotcoco" else pycocotools_truth(annotations)
+        truth = (
+            _hotcoco_truth(annotations, state_of_file(annotations)) if evaluator == "hotcoco" else pycocotools_truth(annotations)
+        )
         copies = [dict(result) for result in results]  # pycocotools adds fields
-        found = truth.loadRes(copies) if results or engine == "hotcoco" else coco.COCO()  # pycocotools fails on []
+        found = truth.loadRes(copies) if results or evaluator == "hotcoco" else coco.COCO()  # pycocotools fails on []
         comparison = evaluation.COCOeval(truth, found, "segm")
         comparison.params.imgIds = sorted(image_ids)
         if limits is not None:

@@ -17,18 +17,20 @@ from typing import Any, NamedTuple
 import torch
 
 from sparseinst.attempts import Attempt
-from sparseinst.config import Config, OptimizeMode
+from sparseinst.config import Config, NetworkPrecision, OptimizeMode
 from sparseinst.data.coco import CocoSplit, check_categories, encode, overlaps, val_annotations, val_split
 from sparseinst.data.loader import Batch, EvalSet, eval_loader, read_segments
 from sparseinst.data.transforms import as_mask, resize_segments
 from sparseinst.device import autocast
 from sparseinst.distributed import gather, rank, same_for_all, world_size
 from sparseinst.errors import DataError, UserError, memory_explained
-from sparseinst.evaluation.coco_metrics import Engine, coco_figures, figures_by_limit
+from sparseinst.evaluation.coco_metrics import Evaluator, coco_figures, figures_by_limit
 from sparseinst.evaluation.mechanism import Matches, Pairs, observe, summarise
 from sparseinst.files import atomic, file_digest
-from sparseinst.inference import optimize as optimizing
-from sparseinst.inference.weights import file_tensors_digest, load_weights
+from sparseinst.inference.artifacts import read_about
+from sparseinst.inference.engine_network import Prepared, Source, load_artifact, open_source
+from sparseinst.inference.quantization import Score
+from sparseinst.inference.weights import file_tensors_digest
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.nested import flatten
@@ -61,10 +63,14 @@ class Evaluation:
     """The number of the model's maps, if `by_limit` is not empty: a model predicts at most so many instances of an image."""
     matches: Matches = field(default_factory=dict, repr=False, compare=False)
     """The map that the matching of the training assigns to each object."""
+    engine: dict[str, Any] | None = field(default=None, compare=False)
+    """What ran the network: the fields of `engines.base.Facts`, and in int8 the `recipe`; None if the caller ran it itself."""
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields except the matches, which have an entry for every object, and without empty limits."""
         left_out = {"matches"} if self.by_limit else {"matches", "by_limit", "maps"}
+        if self.engine is None:
+            left_out.add("engine")
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
@@ -78,7 +84,7 @@ def evaluate(
     device: torch.device,
     predictions: Path | None = None,
     progress: bool = True,
-    engine: Engine = "hotcoco",
+    evaluator: Evaluator = "hotcoco",
     attempt: Attempt | None = None,
 ) -> Evaluation:
     """Segment every image of the split and compute the metrics.
@@ -89,6 +95,7 @@ def evaluate(
     Args:
         model: the model in evaluation mode, on `device`.
         predictions: a file for the predictions in COCO's result format (without boxes); None writes none.
+        evaluator: the library that computes the metrics.
         attempt: its heartbeat reports the current image.
 
     Raises:
@@ -119,7 +126,7 @@ def evaluate(
     if attempt is not None:
         attempt.at("wait")
     shares = gather(own)
-    result = _compare(shares, split, config, predictions, engine, attempt) if rank() == 0 else None
+    result = _compare(shares, split, config, predictions, evaluator, attempt) if rank() == 0 else None
     result = same_for_all(result)
     assert result is not None
     return replace(result, seconds=round(time.perf_counter() - began, 2))
@@ -143,7 +150,7 @@ def _compare(
     split: CocoSplit,
     config: Config,
     predictions: Path | None,
-    engine: Engine,
+    evaluator: Evaluator,
     attempt: Attempt | None,
 ) -> Evaluation:
     """Return the evaluation of the images of all processes, in the split's order."""
@@ -158,9 +165,9 @@ def _compare(
     if predictions is not None:
         write_predictions(predictions, results, attempt.check if attempt is not None else None)
     observed = [(image.id, image.pairs) for image in images if image.pairs is not None]
-    by_limit = figures_by_limit(split, results, image_ids, engine)
+    by_limit = figures_by_limit(split, results, image_ids, evaluator)
     return Evaluation(
-        coco_figures(split.file, results, image_ids, engine),
+        coco_figures(split.file, results, image_ids, evaluator),
         len(image_ids),
         skipped,
         skipped_images=[image.id for image in images if image.skipped],
@@ -231,30 +238,59 @@ def evaluate_weights(
     *,
     device: torch.device,
     predictions: Path | None = None,
-    engine: Engine = "hotcoco",
+    evaluator: Evaluator = "hotcoco",
     optimize: OptimizeMode | None = None,
 ) -> Evaluation:
-    """Evaluate a weights file.
+    """Evaluate a weights file, or an artifact of an engine, in the engine and precision of the settings `inference`.
 
     Args:
         overrides: settings of `data` and `inference`, by dotted path; the other settings come with the weights.
+        evaluator: the library that computes the metrics.
         optimize: see `inference.optimize`; None leaves the model as it is.
 
     Raises:
         UserError: an override of another setting, or the data has other categories than the weights were trained on.
     """
-    model, config, categories = load_weights(weights)
+    source, config = open_for_evaluation(weights, overrides)
+    split = val_split(config.data)
+    check_categories(split, source.categories, f"{weights}")
+    _warn_of_few_maps(split, config.model.decoder.iam.num_maps)
+    prepared = prepare_network(source, config, device=device, optimize=optimize)
+    result = evaluate(prepared.network, split, config, device=device, predictions=predictions, evaluator=evaluator)
+    return replace(result, engine=prepared.as_json())
+
+
+def open_for_evaluation(weights: Path, overrides: Mapping[str, Any]) -> tuple[Source, Config]:
+    """Return weights or an artifact, and their config with the overrides.
+
+    Raises:
+        UserError: an override of a setting other than `data` and `inference`.
+    """
+    source = open_source(weights)
     refused = [path for path in overrides if path.split(".")[0] not in ("data", "inference")]
     if refused:
         raise UserError(f"{refused[0]}: belongs to the weights; an evaluation can only change data.* and inference.*")
-    config = config.replace(overrides)
-    split = val_split(config.data)
-    check_categories(split, categories, f"{weights}")
-    _warn_of_few_maps(split, config.model.decoder.iam.num_maps)
-    model = model.to(device)
-    if optimize is not None:
-        model = optimizing.optimize(model, device=device, mode=optimize, precision=config.inference.precision)
-    return evaluate(model, split, config, device=device, predictions=predictions, engine=engine)
+    return source, source.config.replace(overrides)
+
+
+def prepare_network(source: Source, config: Config, *, device: torch.device, optimize: OptimizeMode | None = None) -> Prepared:
+    """Return the network in the engine and precision of the config. An int8 network that does not exist yet is made.
+
+    Its AP on the validation data decides how much of it stays in float; see `inference.quantization`.
+    """
+    return source.prepare(config, device=device, optimize=optimize, score=_validation_score(config, source, device))
+
+
+def _validation_score(config: Config, source: Source, device: torch.device) -> Score:
+    """Return the function that evaluates an artifact on the validation data."""
+
+    def score(artifact: Path, precision: NetworkPrecision) -> float | None:
+        split = val_split(config.data)
+        check_categories(split, source.categories, f"{source.path}")
+        network = load_artifact(artifact, read_about(artifact), precision, keep_compiled=False).network
+        return evaluate(network, split, config, device=device).figures["AP"]
+
+    return score
 
 
 def _warn_of_few_maps(split: CocoSplit, maps: int) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from sparseinst.config import SIZE_DIVISOR, InferenceConfig
+from sparseinst.engines.base import INPUT
+from sparseinst.engines.base import OUTPUTS as NETWORK_OUTPUTS
 from sparseinst.errors import UserError
 from sparseinst.files import atomic, check_writable
+from sparseinst.inference.onnx_operators import translations
 from sparseinst.models.decoder import Coordinates, Predictions
 from sparseinst.models.encoder import resize
-from sparseinst.models.layers import DeformableConv2d
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.postprocess import class_scores, maskness
 
-_log = logging.getLogger(__name__)
-
-OPSET = 18
+OPSET = 19
+"""The ONNX operator set: the first with deformable convolutions."""
 _EXAMPLE_SIZE = (250, 330)
 """Height and width of the exporters' example image. They are no multiples of 32, so that the graph contains the padding."""
 OUTPUTS = ("scores", "labels", "masks")
@@ -136,11 +137,10 @@ def export_model(
         half: true if weights and features are fp16; scores and masks stay float32.
 
     Raises:
-        UserError: the ONNX operator set lacks an operator that the model needs, the extra `export` is not installed, or
-            `output` is a folder.
+        UserError: the extra `export` is not installed, or `output` is a folder.
     """
     if form == "onnx":
-        _check_onnx(model)
+        check_onnx_packages()
     inference = Inference(model.half() if half else model, config, normalise=normalise, probabilities=probabilities).eval()
     example = torch.zeros(1, 3, *_EXAMPLE_SIZE)
     dynamic = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
@@ -159,6 +159,7 @@ def export_model(
             (example,),
             dynamo=True,
             opset_version=OPSET,
+            custom_translation_table=translations(OPSET),
             input_names=["image"],
             output_names=list(OUTPUTS),
             dynamic_shapes=dynamic,
@@ -168,8 +169,48 @@ def export_model(
             program.save(temporary)
 
 
-def _check_onnx(model: SparseInst) -> None:
-    """Raise `UserError` if the model cannot be exported to ONNX."""
+class Network(nn.Module):
+    """The network alone, which the engines run: normalised images (B, 3, H, W) to the four tensors of `Predictions`."""
+
+    def __init__(self, model: SparseInst) -> None:
+        super().__init__()
+        self.model = _exportable(model)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model(images))
+
+
+def export_network(model: SparseInst, output: Path, about: Mapping[str, str]) -> None:
+    """Write the network as ONNX in float32, for any number of images whose sides are multiples of 32.
+
+    Args:
+        about: entries for the file's metadata.
+
+    Raises:
+        UserError: the extra `export` is not installed.
+    """
+    check_onnx_packages()
+    network = Network(model).cpu().float().eval()
+    dynamic = {INPUT: dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters warn about their own code
+        program: Any = torch.onnx.export(
+            network,
+            (torch.zeros(2, 3, 256, 320),),
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=translations(OPSET),
+            input_names=[INPUT],
+            output_names=list(NETWORK_OUTPUTS),
+            dynamic_shapes=dynamic,
+            verbose=False,
+        )
+        program.model.metadata_props.update(about)
+        program.save(output)
+
+
+def check_onnx_packages() -> None:
+    """Raise `UserError` if a package that the export to ONNX needs is missing."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -177,9 +218,3 @@ def _check_onnx(model: SparseInst) -> None:
         raise UserError(
             f"ONNX needs the extra `export` ({error.name} is missing); install it: pip install 'sparseinst[export]'"
         ) from None
-    deformable = [name for name, module in model.named_modules() if isinstance(module, DeformableConv2d)]
-    if deformable:
-        raise UserError(
-            f"ONNX opset {OPSET} has no deformable convolutions, but the model has {len(deformable)} (first: {deformable[0]}); "
-            "export with --form torch, or export a model without deformable convolutions"
-        )

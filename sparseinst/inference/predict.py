@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sparseinst.config import STRIDES, Config, OptimizeMode, Precision
+from sparseinst.config import STRIDES, Config, EngineName, NetworkPrecision, OptimizeMode, Precision
 from sparseinst.data.coco import Category, read_image
 from sparseinst.data.network_input import at_test_size, pad
-from sparseinst.device import autocast, pick_device
+from sparseinst.device import autocast
 from sparseinst.errors import DataError, UserError
 from sparseinst.inference import optimize as optimizing
 from sparseinst.inference.checkpoints import find_weights
 from sparseinst.inference.compact import CompactMasks, Strip
-from sparseinst.inference.weights import load_weights
+from sparseinst.inference.engine_network import device_for, open_source, torch_precision, with_engine
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.paste import paste_strips
@@ -134,7 +134,7 @@ class Predictor:
         Args:
             precision: the copy's precision; None takes the config's `inference.precision`.
         """
-        chosen = precision or self.config.inference.precision
+        chosen = precision or torch_precision(self.config)
         self.config = self.config.replace({"inference.precision": chosen})
         self.model = optimizing.optimize(self.model, device=self.device, mode=mode, precision=chosen)
 
@@ -237,28 +237,31 @@ def load_model(
     path: str | Path,
     device: str | None = None,
     *,
+    engine: EngineName | None = None,
     optimize: OptimizeMode | None = None,
-    precision: Precision | None = None,
+    precision: NetworkPrecision | None = None,
     checkpoint: str | None = None,
 ) -> Predictor:
-    """Load a model from a weights file or from the folder of a run, ready for `predict`.
+    """Load a model from a weights file, the folder of a run, or an engine's artifact (.onnx, .xml), ready for `predict`.
 
     Args:
         device: `cpu`, `cuda` or `cuda:1`, for example; None takes a GPU if there is one.
-        optimize: `folded`, `compiled`, `graph` or `best` for speed (see `inference.optimize`); None leaves the model as it is.
-        precision: `fp32`, `tf32`, `bf16` or `fp16`; None takes the config's `inference.precision`.
+        engine: `torch`, `onnxruntime` or `openvino`, see docs/performance.md; None takes the artifact's or the config's.
+        optimize: for torch: `folded`, `compiled`, `graph` or `best` for speed (see `inference.optimize`); None leaves the model
+            as it is.
+        precision: `fp32`, `tf32`, `bf16`, `fp16` or `int8`; None takes the config's `inference.precision`. An int8 network has to
+            be made first, with its AP checked, by `sparseinst export` or `sparseinst evaluate`.
         checkpoint: `last`, `best` or the number of a step, for the folder of a run; see `find_weights`.
 
     Raises:
-        UserError: there is no such file or checkpoint, or it is not a weights file of this package.
+        UserError: there is no such file or checkpoint, or it is not a weights file of this package. The engine is not installed,
+            or it compiled another precision.
     """
-    model, config, categories = load_weights(find_weights(Path(path), checkpoint))
-    if precision is not None:
-        config = config.replace({"inference.precision": precision})
-    predictor = Predictor(model, config, categories, pick_device(device))
-    if optimize is not None:
-        predictor.optimize(optimize)
-    return predictor
+    source = open_source(find_weights(Path(path), checkpoint))
+    config = with_engine(source.config, engine, precision)
+    chosen = device_for(config, device)
+    prepared = source.prepare(config, device=chosen, optimize=optimize)
+    return Predictor(prepared.network, config, source.categories, chosen)
 
 
 def as_image(image: str | Path | Image.Image | NDArray[Any]) -> Image.Image:

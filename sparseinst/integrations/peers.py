@@ -23,7 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from sparseinst.data.coco import CocoSplit, category_names, read_image
 from sparseinst.data.transforms import resize_image, short_side_size
 from sparseinst.errors import UserError
-from sparseinst.evaluation.coco_metrics import Engine, coco_figures, figures_by_limit
+from sparseinst.evaluation.coco_metrics import Evaluator, coco_figures, figures_by_limit
 from sparseinst.evaluation.evaluate import Evaluation, in_coco_format, write_predictions
 from sparseinst.models.backbone import read_tensors
 from sparseinst.nested import nearest
@@ -178,7 +178,7 @@ def _parameters(model: torch.nn.Module) -> int:
 
 @torch.inference_mode()
 def evaluate_peer(
-    peer: Peer, split: CocoSplit, *, predictions: Path | None = None, engine: Engine = "hotcoco", progress: bool = True
+    peer: Peer, split: CocoSplit, *, predictions: Path | None = None, evaluator: Evaluator = "hotcoco", progress: bool = True
 ) -> Evaluation:
     """Segment every image of the split and compute the metrics, as `evaluate` does for our models.
 
@@ -199,7 +199,7 @@ def evaluate_peer(
     if predictions is not None:
         write_predictions(predictions, results)
     images = [image.id for image in split.images]
-    figures, by_limit = coco_figures(split.file, results, images, engine), figures_by_limit(split, results, images, engine)
+    figures, by_limit = coco_figures(split.file, results, images, evaluator), figures_by_limit(split, results, images, evaluator)
     return Evaluation(figures, len(images), seconds=round(time.perf_counter() - began, 2), by_limit=by_limit)
 
 

@@ -114,12 +114,12 @@ def _train(config: Config, paths: RunPaths, device: str | None, progress: bool) 
 def _evaluate(weights: Path, config: Config, device: str | None, progress: bool) -> dict[str, float | None]:
     from sparseinst.data.coco import val_split
     from sparseinst.device import pick_device
-    from sparseinst.evaluation.evaluate import evaluate
-    from sparseinst.inference.weights import load_weights
+    from sparseinst.evaluation.evaluate import evaluate, prepare_network
+    from sparseinst.inference.engine_network import open_source
 
     chosen = pick_device(device)
-    model, _, _ = load_weights(weights)
-    return evaluate(model.to(chosen), val_split(config.data), config, device=chosen, progress=progress).figures
+    network = prepare_network(open_source(weights), config, device=chosen).network
+    return evaluate(network, val_split(config.data), config, device=chosen, progress=progress).figures
 
 
 def _prior(record: Record, store: Store) -> Prior | None:

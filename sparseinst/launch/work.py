@@ -227,17 +227,18 @@ def _evaluate(run: StageRun, store: Store, context: StageContext, attempt: Attem
     from sparseinst.data.coco import val_split
     from sparseinst.device import pick_device
     from sparseinst.distributed import rank
-    from sparseinst.evaluation.evaluate import evaluate, read_predictions
+    from sparseinst.evaluation.evaluate import evaluate, prepare_network, read_predictions
     from sparseinst.evaluation.resampling import resampled_figures
-    from sparseinst.inference.weights import load_weights
+    from sparseinst.inference.engine_network import open_source
 
     weights = _needed_weights(run, store)
     assert weights is not None
     chosen = pick_device(context.device)
-    model, _, _ = load_weights(weights)
+    source = open_source(weights)
     split = val_split(run.config.data)
+    prepared = prepare_network(source, run.config, device=chosen)
     result = evaluate(
-        model.to(chosen),
+        prepared.network,
         split,
         run.config,
         device=chosen,
@@ -248,6 +249,8 @@ def _evaluate(run: StageRun, store: Store, context: StageContext, attempt: Attem
     if rank() != 0:
         return None
     metrics: dict[str, Any] = {"figures": result.figures, "mechanism": result.mechanism}
+    if run.config.inference.engine != "torch":
+        metrics["engine"] = prepared.as_json()
     if result.by_limit:
         metrics |= {"by_limit": result.by_limit, "maps": result.maps}
     skipped = set(result.skipped_images)
@@ -262,7 +265,10 @@ def _latency(run: StageRun, _: Store, context: StageContext, attempt: Attempt) -
 
     if attempt.rank != 0:
         return None
-    return asdict(measure_latency(run.config, device=pick_device(context.device))), None
+    measured = asdict(measure_latency(run.config, device=pick_device(context.device)))
+    if run.config.inference.engine == "torch":  # the record's key and provenance say all of this
+        del measured["facts"]
+    return measured, None
 
 
 _DO: dict[Stage, Callable[[StageRun, Store, StageContext, Attempt], Outcome | None]] = {

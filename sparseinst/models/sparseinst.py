@@ -38,8 +38,7 @@ class SparseInst(nn.Module):
 
     def mask_size(self, padded: tuple[int, int]) -> tuple[int, int]:
         """Return the height and width of the predicted masks for a padded input of (height, width)."""
-        height, width = (math.floor(side // STRIDES[0] * self.decoder.mask_scale) for side in padded)
-        return height, width
+        return mask_size(padded, self.decoder.mask_scale)
 
     def mask_stride(self) -> int:
         """Return the stride of the training masks, as the function `mask_stride` does."""
@@ -65,6 +64,12 @@ def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: Tensor | None 
         image[:, height:].zero_()
         image[:, :, width:].zero_()
     return normalised
+
+
+def mask_size(padded: tuple[int, int], mask_scale: float) -> tuple[int, int]:
+    """Return the height and width of the predicted masks, for a padded input and the decoder's setting `mask_scale`."""
+    height, width = (math.floor(side // STRIDES[0] * mask_scale) for side in padded)
+    return height, width
 
 
 def mask_stride(mask_scale: float) -> int:

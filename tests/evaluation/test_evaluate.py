@@ -27,7 +27,7 @@ def test_evaluation_metrics_and_results(tiny: Config, tmp_path: Path) -> None:
     result = evaluate_run(tmp_path / "run", tiny, device=CPU)
     assert tuple(result.figures) == FIGURES
     assert result.images == 6
-    again = evaluate_weights(tmp_path / "run", {}, device=CPU, predictions=tmp_path / "out.json", engine="pycocotools")
+    again = evaluate_weights(tmp_path / "run", {}, device=CPU, predictions=tmp_path / "out.json", evaluator="pycocotools")
     for name, value in result.figures.items():
         assert value == pytest.approx(again.figures[name], abs=1e-9), name
     results = json.loads((tmp_path / "out.json").read_text())
@@ -204,13 +204,13 @@ def _crowded(folder: Path, objects: int) -> tuple[CocoSplit, list[dict[str, Any]
     return read_split(folder / "row.json", folder), results
 
 
-@pytest.mark.parametrize("engine", ["hotcoco", "pycocotools"])
-def test_data_with_more_than_100_objects_get_ap_at_their_own_number(tmp_path: Path, engine: Any) -> None:
+@pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
+def test_data_with_more_than_100_objects_get_ap_at_their_own_number(tmp_path: Path, evaluator: Any) -> None:
     """COCO's AP counts 100 predictions, so that perfect predictions of 160 objects reach 100 of 160 only."""
     split, results = _crowded(tmp_path, 160)
-    figures = figures_by_limit(split, results, [1], engine)
+    figures = figures_by_limit(split, results, [1], evaluator)
     assert list(figures) == ["AP@1", "AP@10", "AP@100", "AP@160", "AR@160"]
-    assert figures["AP@100"] == pytest.approx(coco_figures(split.file, results, [1], engine)["AP"])
+    assert figures["AP@100"] == pytest.approx(coco_figures(split.file, results, [1], evaluator)["AP"])
     assert figures["AP@10"] == pytest.approx(100 * 7 / 101)  # precision 1 at recalls 0 to 0.06
     assert figures["AP@100"] == pytest.approx(100 * 63 / 101)
     assert figures["AP@160"] == pytest.approx(100)

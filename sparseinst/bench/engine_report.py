@@ -1,0 +1,88 @@
+"""Print and draw the comparison of engines: speed and accuracy of the same artifacts. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from sparseinst.report import style
+
+_COLOURS = {"torch": style.COLOURS[0], "onnxruntime": style.COLOURS[2], "openvino": style.COLOURS[1]}
+_MARKS = {"fp32": "o", "tf32": "o", "bf16": "s", "fp16": "^", "int8": "D"}
+
+
+def print_engines(results: dict[str, Any]) -> None:
+    """Print the rows of `bench.engines.compare_engines` as a table."""
+    first = results["engines"][0]
+    table = Table(
+        title=f"{first['model']} at {first['size']}, batch {first['batch']}, on {results['device']}", title_justify="left"
+    )
+    for column in ("engine", "precision", "mode", "ms", "p5-p95", "times faster", "AP", "AP lost (95 %)", "equal images"):
+        table.add_column(column)
+    for column in ("MB", "first image, s", "digest"):
+        table.add_column(column)
+    for row in results["engines"]:
+        times, ratio, same = row["whole_ms"], row["ratio"], row["agreement"]
+        table.add_row(
+            row["engine"], row["precision"], row["mode"], f"{times['median']:.1f}", f"{times['p5']:.1f}-{times['p95']:.1f}",
+            f"{ratio['median']:.2f} ({ratio['p5']:.2f}-{ratio['p95']:.2f})", _ap(row), _lost(row),
+            f"{same['equal_images']} of {same['images']}" if same is not None else "",
+            f"{row['bytes'] / 1e6:.1f}", f"{row['first_image_s']:.1f}", row["facts"]["artifact"],
+        )  # fmt: skip
+    Console(width=max(Console().width, 190)).print(table)
+    print(
+        "The first row is the reference's path, to which the ratios refer. AP lost: against this row, with an interval over "
+        "resampled images.\nfirst image: from the start of a process, with an artifact that exists already."
+    )
+    if first["AP"] is None:
+        print("A model by name has random weights: it has no AP, and its int8 ranges come from noise.")
+    for row in results["engines"]:
+        if (recipe := row["facts"].get("recipe")) is not None:
+            print(f"{row['engine']} int8 keeps in float: {', '.join(recipe['float']) or 'nothing'}")
+
+
+def _ap(row: dict[str, Any]) -> str:
+    return f"{row['AP']:.2f}" if row["AP"] is not None else ""
+
+
+def _lost(row: dict[str, Any]) -> str:
+    lost = row["AP_lost"]
+    return f"{lost['value']:+.2f} ({lost['low']:+.2f} to {lost['high']:+.2f})" if lost is not None else ""
+
+
+@style.styled
+def draw_engines(results: dict[str, Any]) -> Figure | None:
+    """Draw the time of each row against the AP that it loses. Returns None if no row has an AP."""
+    rows: Sequence[dict[str, Any]] = [row for row in results["engines"] if row["AP_lost"] is not None]
+    if not rows:
+        return None
+    figure, axes = style.new(6.5, 4.2)
+    axes.axhline(0.0, color="0.7", lw=0.8)
+    labelled: set[str] = set()
+    for row in rows:
+        lost, times, engine = row["AP_lost"], row["whole_ms"], row["engine"]
+        axes.errorbar(
+            times["median"],
+            lost["value"],
+            xerr=[[times["median"] - times["p5"]], [times["p95"] - times["median"]]],
+            yerr=[[max(0.0, lost["value"] - lost["low"])], [max(0.0, lost["high"] - lost["value"])]],
+            color=_COLOURS.get(engine, "0.3"),
+            marker=_MARKS.get(row["precision"], "o"),
+            ls="none",
+            capsize=2,
+            label=None if engine in labelled else engine,
+        )
+        labelled.add(engine)
+        name = f"{row['precision']} {row['mode']}" if engine == "torch" else row["precision"]
+        axes.annotate(name, (times["median"], lost["value"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds an image (median; bars from the 5th to the 95th percentile)")
+    axes.set_ylabel("AP lost against torch fp32")
+    axes.grid(visible=True)
+    first = results["engines"][0]
+    style.finish(axes, f"{first['model']} at {first['size']}", [f"measured on {results['device']}"], columns=3)
+    return figure

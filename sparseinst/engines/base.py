@@ -1,0 +1,104 @@
+"""Define what an engine is, and what every engine checks and reports. An engine runs a trained network.
+
+The network is the part from a normalised, padded image to raw predictions. What comes before and after is the same code for all
+engines (`data.network_input`, `postprocess`). Shapes: B images, H W padded height and width, multiples of 32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sparseinst.config import EngineName, NetworkPrecision
+from sparseinst.errors import UserError
+from sparseinst.files import check_is_file
+from sparseinst.models.decoder import Predictions
+
+INPUT = "images"
+"""The name of a network's input."""
+OUTPUTS = Predictions._fields
+"""The names of a network's outputs, in this order."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What ran: the facts about an engine and its artifact that a record needs."""
+
+    engine: EngineName
+    version: str
+    """The version of the engine's package."""
+    precision: NetworkPrecision
+    """The precision in which most convolutions of the compiled network run."""
+    artifact: str
+    """16 hexadecimal digits of the SHA-256 of the artifact: the file, or a torch model's tensors."""
+    bytes: int
+    """The size of the artifact."""
+    threads: int
+    layers: dict[str, int]
+    """The number of convolutions and matrix products in each precision, as the engine compiled them; empty if it does not say."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Engine(Protocol):
+    """A loaded network. Each engine's module has a function `load` that returns one, or raises `UserError`."""
+
+    facts: Facts
+
+    def run(self, images: Tensor) -> Predictions:
+        """Return the raw predictions, float32 on the images' device, for normalised images (B, 3, H, W)."""
+
+
+def missing_package(engine: str, error: ImportError, extra: str | None = None) -> UserError:
+    """Return the error that names the extra which a missing package belongs to."""
+    extra, missing = extra or engine, error.name or error
+    return UserError(
+        f"engine {engine} needs the extra `{extra}` ({missing} is missing); install it: pip install 'sparseinst[{extra}]'"
+    )
+
+
+def used_precision(layers: Counter[str]) -> str:
+    """Return the precision of most layers."""
+    return layers.most_common(1)[0][0] if layers else "none"
+
+
+def check_precision(engine: str, asked: NetworkPrecision, used: str, layers: Counter[str]) -> None:
+    """Raise `UserError` if an engine compiled another precision than the one that was asked for."""
+    if used != asked:
+        counted = ", ".join(f"{count} in {name}" for name, count in layers.most_common())
+        raise UserError(
+            f"engine {engine} compiled {used} although {asked} was asked for (convolutions: {counted}): this device does "
+            f"not offer {asked}; use --precision {used}"
+        )
+
+
+def artifact_files(artifact: Path) -> list[Path]:
+    """Return the files of an artifact: OpenVINO keeps the weights of `NAME.xml` in `NAME.bin` beside it."""
+    return [artifact, artifact.with_suffix(".bin")] if artifact.suffix == ".xml" else [artifact]
+
+
+def artifact_identity(artifact: Path) -> tuple[str, int]:
+    """Return the digest of an artifact, 16 hexadecimal digits of a SHA-256, and its size in bytes.
+
+    Raises:
+        UserError: a file of the artifact is missing.
+    """
+    digest, size = hashlib.sha256(), 0
+    for path in artifact_files(artifact):
+        check_is_file(path)
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+        size += path.stat().st_size
+    return digest.hexdigest()[:16], size
+
+
+def as_predictions(outputs: Sequence[Tensor]) -> Predictions:
+    """Return a network's outputs, in the order of `OUTPUTS`, as predictions."""
+    return Predictions(*outputs)

@@ -1,0 +1,85 @@
+"""Run a network with ONNX Runtime on the processor. Its artifact is an ONNX file with dynamic image sizes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseinst.config import NetworkPrecision
+from sparseinst.engines.base import (
+    INPUT,
+    OUTPUTS,
+    Facts,
+    artifact_identity,
+    as_predictions,
+    check_precision,
+    missing_package,
+    used_precision,
+)
+from sparseinst.errors import UserError
+from sparseinst.models.decoder import Predictions
+from sparseinst.words import shorten
+
+_PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
+_LAYERS = ("Conv", "ConvTranspose", "DeformConv", "Gemm", "MatMul")
+
+
+class OnnxRuntimeEngine:
+    """An ONNX Runtime session. One session serves images of all sizes."""
+
+    def __init__(self, session: Any, facts: Facts) -> None:
+        self.facts = facts
+        self._session = session
+
+    def run(self, images: Tensor) -> Predictions:
+        arrays = self._session.run(OUTPUTS, {INPUT: images.float().contiguous().numpy()})
+        return as_predictions([torch.from_numpy(array) for array in arrays])
+
+
+def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None) -> OnnxRuntimeEngine:
+    """Load an ONNX file.
+
+    Args:
+        threads: the number of threads; None takes torch's.
+
+    Raises:
+        UserError: ONNX Runtime is not installed, the file cannot be loaded, or it holds another precision.
+    """
+    try:
+        import onnxruntime as package
+    except ImportError as error:
+        raise missing_package("onnxruntime", error) from None
+    onnxruntime: Any = package  # its annotations leave its public names out
+    digest, size = artifact_identity(artifact)
+    threads = threads or torch.get_num_threads()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors only: it warns about shapes that the exporter leaves open
+    try:
+        session = onnxruntime.InferenceSession(artifact, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 (its errors have no common class but RuntimeError and Exception)
+        raise UserError(f"{artifact}: ONNX Runtime cannot load it ({shorten(str(error).splitlines()[0])})") from None
+    layers = _count_layers(artifact)
+    used = used_precision(layers)
+    check_precision("onnxruntime", precision, used, layers)
+    facts = Facts("onnxruntime", onnxruntime.__version__, precision, digest, size, threads, dict(layers))
+    return OnnxRuntimeEngine(session, facts)
+
+
+def _count_layers(artifact: Path) -> Counter[str]:
+    """Count the layers with weights in each precision. The processor's provider computes in the types of the file."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise missing_package("onnxruntime", error) from None
+    graph = onnx.load(artifact, load_external_data=False).graph
+    types = {
+        tensor.name: onnx.helper.tensor_dtype_to_string(tensor.data_type).removeprefix("TensorProto.")
+        for tensor in graph.initializer
+    }
+    weights = [name for node in graph.node if node.op_type in _LAYERS for name in node.input[1:2] if name in types]
+    return Counter(_PRECISIONS.get(types[name], types[name].lower()) for name in weights)

@@ -1,0 +1,92 @@
+"""Run a network with OpenVINO on the processor. Its artifact is `NAME.xml` with the weights in `NAME.bin`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseinst.config import NetworkPrecision
+from sparseinst.engines.base import (
+    OUTPUTS,
+    Facts,
+    artifact_identity,
+    as_predictions,
+    check_precision,
+    missing_package,
+    used_precision,
+)
+from sparseinst.errors import UserError
+from sparseinst.machine import multiplies_bfloat16
+from sparseinst.models.decoder import Predictions
+from sparseinst.words import shorten
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "u8": "int8", "i8": "int8"}
+_CONVOLUTIONS = ("Convolution", "GroupConvolution", "DeformableConvolution", "Deconvolution")
+_PRODUCTS = ("MatMul", "FullyConnected")
+
+
+class OpenVinoEngine:
+    """A compiled OpenVINO model. One compiled model serves images of all sizes."""
+
+    def __init__(self, request: Any, facts: Facts) -> None:
+        self.facts = facts
+        self._request = request
+
+    def run(self, images: Tensor) -> Predictions:
+        # The outputs are copies, because the next image reuses the request's memory.
+        results = self._request.infer([images.float().contiguous().numpy()], share_inputs=True, share_outputs=False)
+        return as_predictions([torch.from_numpy(results[index]) for index in range(len(OUTPUTS))])
+
+
+def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None, cache: Path | None = None) -> OpenVinoEngine:
+    """Compile a model for the processor.
+
+    In int8, the layers that stay in float run in bf16 where the processor multiplies bf16, and in fp32 elsewhere.
+
+    Args:
+        threads: the number of threads; None takes torch's.
+        cache: a folder in which OpenVINO keeps compiled models; None keeps none.
+
+    Raises:
+        UserError: OpenVINO is not installed, the file cannot be loaded, or another precision was compiled.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise missing_package("openvino", error) from None
+    digest, size = artifact_identity(artifact)
+    threads = threads or torch.get_num_threads()
+    hint = _HINTS.get(precision) or ("bf16" if multiplies_bfloat16() else "f32")
+    settings: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": hint,
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        **({"CACHE_DIR": str(cache)} if cache is not None else {}),
+    }
+    try:
+        compiled = openvino.Core().compile_model(artifact, "CPU", settings)
+    except RuntimeError as error:
+        raise UserError(f"{artifact}: OpenVINO cannot load it ({shorten(str(error).strip().splitlines()[-1])})") from None
+    convolutions, layers = _count_layers(compiled)
+    check_precision("openvino", precision, used_precision(convolutions), convolutions)
+    facts = Facts("openvino", openvino.__version__, precision, digest, size, threads, dict(layers))
+    return OpenVinoEngine(compiled.create_infer_request(), facts)
+
+
+def _count_layers(compiled: Any) -> tuple[Counter[str], Counter[str]]:
+    """Count the convolutions in each precision, and the convolutions and matrix products together."""
+    convolutions: Counter[str] = Counter()
+    products: Counter[str] = Counter()
+    for operator in compiled.get_runtime_model().get_ops():
+        about = operator.get_rt_info()
+        kind, precision = (about[name].astype(str) for name in ("layerType", "runtimePrecision"))
+        if kind in _CONVOLUTIONS:
+            convolutions[_PRECISIONS.get(precision, precision)] += 1
+        elif kind in _PRODUCTS:
+            products[_PRECISIONS.get(precision, precision)] += 1
+    return convolutions, convolutions + products

@@ -1,0 +1,201 @@
+"""Check the engines: their choice, their artifacts, the precision that they really use, and that they find what torch finds."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparseinst import load_model
+from sparseinst.cli import run_cli
+from sparseinst.config import ENGINE_PRECISIONS, Config
+from sparseinst.engines.base import artifact_identity, check_precision
+from sparseinst.engines.names import ENGINES, check_engine
+from sparseinst.errors import UserError
+from sparseinst.evaluation.evaluate import evaluate_weights
+from sparseinst.inference import artifacts as keeping
+from sparseinst.inference.engine_network import prepare
+from sparseinst.machine import multiplies_bfloat16
+from sparseinst.models.sparseinst import build_model
+from tests.conftest import CPU
+
+SIZES = [(48, 64), (64, 64), (100, 40)]
+
+
+def photo(size: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def require(engine: str) -> None:
+    """Skip the test where the engine's package is missing."""
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    pytest.importorskip(engine, reason=f"needs the extra {engine}")
+
+
+def test_names_of_engines() -> None:
+    assert [check_engine(name) for name in ENGINES] == list(ENGINE_PRECISIONS)
+    with pytest.raises(UserError, match="engine tensorrt is not supported yet"):
+        check_engine("tensorrt")
+    with pytest.raises(UserError, match="did you mean 'openvino'"):
+        check_engine("openvin")
+
+
+def test_a_precision_that_the_engine_lacks_is_refused() -> None:
+    with pytest.raises(UserError, match="engine torch has no precision int8.*needs the engine openvino"):
+        Config().replace({"inference.precision": "int8"})
+    with pytest.raises(UserError, match="engine onnxruntime has no precision bf16"):
+        Config().replace({"inference.precision": "bf16", "inference.engine": "onnxruntime"})
+
+
+def test_an_evaluation_by_another_engine_has_another_key_and_default_keys_stay() -> None:
+    default = Config()
+    assert "engine" not in default.inference.content("evaluate")
+    assert not {"max_drop", "calibration_images"} & set(default.inference.content("evaluate"))
+    other = default.replace({"inference.engine": "openvino"})
+    assert other.evaluate_key() != default.evaluate_key()
+    assert other.latency_key("cpu") != default.latency_key("cpu")
+    assert other.train_key() == default.train_key()
+    int8 = other.replace({"inference.precision": "int8"})
+    looser = int8.replace({"inference.max_drop": 2.0})
+    assert len({config.evaluate_key() for config in (other, int8, looser)}) == 3
+    assert default.replace({"inference.max_drop": 2.0}).evaluate_key() == default.evaluate_key(), "torch does not quantise"
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_missing_package_is_one_line_that_names_the_extra(
+    engine: str, artifacts: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = keeping.network_folder(keeping.describe(*_opened(trained)))
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / "network.onnx"
+    existed = made.exists()
+    made.touch()
+    monkeypatch.setitem(sys.modules, engine, None)
+    assert run_cli(["evaluate", "--weights", str(trained), "--engine", engine]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"engine {engine} needs the extra `{engine}`" in error
+    assert f"pip install 'sparseinst[{engine}]'" in error
+    if not existed:
+        made.unlink()
+
+
+def _opened(run: Path) -> tuple[Any, Any, Any]:
+    from sparseinst.inference.weights import load_weights
+
+    return load_weights(run / "model.safetensors")
+
+
+def test_another_compiled_precision_is_an_error() -> None:
+    layers = Counter({"bf16": 5, "fp32": 1})
+    check_precision("openvino", "bf16", "bf16", layers)
+    with pytest.raises(UserError, match="compiled bf16 although fp16 was asked for .*5 in bf16, 1 in fp32"):
+        check_precision("openvino", "fp16", "bf16", layers)
+
+
+def test_torch_says_what_ran(trained: Path) -> None:
+    found = evaluate_weights(trained / "model.safetensors", {}, device=CPU)
+    assert found.engine is not None
+    assert (found.engine["engine"], found.engine["precision"]) == ("torch", "fp32")
+    assert set(found.engine["layers"]) == {"fp32"}
+    half = evaluate_weights(trained / "model.safetensors", {"inference.precision": "bf16"}, device=CPU)
+    assert half.engine is not None
+    assert set(half.engine["layers"]) == {"bf16"}
+    assert half.engine["artifact"] == found.engine["artifact"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_engine_finds_what_torch_finds_at_all_sizes(engine: Any, artifacts: Path, trained: Path) -> None:
+    require(engine)
+    expected, ours = load_model(trained, "cpu"), load_model(trained, engine=engine)
+    for size in SIZES:
+        theirs, found = expected.predict(photo(size)), ours.predict(photo(size))
+        np.testing.assert_allclose(found.scores, theirs.scores, atol=1e-4)
+        np.testing.assert_array_equal(np.sort(found.maps), np.sort(theirs.maps))
+        by_map = dict(zip(theirs.maps, theirs.masks, strict=True))
+        assert np.mean([(mask != by_map[index]).mean() for index, mask in zip(found.maps, found.masks, strict=True)]) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_exported_network_is_evaluated_like_its_weights(
+    engine: str, artifacts: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    require(engine)
+    output = tmp_path / f"model{keeping.ARTIFACT_SUFFIXES[check_engine(engine)]}"
+    assert run_cli(["export", "--weights", str(trained), "--engine", engine, "--output", str(output)]) == 0
+    digest = artifact_identity(output)[0]
+    assert f"digest {digest}" in capsys.readouterr().out
+    figures = []
+    for command in (["--weights", str(output)], ["--weights", str(trained), "--engine", engine], ["--weights", str(trained)]):
+        assert run_cli(["evaluate", *command, "--json"]) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    assert figures[0]["figures"] == figures[1]["figures"]
+    assert figures[0]["engine"]["artifact"] == figures[1]["engine"]["artifact"] == digest
+    assert figures[2]["engine"]["engine"] == "torch"
+    for name, value in figures[2]["figures"].items():
+        assert figures[0]["figures"][name] == pytest.approx(value, abs=0.1)
+
+
+@pytest.mark.slow
+def test_a_network_is_exported_once(artifacts: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require("onnxruntime")
+    load_model(trained, engine="onnxruntime")
+    monkeypatch.setattr(keeping, "export_network", lambda *_: pytest.fail("the network was exported again"))
+    load_model(trained, engine="onnxruntime")
+
+
+@pytest.mark.slow
+def test_openvino_compiles_what_is_asked_for(artifacts: Path, trained: Path) -> None:
+    require("openvino")
+    weights = trained / "model.safetensors"
+    if not multiplies_bfloat16():
+        pytest.skip("this processor does not multiply bfloat16 numbers")
+    found = evaluate_weights(weights, {"inference.engine": "openvino", "inference.precision": "bf16"}, device=CPU).engine
+    assert found is not None
+    assert (found["precision"], max(found["layers"], key=found["layers"].get)) == ("bf16", "bf16")
+    with pytest.raises(UserError, match="compiled bf16 although fp16 was asked for"):
+        evaluate_weights(weights, {"inference.engine": "openvino", "inference.precision": "fp16"}, device=CPU)
+
+
+def test_openvino_refuses_deformable_convolutions(artifacts: Path, tiny: Config) -> None:
+    config = tiny.replace({"model.decoder.deformable": True, "inference.engine": "openvino"})
+    with pytest.raises(UserError, match="cannot read deformable convolutions, and the model has 2 .*use the engine onnxruntime"):
+        prepare(build_model(config.model), config, (), device=CPU)
+
+
+def test_files_that_are_no_networks_are_refused(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    (tmp_path / "text.onnx").write_text("no network")
+    with pytest.raises(UserError, match="is no ONNX file, or it is damaged"):
+        load_model(tmp_path / "text.onnx")
+    empty = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
+    onnx.save(empty, tmp_path / "other.onnx")
+    with pytest.raises(UserError, match="is no network of this package"):
+        load_model(tmp_path / "other.onnx")
+    with pytest.raises(UserError, match="no such file"):
+        load_model(tmp_path / "none.onnx")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "torch", "--output", "m.onnx"], "torch runs the weights themselves"),
+        (["--engine", "onnxruntime", "--output", "m.xml"], "name it m.onnx"),
+        (["--precision", "int8", "--output", "m.onnx"], "go with --engine"),
+        (["--engine", "tensorrt", "--output", "m.onnx"], "not supported yet"),
+    ],
+)
+def test_exports_that_cannot_be_are_refused(
+    options: list[str], message: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(["export", "--weights", str(trained), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_metrics_library_has_another_option(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["evaluate", "--weights", str(trained), "--engine", "pycocotools"]) == 2
+    assert "--evaluator pycocotools" in capsys.readouterr().err
