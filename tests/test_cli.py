@@ -142,7 +142,7 @@ def bad_inputs() -> dict[str, tuple[list[str], str]]:
         "unknown option": (["train", "--outpt", "x"], "No such option"),
         "unknown engine": (
             ["evaluate", "--weights", "{trained}", "--engine", "x"],
-            "engine 'x' is unknown: expected one of torch",
+            "engine 'x' is unknown (valid: onnxruntime",
         ),
     }
 
