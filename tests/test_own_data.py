@@ -74,7 +74,7 @@ def test_fine_tuning_keeps_the_model_but_replaces_its_class_head(
     weights = str(tmp_path / "first" / "model.safetensors")
     command = ["train", "--data", str(crowded), "--weights", weights, "--output", str(tmp_path / "second"), *second]
     assert run_cli([*command, "--device", "cpu"]) == 0
-    assert "with a new class head" in capsys.readouterr().out
+    assert "it keeps the classes with the same names" in capsys.readouterr().out
     assert "new random weights: decoder.instance_branch.classes.bias, decoder.instance_branch.classes.weight" in caplog.text
     assert "2 of 4 training images have more than model.decoder.iam.num_maps=50" in caplog.text
     tuned, before = (load_model(tmp_path / name, "cpu") for name in ("second", "first"))

@@ -142,7 +142,7 @@ def split(
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             print(f"{part}: no instance of {', '.join(missing[:5])}{more}; another --seed may help")
-    print(f"to use it: sparseinst train --config {report.config} --data {folder} --output RUN")
+    print(f"to use it: sparseinst init --data {folder} --config {report.config} --output own.yaml")
 
 
 @app.command()

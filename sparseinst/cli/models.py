@@ -45,7 +45,9 @@ def train(
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(help="Weights to start from, such as imported ones. The model is theirs, with a new class head."),
+        typer.Option(
+            help="Weights to start from, such as imported ones. The model is theirs; classes of other names start anew."
+        ),
     ] = None,
     preflight: Annotated[
         bool, typer.Option("--preflight", help="Only check that the model learns eight of the images by heart.")
@@ -131,7 +133,7 @@ def _data_overrides(settings: Config, given: Container[str]) -> dict[str, Any]:
         found["model.decoder.iam.num_maps"] = wanted
         print(f"images hold up to {most} instances, so model.decoder.iam.num_maps is {wanted} instead of {maps}")
     if settings.train.start is not None:
-        print(f"training starts from {settings.train.start} with a new class head")
+        print(f"training starts from {settings.train.start}; of its class head, it keeps the classes with the same names")
     return found
 
 

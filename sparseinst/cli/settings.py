@@ -23,14 +23,23 @@ def init(
             help="small trains on a processor in an hour or two; full is the paper's model; auto: full if there is a GPU."
         ),
     ] = "auto",
-    weights: Annotated[Path | None, typer.Option(help="Trained weights to start from, such as imported ones or a run.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Trained weights to start from: imported ones, a run, or demo (the package's own).")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A file with settings to keep, such as the split that `data split` wrote.")
+    ] = None,
+    override: Overrides = [],  # noqa: B006 (typer reads the default)
 ) -> None:
     """Choose settings for your own data, each with a reason.
 
     The command looks at the data, writes a config file for `train`, and warns of what cannot work.
     """
     from sparseinst.data.recipe import write_recipe
+    from sparseinst.nested import flatten
+    from sparseinst.overrides import parse_override, read_layer
 
+    given = {**(flatten(read_layer(config)) if config is not None else {}), **dict(map(parse_override, override))}
     start: dict[str, Any] | None = None
     if weights is not None:
         from sparseinst.cli.models import model_overrides
@@ -41,7 +50,7 @@ def init(
         from sparseinst.device import pick_device
 
         size = "full" if pick_device(None).type == "cuda" else "small"
-    facts, chosen = write_recipe(data, output, size, start)
+    facts, chosen = write_recipe(data, output, size, start, given)
     print(
         f"{facts.train_images} training and {facts.val_images} validation images, {facts.classes} categories, "
         f"{facts.instances:.1f} instances an image (at most {facts.most_instances}), objects of {facts.median_object:.0f} pixels"
@@ -52,8 +61,10 @@ def init(
         "train.iterations",
         "train.batch_size",
         "train.learning_rate",
+        "data.flip",
     ):
-        print(f"  {path} = {chosen.settings[path]}")
+        if path in chosen.settings:
+            print(f"  {path} = {chosen.settings[path]}")
     for warning in chosen.warnings:
         print(f"warning: {warning}")
     print(f"{output} holds all settings and their reasons. Next, a check of a few minutes on 8 images, and the training:")

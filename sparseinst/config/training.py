@@ -83,8 +83,8 @@ class TrainConfig(OptimizerConfig):
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """The decay of an exponential moving average of the weights, which is then evaluated and saved; None keeps no average."""
     start: Annotated[str | None, Neutral(None)] = None
-    """A weights file of a trained SparseInst model to start from, instead of ImageNet weights. Layers whose shapes differ (the
-    class head for other data) keep their random initial weights."""
+    """A weights file of a trained SparseInst model to start from, instead of ImageNet weights. The class head keeps the
+    classes with the same names; with another number of maps, the first ones are kept; other classes and maps start anew."""
     compile: Annotated[bool, Neutral(False)] = False
     """Train with torch.compile. It rounds differently and takes minutes to compile at the start."""
     checkpoint_activations: Annotated[bool, Operational()] = False

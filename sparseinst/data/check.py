@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -18,6 +19,8 @@ from sparseinst.files import state_of_file
 
 SMALL, MEDIUM = 32**2, 96**2
 """COCO's area limits between small, medium and large objects, in pixels."""
+MIRRORED = "a horizontal flip turns {} into {}, which keeps the wrong label"
+"""Explains `mirrored_categories`, given a pair of names."""
 DARK = 32
 """A split is reported if none of its pixels reaches this grey level (0 to 255)."""
 
@@ -63,6 +66,18 @@ def check_split(split: CocoSplit, images: Iterable[ImageRecord], *, read_images:
             "if 16-bit files hold 12-bit values, scale the values to 16 bits"
         )
     return report
+
+
+def mirrored_categories(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the pairs of categories whose names differ only in `left` and `right`.
+
+    A horizontal flip turns one into the other, but the object keeps its label.
+    """
+    pairs = ((name, re.sub("left", lambda match: _RIGHT.get(match[0], "right"), name, flags=re.IGNORECASE)) for name in names)
+    return [(left, right) for left, right in pairs if left != right and right in names]
+
+
+_RIGHT = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 
 
 def _id_problems(split: CocoSplit) -> list[str]:
@@ -140,6 +155,8 @@ def show(reports: dict[str, Report], *, as_json: bool = False) -> None:
     for name, report in reports.items():
         for problem in report.problems:
             print(f"{name}: {problem}")
+    if mirrored := mirrored_categories(list(reports["train"].categories)):
+        print(f"note: {MIRRORED.format(*mirrored[0])}: train with data.flip=0, as `sparseinst init` writes")
 
 
 _ROWS = {

@@ -157,13 +157,22 @@ def _usable(split: CocoSplit, config: DataConfig) -> CocoSplit:
 
 
 def train_annotations(config: DataConfig) -> Path:
-    """Return the annotation file of the training images."""
-    return _prepared_root(config) / config.train_annotations
+    """Return the annotation file of the training images. Raises `DataError` if there is none."""
+    return _existing(_prepared_root(config) / config.train_annotations, "train")
 
 
 def val_annotations(config: DataConfig) -> Path:
-    """Return the annotation file of the validation images."""
-    return _prepared_root(config) / config.val_annotations
+    """Return the annotation file of the validation images. Raises `DataError` if there is none."""
+    return _existing(_prepared_root(config) / config.val_annotations, "val")
+
+
+def _existing(file: Path, split: str) -> Path:
+    if not file.exists():
+        raise DataError(
+            f"{file}: no such file; if yours have other names, set data.{split}_annotations and data.{split}_images, and if they "
+            "have another format, `sparseinst data convert` them"
+        )
+    return file
 
 
 def _prepared_root(config: DataConfig) -> Path:

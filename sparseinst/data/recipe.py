@@ -10,12 +10,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 
 from sparseinst.config import Config, DataConfig
-from sparseinst.data.coco import CocoSplit, decode, train_split, val_split
+from sparseinst.data.check import MIRRORED, mirrored_categories
+from sparseinst.data.coco import CocoSplit, category_names, decode, train_split, val_split
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import atomic
 from sparseinst.machine import multiplies_bfloat16
@@ -53,19 +55,27 @@ class Facts:
     small_object: float
     """The 10th percentile of the square roots of the objects' areas."""
     median_object: float
+    mirrored: tuple[str, str] | None = None
+    """Two categories that differ only in `left` and `right` by name, if there are any."""
 
 
 @dataclass
 class Recipe:
     """Settings by dotted path, the reason for each, and warnings."""
 
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """The settings that the user gave. They stay."""
     settings: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
+    def prefer(self, path: str, value: Any) -> Any:
+        """Return the given value of a setting, or else `value`."""
+        return self.given.get(path, value)
+
     def choose(self, path: str, value: Any, reason: str) -> None:
-        self.settings[path] = value
-        self.reasons[path] = reason
+        self.settings[path] = self.prefer(path, value)
+        self.reasons[path] = "You gave this value." if path in self.given else reason
 
     def text(self, head: str) -> str:
         """Return a config file: the settings in YAML, with the reasons and the warnings as comments."""
@@ -105,6 +115,7 @@ def look_at(config: DataConfig) -> Facts:
         math.ceil(np.percentile(counts, 99)),
         float(np.percentile(roots, 10)),
         float(np.median(roots)),
+        next(iter(mirrored_categories(category_names(train.categories))), None),
     )
 
 
@@ -121,7 +132,13 @@ def _areas(split: CocoSplit) -> Iterator[int]:
 
 
 def recipe(
-    facts: Facts, data: Path, size: Size, start: Mapping[str, Any] | None = None, *, fast_bfloat16: bool = False
+    facts: Facts,
+    data: Path,
+    size: Size,
+    start: Mapping[str, Any] | None = None,
+    *,
+    given: Mapping[str, Any] = MappingProxyType({}),
+    fast_bfloat16: bool = False,
 ) -> Recipe:
     """Return settings for a data set.
 
@@ -130,8 +147,9 @@ def recipe(
         size: the model.
         fast_bfloat16: whether this machine's processor multiplies bfloat16 numbers; only `small` uses it.
         start: the model settings of the weights that the training starts from, by dotted path; None for no such weights.
+        given: settings that the user gave, by dotted path. They stay, and the others are chosen to fit them.
     """
-    chosen = Recipe()
+    chosen = Recipe(given)
     chosen.settings |= {"data.source": "coco", "data.root": str(data)}
     chosen.choose("model.num_classes", facts.classes, "The number of categories in the training annotations.")
     scale = _choose_input(chosen, facts, size)
@@ -141,6 +159,9 @@ def recipe(
     if size == "small" and fast_bfloat16:
         chosen.choose("train.precision", "bf16", "This processor multiplies bfloat16 numbers, which halves the time of a step.")
         chosen.settings["pretrain.precision"] = "bf16"
+    if facts.mirrored is not None:
+        chosen.choose("data.flip", 0.0, f"{MIRRORED[0].upper()}{MIRRORED[1:].format(*facts.mirrored)}.")
+    chosen.settings |= given
     _warn(chosen, facts, scale, size, start)
     return chosen
 
@@ -152,6 +173,7 @@ def _choose_input(chosen: Recipe, facts: Facts, size: Size) -> float:
     short = int(min(max(wanted, usual / 2), most, max(2 * facts.short_side, usual / 2)) / 32 + 0.5) * 32
     if wanted <= usual <= 2 * facts.short_side:
         short = usual
+    short = chosen.prefer("inference.short_side", short)
     scale = short / facts.short_side
     long = math.ceil(short * max(4 / 3, min(facts.aspect, 2.0)) / 32) * 32
     why = (
@@ -175,13 +197,13 @@ def _choose_input(chosen: Recipe, facts: Facts, size: Size) -> float:
 
 def _choose_maps(chosen: Recipe, facts: Facts, size: Size, start: Mapping[str, Any] | None) -> None:
     has = start["model.decoder.iam.num_maps"] if start is not None else None
-    least = 100 if has is not None or size == "full" else 20
+    least = 100 if size == "full" else 20
     wanted = max(least, math.ceil(facts.usual_instances / 10) * 10)
     holds = f"An image holds up to {facts.most_instances} instances; 99 % of the images hold at most {facts.usual_instances}."
     if has is not None and has >= facts.usual_instances:
         chosen.choose("model.decoder.iam.num_maps", has, f"{holds} The weights keep their {has} maps, which are trained.")
     else:
-        new = "" if has is None else f" The weights have {has} maps; the layers of the maps start anew."
+        new = "" if has is None else f" The weights have {has} maps, which are kept; the others start anew."
         chosen.choose("model.decoder.iam.num_maps", wanted, f"{holds} Each instance needs a map of its own.{new}")
 
 
@@ -213,7 +235,8 @@ def _choose_steps(chosen: Recipe, facts: Facts, size: Size, *, fine: bool) -> No
         steps = min(30_000, max(7000, 700_000 / (batch * facts.instances)))
     else:
         steps = min(90_000, max(7000, 150 * facts.train_images / batch))
-    steps = round(steps / (3 if fine else 1) / 500) * 500
+    batch = chosen.prefer("train.batch_size", batch)
+    steps = chosen.prefer("train.iterations", round(steps / (3 if fine else 1) / 500) * 500)
     chosen.choose(
         "train.iterations",
         steps,
@@ -272,8 +295,14 @@ def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping
         chosen.warnings.append("the full model takes days on a processor; --size small takes an hour or two.")
 
 
-def write_recipe(data: Path, output: Path, size: Size, start: Mapping[str, Any] | None = None) -> tuple[Facts, Recipe]:
-    """Look at a COCO-format folder and write a config file for it.
+def write_recipe(
+    data: Path,
+    output: Path,
+    size: Size,
+    start: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[Facts, Recipe]:
+    """Look at a COCO-format folder and write a config file for it. `given` is as in `recipe`.
 
     Raises:
         UserError: the output exists or cannot be written.
@@ -281,8 +310,9 @@ def write_recipe(data: Path, output: Path, size: Size, start: Mapping[str, Any] 
     """
     if output.exists():
         raise UserError(f"{output}: exists; give another --output, or remove it")
-    facts = look_at(DataConfig(root=str(data)))
-    chosen = recipe(facts, data, size, start, fast_bfloat16=multiplies_bfloat16())
+    given = {**given, "data.root": str(data)}
+    facts = look_at(load_config(overrides={path: value for path, value in given.items() if path.startswith("data.")}).data)
+    chosen = recipe(facts, data, size, start, given=given, fast_bfloat16=multiplies_bfloat16())
     text = chosen.text(
         f"Settings for {data}, chosen by `sparseinst init`. Every setting can be changed; `sparseinst config` lists all."
     )

@@ -99,30 +99,6 @@ def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.half() if tensor.ndim > 1 and tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
-def start_from(model: SparseInst, path: Path) -> list[str]:
-    """Copy into a fresh model the tensors of a weights file whose shapes match.
-
-    Returns:
-        The names of the model's tensors that were not replaced, because the file's tensors have other shapes.
-
-    Raises:
-        UserError: the file is no weights file of this package, or it holds another kind of model, so that a tensor's name is
-            unknown or missing.
-    """
-    theirs = load_weights(path)[0].state_dict()
-    ours = model.state_dict()
-    counters = {name for name in theirs.keys() ^ ours.keys() if name.endswith(".num_batches_tracked")}  # frozen norms have none
-    unknown, missing = sorted(theirs.keys() - ours.keys() - counters), sorted(ours.keys() - theirs.keys() - counters)
-    if unknown or missing:
-        name, what = (unknown[0], "is not in the new model") if unknown else (missing[0], "is not in the file")
-        raise UserError(
-            f"{path} holds weights of another kind of model: {name} {what} (and {len(unknown) + len(missing) - 1} more tensors)"
-        )
-    fresh = sorted(name for name in theirs.keys() - counters if theirs[name].shape != ours[name].shape)
-    model.load_state_dict({name: tensor if name in fresh else theirs.get(name, tensor) for name, tensor in ours.items()})
-    return fresh
-
-
 def load_weights(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
     """Return a model in evaluation mode on the CPU, its config and its categories.
 

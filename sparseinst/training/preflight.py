@@ -117,7 +117,7 @@ def _small(config: Config, annotations: Path) -> Config:
             "train.evaluate_every": None,
             "train.patience": None,
             "train.checkpoint_activations": config.train.checkpoint_activations and frozen,  # only these allow it
-            "train.log_every": 1,
+            "train.log_every": 10,
             "train.loggers": [],
             "train.checkpoint_every": STEPS,
         }

@@ -14,7 +14,8 @@ import torch
 
 from sparseinst.attempts import Attempt
 from sparseinst.config import Config, ModelConfig
-from sparseinst.data.coco import CocoSplit, check_categories, train_split, val_split
+from sparseinst.data.check import MIRRORED, mirrored_categories
+from sparseinst.data.coco import CocoSplit, category_names, check_categories, train_split, val_split
 from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
 from sparseinst.device import tf32
 from sparseinst.distributed import rank, same_for_all, world_size
@@ -22,7 +23,8 @@ from sparseinst.errors import RunFailed, UserError, memory_explained
 from sparseinst.evaluation.evaluate import evaluate
 from sparseinst.evaluation.mechanism import Matches, stability
 from sparseinst.files import atomic, make_folder, read_text
-from sparseinst.inference.weights import save_weights, start_from
+from sparseinst.inference.start import start_from
+from sparseinst.inference.weights import save_weights
 from sparseinst.models.sparseinst import build_model
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths
@@ -138,8 +140,8 @@ class _Training:
         torch.manual_seed(config.train.seed)
         model = build_model(_with_start(config.model, start), load_pretrained=config.train.start is None)
         if config.train.start is not None:
-            fresh = start_from(model, Path(config.train.start))
-            _log.info("starting from %s; new random weights: %s", config.train.start, ", ".join(fresh) or "nothing")
+            kept = start_from(model, Path(config.train.start), self.categories)
+            _log.info("starting from %s: %s", config.train.start, kept.describe())
         self.dataset = TrainSet(split, config.data, config.train.seed, model.mask_stride())
         self.step = Step(model, config, device)
         self.matches: Matches = {}
@@ -296,7 +298,7 @@ def _check(config: Config) -> None:
 
 
 def _check_instances(config: Config, split: CocoSplit) -> None:
-    """Warn if training images have more instances than the model has maps, since the model cannot learn the others."""
+    """Warn if images have more instances than the model has maps, which it cannot learn, and if flips give wrong labels."""
     maps = config.model.decoder.iam.num_maps
     counts = [count for count in split.instances_per_image() if count > maps]
     if counts:
@@ -304,3 +306,6 @@ def _check_instances(config: Config, split: CocoSplit) -> None:
             "%d of %d training images have more than model.decoder.iam.num_maps=%d instances, up to %d; %d of them take no part",
             len(counts), len(split.images), maps, max(counts), sum(counts) - maps * len(counts),
         )  # fmt: skip
+    mirrored = mirrored_categories(category_names(split.categories))
+    if mirrored and config.data.flip:
+        _log.warning("%s: set data.flip=0", MIRRORED.format(*mirrored[0]))

@@ -182,9 +182,20 @@ def picture_grid(pictures: Sequence[tuple[str, Image.Image]], *, columns: int) -
     pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=max(9, min(width / 12, 13)))
     for index, (text, picture) in enumerate(pictures):
         left, top = gap + index % columns * (width + gap), gap + index // columns * (height + gap + title)
-        pen.text((left, top), text, fill="black", font=font)
+        pen.text((left, top), _cut(text, width, font), fill="black", font=font)
         whole.paste(picture, (left, top + title))
     return whole
+
+
+def _cut(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Return a title that is at most `width` pixels wide: the middle of its first word (a file's name), then its end, is cut."""
+    name, separator, rest = text.partition(":")
+    while font.getlength(text) > width and len(name) > 16:
+        name = f"{name[: len(name) // 2 - 1].rstrip('…')}…{name[len(name) // 2 + 1 :].lstrip('…')}"
+        text = f"{name}{separator}{rest}"
+    while font.getlength(text) > width and len(text) > 1:
+        text = f"{text[:-2]}…"
+    return text
 
 
 def palette(count: int) -> list[Colour]:

@@ -159,8 +159,7 @@ def _title(example: Example, names: list[str], vanished: int) -> str:
     counts = Counter(names[label] for label in example.labels.tolist())
     content = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     lost = f"; {vanished} vanish" if vanished else ""
-    text = f"{example.record.path.name}: {content or 'no instance'}{lost}"
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    return f"{example.record.path.name}: {content or 'no instance'}{lost}"
 
 
 def summary(numbers: Numbers) -> dict[str, Any]:

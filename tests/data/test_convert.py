@@ -10,7 +10,7 @@ from PIL import Image
 from sparseinst.cli import run_cli
 from sparseinst.data.check import check_folder
 from sparseinst.data.coco import decode, read_split
-from sparseinst.data.convert import convert
+from sparseinst.data.convert import convert, detect
 from sparseinst.errors import UserError
 from sparseinst.overrides import load_config
 
@@ -41,6 +41,18 @@ def test_masks_become_instances(tmp_path: Path) -> None:
     assert [mask.sum() for mask in masks] == [30, 30]
     settings = load_config(overrides={"data.root": str(tmp_path / "out")})
     assert all(not found.problems for found in check_folder(settings.data, read_images=True).values())
+
+
+def test_a_folder_that_is_in_cocos_format_already_is_named(tmp_path: Path) -> None:
+    (tmp_path / "trainset").mkdir()
+    (tmp_path / "notes.json").write_text("[]")
+    content = {"images": [{"id": 1}], "categories": [{"id": 1}], "annotations": [{"id": 1}]}
+    (tmp_path / "trainset" / "labels.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"trainset/labels\.json has COCO's format already: .*-o data\.train_annotations=FILE"):
+        detect(tmp_path)
+    (tmp_path / "trainset" / "labels.json").write_text("{}")
+    with pytest.raises(UserError, match="fits none of the formats"):
+        detect(tmp_path)
 
 
 def test_boxes_and_areas(tmp_path: Path) -> None:

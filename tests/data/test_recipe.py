@@ -1,6 +1,7 @@
 """Check the settings that are chosen for a data set, and the commands `init` and `config`."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from sparseinst.cli import run_cli
 from sparseinst.config import Config, DataConfig
+from sparseinst.data.check import mirrored_categories
 from sparseinst.data.recipe import Facts, look_at, recipe
 from sparseinst.nested import explanations, leaf_paths
 from sparseinst.overrides import load_config
@@ -82,6 +84,49 @@ def test_each_instance_has_a_map() -> None:
     assert chosen.settings["model.decoder.iam.num_maps"] == 260
     assert any("more than the 260 maps" in warning for warning in chosen.warnings)
     assert recipe(FACTS, Path("d"), "small").settings["model.decoder.iam.num_maps"] == 20
+
+
+def test_given_settings_stay_and_the_others_fit_them() -> None:
+    given = {"train.iterations": 1000, "train.batch_size": 2, "inference.short_side": 128, "data.val_images": "."}
+    chosen = recipe(FACTS, Path("d"), "small", given=given)
+    assert given.items() <= chosen.settings.items()
+    assert chosen.settings["data.short_sides"] == [128]
+    assert chosen.settings["train.warmup_iterations"] == 50
+    assert "You gave this value." in chosen.text("")
+
+
+def test_categories_that_a_flip_exchanges_are_not_flipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["hood", "Left lamp", "Right lamp", "left_door", "right_door", "leftover"]
+    assert mirrored_categories(names)[0] == ("Left lamp", "Right lamp")
+    assert not mirrored_categories(["left_door", "hood"])
+    images = [{"id": 1, "file_name": "1.png", "height": 60, "width": 80}]
+    write_coco(tmp_path, images, [annotation(1, 1, 7, box(0, 0, 9, 9))])
+    for file in (tmp_path / "annotations").glob("*.json"):
+        data = json.loads(file.read_text())
+        data["categories"] = [{"id": 7, "name": "left wing"}, {"id": 8, "name": "right wing"}]
+        file.write_text(json.dumps(data))
+    chosen = recipe(look_at(DataConfig(root=str(tmp_path))), tmp_path, "small")
+    assert chosen.settings["data.flip"] == 0.0
+    assert "data.flip" not in recipe(FACTS, Path("d"), "small").settings
+    assert run_cli(["data", "check", str(tmp_path)]) == 0
+    assert "a horizontal flip turns left wing into right wing, which keeps the wrong label" in capsys.readouterr().out
+
+
+def test_init_uses_a_split_and_other_file_names(shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(shapes_root, root)
+    assert run_cli(["data", "split", str(root), "--name", "new", "--val", "0.5"]) == 0
+    assert f"sparseinst init --data {root} --config {root / 'new.yaml'}" in capsys.readouterr().out
+    for file in (root / "annotations").glob("instances_*.json"):
+        file.unlink()
+    assert run_cli(["init", "--data", str(root), "--output", str(tmp_path / "no.yaml")]) == 2
+    assert "set data.train_annotations and data.train_images" in capsys.readouterr().err
+    file = tmp_path / "own.yaml"
+    command = ["init", "--data", str(root), "--size", "small", "--config", str(root / "new.yaml"), "--output", str(file)]
+    assert run_cli([*command, "-o", "train.iterations=700"]) == 0
+    written = load_config(file)
+    assert written.data.train_annotations == "annotations/new_train.json"
+    assert written.train.iterations == 700
 
 
 def test_trained_weights_keep_their_maps() -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save, save_file
 from sparseinst.config import Config
 from sparseinst.data.coco import Category
 from sparseinst.errors import UserError
-from sparseinst.inference.weights import file_tensors_digest, halved, load_weights, save_weights, start_from, tensors_digest
+from sparseinst.inference.start import Start, start_from
+from sparseinst.inference.weights import file_tensors_digest, halved, load_weights, save_weights, tensors_digest
 from sparseinst.models.sparseinst import build_model
 from tests.attacks import wrong
 
@@ -70,10 +71,36 @@ def test_a_model_with_frozen_norms_starts_from_one_with_trained_norms(tiny: Conf
     categories = tuple(Category(number + 1, f"thing {number}") for number in range(tiny.model.num_classes))
     save_weights(tmp_path / "first.safetensors", state, first, categories)
     model = build_model(second.model, load_pretrained=False)
-    assert start_from(model, tmp_path / "first.safetensors") == []
+    kept = start_from(model, tmp_path / "first.safetensors", categories)
+    assert kept == Start([], [category.name for category in categories], tiny.model.decoder.iam.num_maps)
     started = model.state_dict()
     assert started.keys() != state.keys()
     assert all(torch.equal(started[name], state[name]) for name in started.keys() & state.keys())
+
+
+def test_other_classes_and_maps_keep_what_can_be_kept(tiny: Config, tmp_path: Path) -> None:
+    """Classes are kept by name; of Group-IAM, the first maps of each group are kept."""
+    first = tiny.replace({"model.decoder.iam.groups": 2, "model.decoder.iam.num_maps": 6})
+    old = build_model(first.model, load_pretrained=False).state_dict()
+    names = ("Cat", "dog", "cow", "hen", "pig", "ant")
+    save_weights(tmp_path / "w.safetensors", old, first, tuple(Category(n, name) for n, name in enumerate(names, start=1)))
+    branch = "decoder.instance_branch."
+    for maps in (4, 9):
+        config = first.replace({"model.num_classes": 3, "model.decoder.iam.num_maps": maps})
+        model = build_model(config.model, load_pretrained=False)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        kept = start_from(model, tmp_path / "w.safetensors", [Category(5, "hen"), Category(7, "owl"), Category(9, "cat")])
+        assert kept == Start([], ["hen", "cat"], min(maps, 6))
+        new = model.state_dict()
+        for name in (f"{branch}classes.weight", f"{branch}classes.bias"):
+            assert torch.equal(new[name][[0, 2]], old[name][[3, 0]])
+            assert torch.equal(new[name][1], before[name][1])
+        for name in (f"{branch}iam.conv.weight", f"{branch}iam.conv.bias"):
+            ours, theirs = new[name].unflatten(0, (2, -1)), old[name].unflatten(0, (2, -1))
+            assert torch.equal(ours[:, : kept.maps], theirs[:, : kept.maps])
+            assert torch.equal(ours[:, kept.maps :], before[name].unflatten(0, (2, -1))[:, kept.maps :])
+        assert torch.equal(new["encoder.fusion.weight"], old["encoder.fusion.weight"])
+    assert "4 maps" in Start(["a"], [], 4).describe()
 
 
 def rewritten(saved: Path, tmp_path: Path, **changes: Any) -> Path:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from sparseinst.data.annotations import read_content
 from sparseinst.data.convert import label_maps, labelme, masks, voc, yolo
 from sparseinst.data.convert.source import Kind, Report, Source
 from sparseinst.data.convert.writer import write_folder
-from sparseinst.errors import UserError
+from sparseinst.errors import DataError, UserError
 
 
 class _Reader(NamedTuple):
@@ -51,6 +54,15 @@ def convert(
     return report
 
 
+def _coco_file(source: Path) -> Path | None:
+    """Return an annotation file in COCO's format, or None if none of the first JSON files is one."""
+    for file in islice(sorted(source.rglob("*.json")), 20):
+        with suppress(UserError, DataError):
+            if read_content(file)["annotations"]:
+                return file
+    return None
+
+
 def detect(source: Path) -> Kind:
     """Return the kind of a source, by the names of its files and the keys of its JSON files.
 
@@ -64,5 +76,11 @@ def detect(source: Path) -> Kind:
     found = [kind for kind, reader in _READERS.items() if reader.matches(source)]
     if len(found) == 1:
         return found[0]
+    if not found and (file := _coco_file(source)) is not None:
+        raise UserError(
+            f"{source}: {file.relative_to(source)} has COCO's format already: name the files of both splits with "
+            "-o data.train_annotations=FILE -o data.train_images=DIR -o data.val_annotations=FILE -o data.val_images=DIR "
+            "(init, train, data check)"
+        )
     problem = "fits none of the formats" if not found else "fits several formats"
     raise UserError(f"{source}: {problem}; name the right one: {', '.join(found or _READERS)}")

@@ -61,10 +61,10 @@ def _images(root: Path, path: str, place: str, file: Path) -> tuple[Path, list[P
     """Return the folder and the images of a split, which `data.yaml` gives as a folder or as a text file that lists images."""
     bases = [root / path, root] if path else [root]
     # Roboflow writes ../train/images for a folder beside data.yaml.
-    candidates = [base / part for part in (place, place.removeprefix("../")) for base in bases]
+    candidates = list(dict.fromkeys(base / part for part in (place, place.removeprefix("../")) for base in bases))
     found = next((candidate for candidate in candidates if candidate.exists()), None)
     if found is None:
-        raise UserError(f"{file}: {place}: no such folder or list of images")
+        raise UserError(f"{file}: {place}: no such folder or list of images ({' and '.join(map(str, candidates))} do not exist)")
     if found.is_dir():
         return found, images_in(found, recursive=True)
     lines = (line.strip() for line in read_text(found).splitlines())
