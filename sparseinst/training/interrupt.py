@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from sparseinst.distributed import world_size
 
-_DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+_DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)  # the command line gives SIGTERM the handler of Ctrl-C
 
 
 class StopRequest:
@@ -28,8 +28,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread() and world_size() == 1:
-            for number, default in _DEFAULTS.items():
-                if signal.getsignal(number) == default:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) in _DEFAULTS:
                     self._replaced[number] = signal.signal(number, self._note)
         return self
 

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,10 @@ from sparseinst.progress import progress_bar
 from sparseinst.training.loggers import Loggers
 
 _log = logging.getLogger(__name__)
+
+
+Pending = Sequence[tuple[int, dict[str, Tensor]]]
+"""The losses of steps (counted from 0) that are not written yet."""
 
 
 class _LogFile(logging.FileHandler):
@@ -67,6 +71,7 @@ class Monitor:
         check: is called before each write. If it raises an error, nothing is written.
         evaluated: whether the evaluation after `start` steps was finished before the run stopped. Its record is then kept.
         loggers: are opened and closed with the monitor; None logs to no service.
+        pending: the collected losses of a run that was stopped between two writes. Then its lines are those of one that was not.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Monitor:
         check: Callable[[], None],
         evaluated: bool = True,
         loggers: Loggers | None = None,
+        pending: Pending = (),
     ) -> None:
         self.paths, self.every, self.total, self.device, self.check = paths, every, total, device, check
         self.lead = rank() == 0
@@ -92,7 +98,7 @@ class Monitor:
             self.metrics = paths.metrics.open("a", encoding="utf-8")
         self.progress = progress_bar("steps", visible=visible and self.lead)
         self.task = self.progress.add_task("train", total=total, completed=start)
-        self.pending: list[tuple[int, dict[str, Tensor]]] = []
+        self.pending = list(pending)
         self.last_flush = time.perf_counter()
 
     def __enter__(self) -> Self:

@@ -36,7 +36,7 @@ from sparseinst.models.sparseinst import normalise
 from sparseinst.paths import SHIPPED, RunPaths
 from sparseinst.training.checkpoint import load_checkpoint, newest_checkpoint, remove_if_all_damaged, save_checkpoint
 from sparseinst.training.interrupt import StopRequest
-from sparseinst.training.monitor import Monitor, logging_to
+from sparseinst.training.monitor import Monitor, Pending, logging_to
 from sparseinst.training.schedule import parameter_groups
 from sparseinst.training.step import check_batch, check_classes
 from sparseinst.training.updates import Updates
@@ -207,6 +207,8 @@ class _Pretraining:
         self.dataset = TrainSet(self.split, config.data, settings.seed)
         optimizer = torch.optim.AdamW(parameter_groups(self.model, settings), fused=True)
         self.updates = Updates(self.model, settings, optimizer, device)
+        self.pending: Pending = ()
+        """The losses that a stopped run had not written yet."""
 
     def run(self) -> None:
         """Run all steps. A step depends only on its number and the state, so a resumed run gives exactly the same weights."""
@@ -223,6 +225,7 @@ class _Pretraining:
             device=self.device,
             check=self.attempt.check,
             evaluated=False,  # a run that was killed after its evaluation evaluates again
+            pending=self.pending,
         )
         with monitor, StopRequest() as stop:
             for iteration in range(start, settings.iterations):
@@ -234,9 +237,11 @@ class _Pretraining:
                 monitor.step(iteration, losses, rate)
                 done = iteration + 1
                 stopping = stop.requested and done < settings.iterations
-                if done % settings.checkpoint_every == 0 or done == settings.iterations or stopping:
+                due = done % settings.checkpoint_every == 0 or done == settings.iterations
+                if due:
                     monitor.flush(rate)
-                    self._save(done)
+                if due or stopping:
+                    self._save(done, monitor.pending)
                 if stopping:
                     raise stop.stopped(done, settings.iterations)
             accuracies = self._cell_accuracies()
@@ -284,11 +289,11 @@ class _Pretraining:
         percentages = (100 * counts[:, 0] / counts[:, 1].clamp(min=1)).tolist()
         return {f"cells_right_{stride}": round(value, 2) for stride, value in zip(STRIDES, percentages, strict=True)}
 
-    def _save(self, iteration: int) -> None:
+    def _save(self, iteration: int, pending: Pending) -> None:
         if rank() != 0:
             return
         self.attempt.at("save", iteration)
-        state: dict[str, Any] = {"iteration": iteration, **self.updates.state_dict()}
+        state: dict[str, Any] = {"iteration": iteration, "pending": list(pending), **self.updates.state_dict()}
         save_checkpoint(self.paths, iteration, state, self.settings.keep_checkpoints, self.attempt.check)
 
     def _resume(self) -> int:
@@ -298,6 +303,7 @@ class _Pretraining:
             return 0
         state = load_checkpoint(found, self.device)
         self.updates.load_state_dict(state)
+        self.pending = state.get("pending", ())  # checkpoints of earlier versions have none
         _log.info("resuming after step %d", state["iteration"])
         return int(state["iteration"])
 

@@ -32,7 +32,7 @@ from sparseinst.training.best import BestSoFar
 from sparseinst.training.checkpoint import load_checkpoint, newest_checkpoint, remove_if_all_damaged, save_checkpoint
 from sparseinst.training.interrupt import StopRequest
 from sparseinst.training.loggers import Loggers, check_installed
-from sparseinst.training.monitor import Monitor, diverged, logging_to
+from sparseinst.training.monitor import Monitor, Pending, diverged, logging_to
 from sparseinst.training.pretrain import ensure_start
 from sparseinst.training.step import LOWER_MODEL, LOWER_TRAINING, Step, check_batch, check_classes, check_memory
 
@@ -148,6 +148,8 @@ class _Training:
         self.evaluated = 0
         """The number of steps before the last evaluation during training."""
         self.best = BestSoFar()
+        self.pending: Pending = ()
+        """The losses that a stopped run had not written yet."""
 
     def run(self) -> None:
         """Run all steps. A step depends only on its number and the state, so a resumed run gives exactly the same weights."""
@@ -165,6 +167,7 @@ class _Training:
             check=self.attempt.check,
             evaluated=self.evaluated == start,
             loggers=Loggers(self.config, self.paths) if train.loggers else None,
+            pending=self.pending,
         )
         with monitor, StopRequest() as stop:
             if self._evaluates_after(start) and self.evaluated != start:  # the run was killed between checkpoint and evaluation
@@ -186,15 +189,17 @@ class _Training:
                 monitor.step(iteration, losses, rate, **values)
                 done = iteration + 1
                 stopping = stop.requested and done < train.iterations
-                saves = done % train.checkpoint_every == 0 or done == train.iterations or stopping
-                if saves:
-                    monitor.flush(rate)
-                    self._save(done)
+                due = done % train.checkpoint_every == 0 or done == train.iterations
+                if due or stopping:
+                    if due:  # a stop writes no line of its own
+                        monitor.flush(rate)
+                    self._save(done, monitor.pending)
                 if self._evaluates_after(done):
                     self._evaluate(monitor, done)
-                    if saves or self._gives_up():  # save (again), with the state of the evaluation
-                        monitor.flush(rate)
-                        self._save(done)
+                    if due or stopping or self._gives_up():  # save (again), with the state of the evaluation
+                        if due or self._gives_up():
+                            monitor.flush(rate)
+                        self._save(done, monitor.pending)
                 if stopping and not self._gives_up():
                     raise stop.stopped(done, train.iterations)
         if rank() == 0:
@@ -230,7 +235,7 @@ class _Training:
                 f"the last {self.best.without_better} evaluations gave no better AP, so the training ends (train.patience)"
             )
 
-    def _save(self, iteration: int) -> None:
+    def _save(self, iteration: int, pending: Pending) -> None:
         """Save a checkpoint. Raises `RunFailed` if a weight is NaN or infinite."""
         not_finite = [name for name, p in self.step.model.named_parameters() if not torch.isfinite(p).all()]
         if not_finite:
@@ -244,6 +249,7 @@ class _Training:
             "matches": self.matches,
             "evaluated": self.evaluated,
             "best": self.best.state_dict(),
+            "pending": list(pending),
             "categories": [asdict(category) for category in self.categories],
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -267,6 +273,7 @@ class _Training:
         self.matches = state.get("matches", {})
         self.evaluated = state.get("evaluated", state["iteration"])
         self.best.load_state_dict(state.get("best", {}))
+        self.pending = state.get("pending", ())
         torch.set_rng_state(state["random"].cpu())
         if state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)

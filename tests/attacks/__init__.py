@@ -3,4 +3,4 @@
 Each module of `MODULES` has a function `attacks(folder, count, seed)` that yields (kind of attack, `report.Outcome`).
 """
 
-MODULES = ("runs", "inputs", "disks")
+MODULES = ("runs", "inputs", "disks", "interrupts")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sparseinst.cli import run_cli
+from sparseinst.cli import end_in_order_when_terminated, run_cli
 
 Word = Literal["survived", "one line", "traceback", "hang", "silent"]
 """`survived`: the command succeeded and its result is right; `one line`: it refused in one line; `silent`: it succeeded,
@@ -77,6 +77,9 @@ def start(*arguments: str, folder: Path) -> Process:
         os.chdir(folder)
         for number, name in ((1, "output"), (2, "errors")):
             os.dup2(os.open(outputs / name, os.O_WRONLY | os.O_CREAT), number)
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have started this process with others
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        end_in_order_when_terminated()
         code = run_cli(list(arguments))
     except BaseException:  # noqa: BLE001 (this is what the attacks look for)
         traceback.print_exc()
@@ -93,7 +96,11 @@ def options(settings: Mapping[str, Any]) -> list[str]:
 
 def command(*arguments: str, folder: Path, limit: float = 120.0) -> Ended:
     """Run `sparseinst` with these arguments in a folder, for at most `limit` seconds."""
-    process = start(*arguments, folder=folder)
+    return wait(start(*arguments, folder=folder), limit)
+
+
+def wait(process: Process, limit: float = 120.0) -> Ended:
+    """Wait until a command ends, for at most `limit` seconds."""
     began = time.monotonic()
     while process.is_running() and time.monotonic() - began < limit:
         time.sleep(0.01)
