@@ -67,6 +67,14 @@ def init(
             print(f"  {path} = {chosen.settings[path]}")
     for warning in chosen.warnings:
         print(f"warning: {warning}")
+    if size == "full" and start is None:
+        from sparseinst.models.backbone import pretrained_problem
+
+        if problem := pretrained_problem(chosen.settings["model.backbone.name"]):
+            print(
+                f"warning: {problem}: the training would stop. Go online once, or set model.backbone.weights=FILE, or start from "
+                "--weights, or use --size small, which needs none."
+            )
     print(f"{output} holds all settings and their reasons. Next, a check of a few minutes on 8 images, and the training:")
     print(f"  sparseinst train --config {output} --output runs/preflight --preflight")
     print(f"  sparseinst train --config {output} --output runs/mine")

@@ -135,6 +135,23 @@ def _from_timm(name: str) -> dict[str, Tensor]:
         ) from error
 
 
+def pretrained_problem(name: str) -> str | None:
+    """Return in one line why timm's pretrained weights of a model cannot be loaded, or None. Nothing is downloaded."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    entry = timm.get_pretrained_cfg(name)
+    if entry is None or not entry.hf_hub_id:
+        return None  # another source, or no weights at all, about which the training says more
+    repository = f"{entry.hf_hub_id}{name}" if entry.hf_hub_id.endswith("/") else entry.hf_hub_id
+    if any(isinstance(try_to_load_from_cache(repository, file), str) for file in ("model.safetensors", "pytorch_model.bin")):
+        return None
+    try:
+        HfApi().model_info(repository, timeout=5.0)
+    except Exception as error:  # noqa: BLE001 (the errors of a network have no common class)
+        return f"the pretrained weights of {name} are not in timm's cache and cannot be reached ({type(error).__name__})"
+    return None
+
+
 def _from_hub(name: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
     return state

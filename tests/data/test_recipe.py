@@ -168,6 +168,25 @@ def test_init_writes_a_config_that_trains(shapes_root: Path, tmp_path: Path, cap
     assert run_cli(["init", "--data", str(shapes_root), "--output", str(file)]) == 2, "an existing file is not replaced"
 
 
+def test_init_says_that_pretrained_weights_cannot_be_loaded(
+    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    command = ["init", "--data", str(shapes_root), "--output"]
+    assert run_cli([*command, str(tmp_path / "full.yaml"), "--size", "full"]) == 0
+    problem = "resnet50.tv_in1k are not in timm's cache and cannot be reached (ConnectionError): the training would stop"
+    assert problem in capsys.readouterr().out
+    assert run_cli([*command, str(tmp_path / "small.yaml"), "--size", "small"]) == 0
+    assert "pretrained weights" not in capsys.readouterr().out
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "model.safetensors")
+    assert run_cli([*command, str(tmp_path / "cached.yaml"), "--size", "full"]) == 0
+    assert "cannot be reached" not in capsys.readouterr().out
+
+
 def test_every_setting_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(["config", "--model", "r50-giam", "-o", "train.seed=3"]) == 0
     text = capsys.readouterr().out
