@@ -244,12 +244,12 @@ def _choose_steps(chosen: Recipe, facts: Facts, size: Size, *, fine: bool) -> No
         f"{facts.train_images} images. The maps find their objects late, so a short schedule costs much AP.",
     )
     chosen.choose("train.batch_size", batch, f"An image holds {facts.instances:.0f} instances on average.")
-    rate = (4e-4 if not fine else 1e-4) if size == "small" else 5e-5 * batch / 64
+    rate = 4e-4 if size == "small" else 5e-5 * batch / 64
     source = "as in the profile small" if size == "small" else "the paper's 5e-5 for a batch of 64, in proportion to the batch"
     chosen.choose(
         "train.learning_rate",
         rate,
-        f"{source[0].upper()}{source[1:]}{', a quarter of it for trained weights' if fine and size == 'small' else ''}.",
+        f"{source[0].upper()}{source[1:]}{'; a quarter of it needs more steps' if fine and size == 'small' else ''}.",
     )
     if size == "small":
         chosen.settings["train.backbone_multiplier"] = 0.5
