@@ -80,8 +80,8 @@ def test_a_killed_pretraining_resumes_bit_identically(config: Config, tmp_path: 
     whole = load_file(pretrain(config, tmp_path / "whole", device=CPU, progress=False))
     save = module._Pretraining._save
 
-    def killed(self: Any, iteration: int) -> None:
-        save(self, iteration)
+    def killed(self: Any, iteration: int, pending: Any) -> None:
+        save(self, iteration, pending)
         raise RunFailed("killed")
 
     monkeypatch.setattr(module._Pretraining, "_save", killed)

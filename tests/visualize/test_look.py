@@ -271,11 +271,11 @@ def killed_at_step_4(when: int) -> Any:
     """Return a `_save` that fails at step 4, after `when` checkpoints of this step."""
     save, saved = train_module._Training._save, []
 
-    def killed(training: Any, iteration: int) -> None:
+    def killed(training: Any, iteration: int, pending: Any) -> None:
         if iteration == 4 and saved.count(4) == when:
             raise RunFailed("killed beside the evaluation of its step")
         saved.append(iteration)
-        save(training, iteration)
+        save(training, iteration, pending)
 
     return killed
 
