@@ -156,14 +156,20 @@ def _usable(split: CocoSplit, config: DataConfig) -> CocoSplit:
     return split
 
 
+def annotation_files(config: DataConfig) -> tuple[Path, Path]:
+    """Return the annotation files of the training and of the validation images, which need not exist."""
+    root = _prepared_root(config)
+    return root / config.train_annotations, root / config.val_annotations
+
+
 def train_annotations(config: DataConfig) -> Path:
     """Return the annotation file of the training images. Raises `DataError` if there is none."""
-    return _existing(_prepared_root(config) / config.train_annotations, "train")
+    return _existing(annotation_files(config)[0], "train")
 
 
 def val_annotations(config: DataConfig) -> Path:
     """Return the annotation file of the validation images. Raises `DataError` if there is none."""
-    return _existing(_prepared_root(config) / config.val_annotations, "val")
+    return _existing(annotation_files(config)[1], "val")
 
 
 def _existing(file: Path, split: str) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sparseinst.config import DataConfig
-from sparseinst.data.coco import read_split, train_annotations, val_annotations
+from sparseinst.data.coco import annotation_files, read_split, train_annotations
 from sparseinst.data.scenes import SPLITS
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import atomic
@@ -93,8 +93,10 @@ def split_folder(config: DataConfig, *, by: str = "image", name: str = "split", 
 def _pool(config: DataConfig) -> tuple[list[Entry], list[Entry], Entry]:
     """Return the image entries, the annotation entries, and the rest of the annotation files, such as the categories."""
     root = Path(config.root)
-    places = {train_annotations(config): root / config.train_images, val_annotations(config): root / config.val_images}
-    existing = {file: folder for file, folder in places.items() if file.is_file()} or dict(list(places.items())[:1])
+    places = dict(zip(annotation_files(config), (root / config.train_images, root / config.val_images), strict=True))
+    existing = {file: folder for file, folder in places.items() if file.is_file()}
+    if not existing:
+        existing = {train_annotations(config): root / config.train_images}  # raises a `DataError` that says what to do
     contents = []
     for file, folder in existing.items():
         read_split(file, folder)  # raises a `DataError` that names the entry
