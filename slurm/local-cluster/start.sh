@@ -18,6 +18,10 @@ for program in munged slurmctld slurmd sinfo; do
   command -v "$program" >/dev/null || { echo "error: no $program here; Debian: apt-get install slurm-wlm munge" >&2; exit 2; }
 done
 [ "$nodes" -le 9 ] || { echo "error: at most 9 nodes" >&2; exit 2; }
+if (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+  echo "error: port $port is in use, perhaps by an earlier cluster; stop that, or set SLURM_BASE_PORT" >&2
+  exit 2
+fi
 
 rm -rf "${dir:?}"/{munge,socket,state,spool,log,pids}
 mkdir -p "$dir"/{munge,socket,state,spool,log,pids}

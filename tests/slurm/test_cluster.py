@@ -312,3 +312,12 @@ def test_a_second_launch_does_not_change_the_records(project: Path) -> None:
     assert isinstance(record, Record)
     launch("table5", "smoke", cluster_profile(1), "--row", "dice alone")
     assert {key: Store().path(key).read_bytes() for key in plan.runs} == kept
+
+
+def test_a_second_cluster_on_the_same_ports_is_refused_in_one_line(cluster: Path, tmp_path: Path) -> None:
+    """A cluster that a killed test left behind once gave eleven errors without a reason."""
+    start = Path(__file__).parents[2] / "slurm" / "local-cluster" / "start.sh"
+    ended = subprocess.run([start, tmp_path / "second"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: port ") and "is in use" in ended.stderr
+    assert not (tmp_path / "second" / "slurm.conf").exists()
