@@ -319,5 +319,6 @@ def test_a_second_cluster_on_the_same_ports_is_refused_in_one_line(cluster: Path
     start = Path(__file__).parents[2] / "slurm" / "local-cluster" / "start.sh"
     ended = subprocess.run([start, tmp_path / "second"], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert ended.stderr.startswith("error: port ") and "is in use" in ended.stderr
+    assert ended.stderr.startswith("error: port ")
+    assert "is in use" in ended.stderr
     assert not (tmp_path / "second" / "slurm.conf").exists()
