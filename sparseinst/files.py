@@ -39,7 +39,7 @@ def write_error(path: Path | str, error: OSError) -> RunFailed | UserError | Non
     return None
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the error and its chain of causes."""
     while error is not None:
         yield error
@@ -106,7 +106,7 @@ def atomic(path: Path, check: Callable[[], None] | None = None) -> Iterator[Path
             check()
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save hides the reason in a RuntimeError
-        failed = next((cause for cause in _causes(error) if isinstance(cause, OSError)), None)
+        failed = next((cause for cause in causes(error) if isinstance(cause, OSError)), None)
         explained = write_error(path, failed) if failed is not None else None
         if explained is None:
             raise

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparseinst.errors import RunFailed
-from sparseinst.files import atomic
+from sparseinst.files import atomic, causes
 from sparseinst.inference.checkpoints import archive_damage, first_line
 from sparseinst.paths import RunPaths
 
@@ -41,9 +41,21 @@ def save_checkpoint(paths: RunPaths, iteration: int, state: dict[str, Any], keep
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:
-    """Save with torch.save into a file that Python opened: torch.save alone hides why a write fails. Raises `OSError`."""
+    """Save with torch.save into a file that Python opened: torch.save alone hides why a write fails.
+
+    Raises:
+        OSError: the file cannot be written.
+        SystemExit, KeyboardInterrupt: a signal stopped the process meanwhile. torch.save alone hides them in a RuntimeError, and
+            an interrupted run would count as failed.
+    """
     with path.open("wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            stop = next((cause for cause in causes(error) if isinstance(cause, SystemExit | KeyboardInterrupt)), None)
+            if stop is not None:
+                raise stop from None
+            raise
 
 
 def newest_checkpoint(paths: RunPaths, restore: Callable[[dict[str, Any]], None] | None = None) -> Path | None:

@@ -1,5 +1,7 @@
 """Check that Ctrl-C and SIGTERM leave a checkpoint and one line."""
 
+import io
+import itertools
 import os
 import re
 import signal
@@ -7,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from sparseinst.cli import STOPPED, end_in_order_when_terminated, run_cli
 from sparseinst.inference.weights import file_tensors_digest
 from sparseinst.paths import RunPaths
+from sparseinst.training.checkpoint import write_state
 from sparseinst.training.interrupt import StopRequest
 from tests.attacks.runs import metrics
 from tests.test_cli import small_settings
@@ -72,3 +77,21 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_continues_to_the_same_bits(
     subprocess.run(command(shapes_root, undisturbed.root), env=environment, capture_output=True, check=True)
     assert file_tensors_digest(run.weights) == file_tensors_digest(undisturbed.weights)
     assert metrics(run) == metrics(undisturbed)
+
+
+@pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
+def test_an_interrupt_during_a_save_stays_an_interrupt(
+    stop: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal comes during the fifth write. torch.save turns it into a RuntimeError, and a job would count as failed."""
+    writes = itertools.count()
+
+    class Interrupted(io.FileIO):
+        def write(self, data: Any) -> int:
+            if next(writes) == 4:
+                raise stop("asked to stop")
+            return super().write(data)
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Interrupted(path, mode))
+    with pytest.raises(stop, match="asked to stop"):
+        write_state({"weight": torch.rand(1000)}, tmp_path / "state")
