@@ -69,6 +69,8 @@ WITHOUT_TORCH = [
     "cli",
     "data.annotations",
     "data.coco",
+    "data.images",
+    "data.masks",
     "data.transforms",
     "data.augmentation",
     "data.scenes",

@@ -6,7 +6,7 @@ import torch
 from pycocotools import mask as reference_mask
 
 from sparseinst.bench.baselines import paste_in_two_steps
-from sparseinst.data.coco import encode
+from sparseinst.data.masks import encode
 from sparseinst.paste import ImageSize, paste, paste_by_column
 
 SIZES = [

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from sparseinst.ablation.statistics import Comparison, Prior, Sample, SeedNoise, difference, estimate_prior, judge
 from sparseinst.config import Config, MatcherConfig
-from sparseinst.data.coco import decode, encode, overlaps
+from sparseinst.data.masks import decode, encode, overlaps
 from sparseinst.matcher import Target, match, pairwise_dice
 from sparseinst.models.decoder import Predictions
 from sparseinst.nested import flatten, leaf_paths, merge, nest

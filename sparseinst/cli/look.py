@@ -87,7 +87,7 @@ def predict(
 
 def _make_int8(weights: Path, overrides: dict[str, str]) -> None:
     """Make the int8 network of these weights, with its AP checked, unless it exists."""
-    from sparseinst.evaluation.evaluate import open_for_evaluation, prepare_network
+    from sparseinst.evaluation.weights import open_for_evaluation, prepare_network
     from sparseinst.inference.engine_network import device_for
 
     source, config = open_for_evaluation(weights, overrides)
@@ -169,7 +169,7 @@ def failures(
 
     from sparseinst.data.coco import val_split
     from sparseinst.device import pick_device
-    from sparseinst.evaluation.evaluate import evaluate_weights
+    from sparseinst.evaluation.weights import evaluate_weights
     from sparseinst.files import make_folder
     from sparseinst.inference.checkpoints import find_weights
     from sparseinst.inference.weights import load_weights

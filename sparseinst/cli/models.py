@@ -70,7 +70,7 @@ def train(
         in_file = flatten(read_layer(config)) if config is not None else {}
         settings = settings.replace(_data_overrides(settings, in_file.keys() | overrides.keys()))
     from sparseinst.device import pick_device
-    from sparseinst.evaluation.evaluate import evaluate_run
+    from sparseinst.evaluation.weights import evaluate_run
     from sparseinst.paths import RunPaths
     from sparseinst.training.loggers import log_evaluation
     from sparseinst.training.train import train as run
@@ -185,7 +185,7 @@ def evaluate(
     elif record:
         raise UserError("evaluate: --record is for peers only; `run` and `launch` record their results without it")
     else:
-        from sparseinst.evaluation.evaluate import evaluate_weights, open_for_evaluation
+        from sparseinst.evaluation.weights import evaluate_weights, open_for_evaluation
         from sparseinst.inference.checkpoints import find_weights
         from sparseinst.inference.engine_network import device_for
 

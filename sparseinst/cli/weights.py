@@ -116,7 +116,7 @@ def export(
 
 
 def _export_network(weights: Path, output: Path, overrides: dict[str, Any], checkpoint: str | None) -> None:
-    from sparseinst.evaluation.evaluate import open_for_evaluation, prepare_network
+    from sparseinst.evaluation.weights import open_for_evaluation, prepare_network
     from sparseinst.files import check_writable
     from sparseinst.inference.artifacts import ARTIFACT_SUFFIXES, copy_artifact
     from sparseinst.inference.checkpoints import find_weights

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from sparseinst.config import DataConfig
-from sparseinst.data.coco import Mask
+from sparseinst.data.masks import Mask
 from sparseinst.data.transforms import Sample, as_mask, crop, flip, rasterise, resize, short_side_size
 
 _PASTED = 0.5  # the chance of each instance to be pasted

@@ -13,7 +13,9 @@ import numpy as np
 
 from sparseinst.config import DataConfig
 from sparseinst.data.annotations import check_for_metrics
-from sparseinst.data.coco import CocoSplit, ImageRecord, decode, read_image, train_split, val_split
+from sparseinst.data.coco import CocoSplit, ImageRecord, train_split, val_split
+from sparseinst.data.images import read_image
+from sparseinst.data.masks import decode
 from sparseinst.errors import DataError
 from sparseinst.files import state_of_file
 

@@ -6,16 +6,11 @@ K instances of one image, H W height and width in pixels.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from typing import Any, TypeVar
 
 from sparseinst.config import DataConfig
 from sparseinst.data.annotations import (
@@ -31,20 +26,6 @@ from sparseinst.files import state_of_file
 from sparseinst.words import shorten
 
 Checked = TypeVar("Checked")
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-"""The endings of files, in lower case, that count as images in a folder."""
-Mask = NDArray[np.uint8]
-"""(H, W), 0 or 1."""
-
-
-class Bounds(NamedTuple):
-    """A range of rows and columns in pixels. It is empty if `bottom` equals `top`, or `right` equals `left`."""
-
-    top: int
-    left: int
-    bottom: int
-    right: int
 
 
 @dataclass(frozen=True)
@@ -260,101 +241,6 @@ def read_categories(entries: Any) -> tuple[Category, ...]:
     if len({category.id for category in found}) != len(found):
         raise ValueError("categories: two share an id")
     return found
-
-
-def decode(segmentation: Any, height: int, width: int) -> Mask:
-    """Return the mask (height, width) of polygons or run lengths, stored column by column.
-
-    Raises:
-        ValueError: as in `check_segmentation`.
-    """
-    from hotcoco import mask
-
-    check_segmentation(segmentation, height, width)
-    return mask.decode(_runs(segmentation, height, width))
-
-
-def decode_with_bounds(segmentation: Any, height: int, width: int) -> tuple[Mask, Bounds]:
-    """Return the mask and bounds that contain the instance. They may be too wide, but never too narrow. Raises `ValueError`."""
-    from hotcoco import mask
-
-    runs = _runs(segmentation, height, width)
-    left, top, wide, high = map(int, mask.to_bbox(runs))
-    return mask.decode(runs), Bounds(top, left, top + high, left + wide)
-
-
-def _runs(segmentation: Any, height: int, width: int) -> Any:
-    from hotcoco import mask
-
-    if isinstance(segmentation, Mapping):
-        if list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"run lengths of size {segmentation['size']} in an image of {[height, width]}")
-        return mask.fr_py_objects(dict(segmentation), height, width)
-    polygons = [list(map(float, polygon)) for polygon in segmentation]
-    if not polygons or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
-        raise ValueError("a polygon needs at least three points of x and y")
-    return mask.merge(mask.fr_py_objects(polygons, height, width))
-
-
-def overlaps(results: Sequence[dict[str, Any]], segmentations: Sequence[Any], height: int, width: int) -> NDArray[np.float64]:
-    """Return the IoU (P, K) of P results of `encode` with K segmentations of an image. Raises `ValueError`, as `decode` does."""
-    from hotcoco import mask
-
-    if not results or not segmentations:
-        return np.zeros((len(results), len(segmentations)))
-    truth: Any = [_runs(segmentation, height, width) for segmentation in segmentations]
-    found: Any = [{**run, "counts": run["counts"].encode("ascii")} for run in results]
-    return np.asarray(mask.iou(found, truth, [False] * len(truth)), dtype=np.float64).reshape(len(results), len(segmentations))
-
-
-def encode(masks: NDArray[np.bool_] | Mask) -> list[dict[str, Any]]:
-    """Return masks (K, H, W) as K run lengths with `counts` as text. This is fastest for masks stored column by column."""
-    from hotcoco import mask
-
-    if not len(masks):
-        return []
-    stack: Any = np.asfortranarray(masks.transpose(1, 2, 0).view(np.uint8))
-    runs: Any = mask.encode(stack)
-    return [{"size": list(run["size"]), "counts": run["counts"].decode("ascii")} for run in runs]
-
-
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
-    """Read a file as an upright RGB image. Grey, 16-bit, CMYK, palette and transparent images are converted.
-
-    Args:
-        size: the (height, width) for which its annotations were made. The image is rotated as its EXIF data says, unless only the
-            stored image has this size.
-
-    Raises:
-        DataError: the file is missing, truncated, not an image, or has another size; the message names the file.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # Pillow warns of metadata that we do not read.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice the size is an error, reported below
-            with Image.open(path) as file:
-                file.load()
-                stored: Image.Image = file
-                turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
-                upright = ImageOps.exif_transpose(file) if turned else file
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: truncated or unreadable image ({str(error).splitlines()[0][:100]})") from None
-    if size is not None and upright.size != size[::-1]:
-        if stored.size != size[::-1]:
-            raise DataError(f"{path}: is {stored.width} x {stored.height}, its annotations say {size[1]} x {size[0]}")
-        upright = stored
-    return _rgb(upright)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits a pixel, which Pillow would clip at 255
-        values = np.asarray(image, dtype=np.float64)
-        # The scale of a 16-bit image does not depend on its values, so that all images of a folder are read alike.
-        scale = 255 / 65535 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1.0
-        image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def category_names(categories: Sequence[Category]) -> list[str]:

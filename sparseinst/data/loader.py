@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sparseinst.config import DataConfig, InferenceConfig, OptimizerConfig
 from sparseinst.data.augmentation import augment, paste
-from sparseinst.data.coco import CocoSplit, ImageRecord, Mask, read_image
+from sparseinst.data.coco import CocoSplit, ImageRecord
+from sparseinst.data.images import read_image
+from sparseinst.data.masks import Mask
 from sparseinst.data.network_input import at_test_size, pad
 from sparseinst.data.transforms import Polygon, Sample, as_segment, rasterise
 from sparseinst.errors import DataError

@@ -17,7 +17,8 @@ import numpy as np
 
 from sparseinst.config import Config, DataConfig
 from sparseinst.data.check import MIRRORED, mirrored_categories
-from sparseinst.data.coco import CocoSplit, category_names, decode, train_split, val_split
+from sparseinst.data.coco import CocoSplit, category_names, train_split, val_split
+from sparseinst.data.masks import decode
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import atomic
 from sparseinst.machine import multiplies_bfloat16

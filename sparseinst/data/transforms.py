@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sparseinst.data.annotations import check_segmentation
-from sparseinst.data.coco import Bounds, Mask, decode, decode_with_bounds
+from sparseinst.data.masks import Bounds, Mask, decode, decode_with_bounds
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3) RGB."""

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools.coco import COCO
 
-from sparseinst.data.coco import CocoSplit, decode
+from sparseinst.data.coco import CocoSplit
+from sparseinst.data.masks import decode
 from sparseinst.data.transforms import as_segment
 from sparseinst.errors import DataError
 from sparseinst.files import state_of_file

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from sparseinst.config import STRIDES, Config
 from sparseinst.criterion import prepare_targets
-from sparseinst.data.coco import Mask
+from sparseinst.data.masks import Mask
 from sparseinst.matcher import match
 from sparseinst.models.decoder import Predictions
 

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from sparseinst.config import STRIDES, Config, EngineName, NetworkPrecision, OptimizeMode, Precision
-from sparseinst.data.coco import Category, read_image
+from sparseinst.data.coco import Category
+from sparseinst.data.images import read_image
 from sparseinst.data.network_input import at_test_size, pad
 from sparseinst.device import autocast
 from sparseinst.errors import DataError, UserError

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sparseinst.config import Config, NetworkPrecision
-from sparseinst.data.coco import read_image, train_split
+from sparseinst.data.coco import train_split
+from sparseinst.data.images import read_image
 from sparseinst.data.network_input import at_test_size, pad
 from sparseinst.engines.base import OUTPUTS, missing_package
 from sparseinst.errors import RunFailed, UserError

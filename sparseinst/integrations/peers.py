@@ -20,11 +20,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import FrozenBatchNorm2d
 
-from sparseinst.data.coco import CocoSplit, category_names, read_image
+from sparseinst.data.coco import CocoSplit, category_names
+from sparseinst.data.images import read_image
 from sparseinst.data.transforms import resize_image, short_side_size
 from sparseinst.errors import UserError
 from sparseinst.evaluation.coco_metrics import Evaluator, coco_figures, figures_by_limit
-from sparseinst.evaluation.evaluate import Evaluation, in_coco_format, write_predictions
+from sparseinst.evaluation.evaluate import Evaluation
+from sparseinst.evaluation.predictions import in_coco_format, write_predictions
 from sparseinst.models.backbone import read_tensors
 from sparseinst.nested import nearest
 from sparseinst.postprocess import Instances

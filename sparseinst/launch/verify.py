@@ -114,7 +114,8 @@ def _train(config: Config, paths: RunPaths, device: str | None, progress: bool) 
 def _evaluate(weights: Path, config: Config, device: str | None, progress: bool) -> dict[str, float | None]:
     from sparseinst.data.coco import val_split
     from sparseinst.device import pick_device
-    from sparseinst.evaluation.evaluate import evaluate, prepare_network
+    from sparseinst.evaluation.evaluate import evaluate
+    from sparseinst.evaluation.weights import prepare_network
     from sparseinst.inference.engine_network import open_source
 
     chosen = pick_device(device)

@@ -227,8 +227,10 @@ def _evaluate(run: StageRun, store: Store, context: StageContext, attempt: Attem
     from sparseinst.data.coco import val_split
     from sparseinst.device import pick_device
     from sparseinst.distributed import rank
-    from sparseinst.evaluation.evaluate import evaluate, prepare_network, read_predictions
+    from sparseinst.evaluation.evaluate import evaluate
+    from sparseinst.evaluation.predictions import read_predictions
     from sparseinst.evaluation.resampling import resampled_figures
+    from sparseinst.evaluation.weights import prepare_network
     from sparseinst.inference.engine_network import open_source
 
     weights = _needed_weights(run, store)

@@ -18,10 +18,11 @@ from typing import Any
 
 from sparseinst.ablation.store import Record, Store
 from sparseinst.config import Config
-from sparseinst.data.coco import read_image, val_split
+from sparseinst.data.coco import val_split
+from sparseinst.data.images import read_image
 from sparseinst.device import pick_device
 from sparseinst.errors import UserError
-from sparseinst.evaluation.evaluate import evaluate_weights
+from sparseinst.evaluation.weights import evaluate_weights
 from sparseinst.files import atomic, file_digest, make_folder
 from sparseinst.inference.checkpoints import CHECKPOINT_SUFFIX, find_weights
 from sparseinst.inference.predict import Predictor

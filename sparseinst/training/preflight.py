@@ -13,7 +13,7 @@ import torch
 from sparseinst.config import WITHOUT_AUGMENTATION, Config
 from sparseinst.data.coco import train_split
 from sparseinst.errors import RunFailed
-from sparseinst.evaluation.evaluate import evaluate_run
+from sparseinst.evaluation.weights import evaluate_run
 from sparseinst.files import atomic, make_folder
 from sparseinst.paths import RunPaths
 from sparseinst.training.train import train

@@ -16,7 +16,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from sparseinst.data.coco import CocoSplit, ImageRecord, decode, read_image
+from sparseinst.data.coco import CocoSplit, ImageRecord
+from sparseinst.data.images import read_image
+from sparseinst.data.masks import decode
 from sparseinst.evaluation.coco_metrics import COCO_LIMIT, pycocotools_truth
 from sparseinst.files import atomic, make_folder
 from sparseinst.inference.predict import FoundInstances

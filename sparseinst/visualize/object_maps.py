@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from sparseinst.config import STRIDES
-from sparseinst.data.coco import CocoSplit, ImageRecord, Mask, read_image
+from sparseinst.data.coco import CocoSplit, ImageRecord
+from sparseinst.data.images import read_image
 from sparseinst.data.loader import read_segments
+from sparseinst.data.masks import Mask
 from sparseinst.data.transforms import as_mask, resize_segments
 from sparseinst.evaluation.mechanism import look, of_maps
 from sparseinst.files import atomic, make_folder

@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from sparseinst.data.coco import IMAGE_SUFFIXES, encode
+from sparseinst.data.images import IMAGE_SUFFIXES
+from sparseinst.data.masks import encode
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import atomic, check_writable
 from sparseinst.inference.compact import CompactMasks

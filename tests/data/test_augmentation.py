@@ -15,8 +15,9 @@ from scipy.ndimage import binary_dilation, binary_erosion
 
 from sparseinst.config import Config, DataConfig
 from sparseinst.data.augmentation import augment, jitter_colours, paste
-from sparseinst.data.coco import encode, train_split
+from sparseinst.data.coco import train_split
 from sparseinst.data.loader import BatchOrder, Draw, TrainSet, collate, train_loader
+from sparseinst.data.masks import encode
 from sparseinst.data.transforms import Polygon, Sample, as_segment, rasterise
 from sparseinst.errors import UserError
 from sparseinst.training import preflight

@@ -9,8 +9,9 @@ from PIL import Image
 
 from sparseinst.cli import run_cli
 from sparseinst.data.check import check_folder
-from sparseinst.data.coco import decode, read_split
+from sparseinst.data.coco import read_split
 from sparseinst.data.convert import convert, detect
+from sparseinst.data.masks import decode
 from sparseinst.errors import UserError
 from sparseinst.overrides import load_config
 

@@ -22,8 +22,10 @@ from sparseinst.criterion import prepare_targets
 from sparseinst.data import coco, loader
 from sparseinst.data.augmentation import augment
 from sparseinst.data.check import check_folder
-from sparseinst.data.coco import CocoSplit, ImageRecord, decode, encode, read_image, read_split, train_split
+from sparseinst.data.coco import CocoSplit, ImageRecord, read_split, train_split
+from sparseinst.data.images import read_image
 from sparseinst.data.loader import BatchOrder, Draw, EvalSet, Loader, TrainSet, collate, train_loader
+from sparseinst.data.masks import decode, encode
 from sparseinst.data.speed import doubled
 from sparseinst.data.transforms import Sample, as_segment, crop, flip, rasterise, resize, resize_image, shrink
 from sparseinst.errors import DataError

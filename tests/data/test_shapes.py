@@ -17,7 +17,7 @@ from scipy.spatial import cKDTree
 
 from sparseinst.config import ShapesConfig
 from sparseinst.data import scenes, shape_scenes, shapes
-from sparseinst.data.coco import encode
+from sparseinst.data.masks import encode
 from sparseinst.errors import UserError
 from sparseinst.evaluation.coco_metrics import coco_figures
 from sparseinst.evaluation.mechanism import touching

@@ -15,7 +15,7 @@ from sparseinst.config import ENGINE_PRECISIONS, Config
 from sparseinst.engines.base import artifact_identity, check_precision
 from sparseinst.engines.names import ENGINES, check_engine
 from sparseinst.errors import UserError
-from sparseinst.evaluation.evaluate import evaluate_weights
+from sparseinst.evaluation.weights import evaluate_weights
 from sparseinst.inference import artifacts as keeping
 from sparseinst.inference.engine_network import prepare
 from sparseinst.machine import multiplies_bfloat16

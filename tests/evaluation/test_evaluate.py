@@ -12,10 +12,12 @@ from PIL import Image
 
 from sparseinst import load_model
 from sparseinst.config import Config
-from sparseinst.data.coco import CocoSplit, decode, encode, read_split, val_split
+from sparseinst.data.coco import CocoSplit, read_split, val_split
+from sparseinst.data.masks import decode, encode
 from sparseinst.errors import DataError, UserError
 from sparseinst.evaluation.coco_metrics import FIGURES, coco_figures, figures_by_limit
-from sparseinst.evaluation.evaluate import evaluate, evaluate_run, evaluate_weights
+from sparseinst.evaluation.evaluate import evaluate
+from sparseinst.evaluation.weights import evaluate_run, evaluate_weights
 from sparseinst.inference.weights import load_weights
 from sparseinst.models.sparseinst import build_model
 from sparseinst.visualize.draw import outline, overlay, palette

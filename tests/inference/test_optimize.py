@@ -13,7 +13,7 @@ from torch import nn
 from sparseinst import load_model
 from sparseinst.cli import run_cli
 from sparseinst.config import MODELS, Config
-from sparseinst.evaluation.evaluate import evaluate_weights
+from sparseinst.evaluation.weights import evaluate_weights
 from sparseinst.inference import optimize as optimizing
 from sparseinst.inference.optimize import OptimizedSparseInst, fold_norms, optimize
 from sparseinst.inference.winograd import WinogradConv2d

@@ -204,7 +204,7 @@ class Shifted(nn.Module):
 
 
 def test_test_computes_the_same_metrics_as_our_evaluation(dataset: Path, tmp_path: Path) -> None:
-    from sparseinst.data.coco import encode
+    from sparseinst.data.masks import encode
     from sparseinst.evaluation.coco_metrics import coco_figures
     from sparseinst.integrations.detectron2 import Trainer
 

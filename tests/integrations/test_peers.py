@@ -82,7 +82,7 @@ def perfect(root: Path) -> Peer:
         labels = [1 + entry.label for entry in image.annotations] + [len(names) - 1]
         return Instances(torch.ones(len(labels)), torch.tensor(labels), stack, torch.arange(len(labels)))
 
-    from sparseinst.data.coco import decode
+    from sparseinst.data.masks import decode
 
     return Peer("perfect", names, lambda photo: photo.shape[:2], segment, 0)
 

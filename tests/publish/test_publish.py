@@ -17,7 +17,7 @@ from sparseinst.ablation.store import Record, Store
 from sparseinst.cli import run_cli
 from sparseinst.config import Config
 from sparseinst.data.coco import Category
-from sparseinst.evaluation.evaluate import evaluate_run
+from sparseinst.evaluation.weights import evaluate_run
 from sparseinst.files import file_digest
 from sparseinst.inference.weights import file_tensors_digest
 from sparseinst.overrides import load_config

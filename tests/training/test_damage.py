@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sparseinst.config import Config
 from sparseinst.errors import RunFailed, UserError
-from sparseinst.evaluation.evaluate import evaluate_run
+from sparseinst.evaluation.weights import evaluate_run
 from sparseinst.inference.weights import load_weights, save_weights
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths

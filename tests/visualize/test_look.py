@@ -12,10 +12,12 @@ from PIL import Image
 from sparseinst import load_model
 from sparseinst.cli import run_cli
 from sparseinst.config import Config
-from sparseinst.data.coco import decode, encode, val_split
+from sparseinst.data.coco import val_split
+from sparseinst.data.masks import decode, encode
 from sparseinst.errors import DataError, RunFailed
-from sparseinst.evaluation.evaluate import evaluate, evaluate_weights
+from sparseinst.evaluation.evaluate import evaluate
 from sparseinst.evaluation.mechanism import stability
+from sparseinst.evaluation.weights import evaluate_weights
 from sparseinst.inference.predict import FoundInstances
 from sparseinst.inference.weights import load_weights
 from sparseinst.paths import RunPaths

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sparseinst.data.coco import decode
 from sparseinst.data.convert.source import Annotated, Entry, Instance, Mask, Report, Size, Source
+from sparseinst.data.masks import decode
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import read_text
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sparseinst.data.coco import read_image
 from sparseinst.data.convert.source import Annotated, Entry, Instance, Report, Size, Source, images_in
+from sparseinst.data.images import read_image
 from sparseinst.errors import DataError, UserError
 
 

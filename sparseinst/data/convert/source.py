@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sparseinst.data.coco import IMAGE_SUFFIXES
+from sparseinst.data.images import IMAGE_SUFFIXES
 from sparseinst.errors import DataError
 
 Kind = Literal["masks", "labelme", "voc", "cityscapes", "label_maps", "yolo"]

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from sparseinst.data.coco import decode, encode, read_image
 from sparseinst.data.convert.source import Annotated, Entry, Instance, Mask, Report, Size, Source
+from sparseinst.data.images import read_image
+from sparseinst.data.masks import decode, encode
 from sparseinst.data.scenes import SPLITS, annotation_file, image_folder, write_new
 from sparseinst.errors import DataError, UserError
 from sparseinst.words import counted

@@ -13,7 +13,7 @@ from detectron2.data.detection_utils import build_augmentation
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 
-from sparseinst.data.coco import encode
+from sparseinst.data.masks import encode
 from sparseinst.errors import UserError
 from sparseinst.integrations.detectron2.settings import CROP_CHANCE
 
