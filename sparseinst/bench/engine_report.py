@@ -1,31 +1,51 @@
-"""Print and draw the comparison of engines: speed and accuracy of the same artifacts. Imports no torch."""
+"""Print and draw the comparison of engines: speed and accuracy of the same artifacts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from sparseinst.bench.report import write_json
 from sparseinst.report import style
 
 _COLOURS = {"torch": style.COLOURS[0], "onnxruntime": style.COLOURS[2], "openvino": style.COLOURS[1]}
 _MARKS = {"fp32": "o", "tf32": "o", "bf16": "s", "fp16": "^", "int8": "D"}
 
 
-def print_engines(results: dict[str, Any]) -> None:
-    """Print the rows of `bench.engines.compare_engines` as a table."""
-    first = results["engines"][0]
-    table = Table(
-        title=f"{first['model']} at {first['size']}, batch {first['batch']}, on {results['device']}", title_justify="left"
-    )
+def report_engines(results: dict[str, Any], output: Path | None, plot: Path | None, *, as_json: bool) -> None:
+    """Print the results as a table for each model, size and batch, or all as JSON, and draw them.
+
+    Args:
+        results: the machine, and `rows`, those of `bench.engines.compare_engines`.
+        output: also write the JSON to this file.
+        plot: the file of the first plot; the others have a number at the end of their name.
+    """
+    write_json(results, output, as_json=as_json)
+    by_model: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        by_model.setdefault((row["model"], row["size"], row["batch"]), []).append(row)
+    for number, rows in enumerate(by_model.values(), start=1):
+        if not as_json:
+            print_engines(rows, results["device"])
+        figure = draw_engines(rows, results["device"]) if plot is not None else None
+        if plot is not None and figure is not None:
+            style.save(figure, plot if number == 1 else plot.with_stem(f"{plot.stem}-{number}"))
+
+
+def print_engines(rows: Sequence[dict[str, Any]], device: str) -> None:
+    """Print the rows of one model."""
+    first = rows[0]
+    table = Table(title=f"{first['model']} at {first['size']}, batch {first['batch']}, on {device}", title_justify="left")
     for column in ("engine", "precision", "mode", "ms", "p5-p95", "times faster", "AP", "AP lost (95 %)", "equal images"):
         table.add_column(column)
     for column in ("MB", "first image, s", "digest"):
         table.add_column(column)
-    for row in results["engines"]:
+    for row in rows:
         times, ratio, same = row["whole_ms"], row["ratio"], row["agreement"]
         table.add_row(
             row["engine"], row["precision"], row["mode"], f"{times['median']:.1f}", f"{times['p5']:.1f}-{times['p95']:.1f}",
@@ -40,7 +60,7 @@ def print_engines(results: dict[str, Any]) -> None:
     )
     if first["AP"] is None:
         print("A model by name has random weights: it has no AP, and its int8 ranges come from noise.")
-    for row in results["engines"]:
+    for row in rows:
         if (recipe := row["facts"].get("recipe")) is not None:
             print(f"{row['engine']} int8 keeps in float: {', '.join(recipe['float']) or 'nothing'}")
 
@@ -55,9 +75,9 @@ def _lost(row: dict[str, Any]) -> str:
 
 
 @style.styled
-def draw_engines(results: dict[str, Any]) -> Figure | None:
+def draw_engines(rows: Sequence[dict[str, Any]], device: str) -> Figure | None:
     """Draw the time of each row against the AP that it loses. Returns None if no row has an AP."""
-    rows: Sequence[dict[str, Any]] = [row for row in results["engines"] if row["AP_lost"] is not None]
+    rows = [row for row in rows if row["AP_lost"] is not None]
     if not rows:
         return None
     figure, axes = style.new(6.5, 4.2)
@@ -83,6 +103,5 @@ def draw_engines(results: dict[str, Any]) -> Figure | None:
     axes.set_xlabel("milliseconds an image (median; bars from the 5th to the 95th percentile)")
     axes.set_ylabel("AP lost against torch fp32")
     axes.grid(visible=True)
-    first = results["engines"][0]
-    style.finish(axes, f"{first['model']} at {first['size']}", [f"measured on {results['device']}"], columns=3)
+    style.finish(axes, f"{rows[0]['model']} at {rows[0]['size']}", [f"measured on {device}"], columns=3)
     return figure

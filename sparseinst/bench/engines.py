@@ -22,10 +22,12 @@ from sparseinst.bench.benchmark import percentiles, ratio_of
 from sparseinst.bench.isolated import Runner, race_isolated
 from sparseinst.bench.rows import ENGINE_MODE, Setting, Task, load_network, prepare_for_timing
 from sparseinst.config import ENGINE_PRECISIONS
-from sparseinst.data.coco import CocoSplit, check_categories, overlaps, val_split
+from sparseinst.data.coco import CocoSplit, check_categories, val_split
+from sparseinst.data.masks import overlaps
 from sparseinst.engines.names import ENGINES, check_engine
 from sparseinst.errors import RunFailed, UserError
-from sparseinst.evaluation.evaluate import Evaluation, evaluate, read_predictions
+from sparseinst.evaluation.evaluate import Evaluation, evaluate
+from sparseinst.evaluation.predictions import read_predictions
 from sparseinst.evaluation.resampling import resampled_figures
 
 TORCH_PRECISIONS = ("fp32", "bf16")

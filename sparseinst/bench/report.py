@@ -26,15 +26,22 @@ def report_results(results: dict[str, Any], output: Path | None, *, as_json: boo
         results: the machine, and either `rows` or `compare`, as `bench.run` returns them.
         output: also write the JSON to this file.
     """
+    write_json(results, output, as_json=as_json)
+    if as_json:
+        return
+    if "compare" in results:
+        _print_comparison(results)
+    else:
+        _print_rows(results)
+
+
+def write_json(results: dict[str, Any], output: Path | None, *, as_json: bool) -> None:
+    """Write the results to the file `output`, unless it is None, and print them if `as_json` is set."""
     if output is not None:
         with atomic(output) as temporary:
             temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if as_json:
         print(json.dumps(results))
-    elif "compare" in results:
-        _print_comparison(results)
-    else:
-        _print_rows(results)
 
 
 def _print_rows(results: dict[str, Any]) -> None:

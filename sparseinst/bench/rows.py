@@ -207,7 +207,7 @@ def prepare_for_timing(setting: Setting, config: Config, source: Source | None, 
         UserError: the engine or its precision is not available.
     """
     from sparseinst.bench.timed import optimize_mode, random_network
-    from sparseinst.evaluation.evaluate import prepare_network
+    from sparseinst.evaluation.weights import prepare_network
 
     mode: Any = setting.mode
     if source is None:

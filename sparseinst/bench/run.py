@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import asdict
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparseinst.bench.engines import compare_engines, engine_settings
 from sparseinst.bench.isolated import compare_isolated, measure_isolated
 from sparseinst.bench.roofline import count_network_cost, measure_peak
-from sparseinst.bench.rows import ENGINE_MODE, Setting, Task, default_short_side, load_network
+from sparseinst.bench.rows import ENGINE_MODE, Setting, Task, apply_changes, default_short_side, load_network
 from sparseinst.errors import UserError
 from sparseinst.integrations.peers import is_peer
 from sparseinst.machine import device_name
@@ -21,42 +23,120 @@ MAX_PHOTOS = 64
 """All photos are in the device's memory at once, so their number is limited."""
 
 
-def build_settings(
-    models: Sequence[str],
-    sizes: Sequence[int] | None,
-    batches: Sequence[int],
-    precisions: Sequence[str],
-    modes: Sequence[str],
-    engines: Sequence[str] = ("torch",),
-) -> list[Setting]:
-    """Return every combination of the values. Without sizes each model has the size that it is meant for.
-
-    The modes are torch's; the other engines have one mode.
+@dataclass(frozen=True)
+class Request:
+    """What `bench` measures: every combination of the models and values below. None chooses the default of each case.
 
     Raises:
-        UserError: a value is not valid, or weights cannot be loaded.
+        UserError: options exclude each other.
     """
-    return [
-        Setting(name, *values, engine)
-        for name in models
-        for engine in engines
-        for values in itertools.product(
-            sizes or [default_short_side(name)], batches, precisions, modes if engine == "torch" else [ENGINE_MODE]
-        )
-    ]
+
+    device: torch.device
+    models: Sequence[str] = ("r50-iam",)
+    sizes: Sequence[int] | None = None
+    """Lengths of the image's shorter side in pixels. None gives each model the size that it is meant for."""
+    batches: Sequence[int] = (1,)
+    precisions: Sequence[str] | None = None
+    modes: Sequence[str] | None = None
+    """Modes of torch; the other engines have one mode."""
+    engines: Sequence[str] | None = None
+    by_turns: bool = False
+    """Time the engines by turns with the reference's path, and score each artifact."""
+    compare: tuple[str, str] | None = None
+    """Time two settings alternately; each text changes the first combination, see `apply_changes`."""
+    train: bool = False
+    photos: tuple[Path, ...] = ()
+    data: Path | None = None
+    images: int | None = None
+    """With `by_turns`: evaluate only this many validation images."""
+    roofline: bool = False
+    record: bool = False
+    warmup: int = 10
+    repetitions: int = 50
+
+    def __post_init__(self) -> None:
+        if self.by_turns:
+            if self.train or self.compare or self.roofline or self.record:
+                raise UserError("--engines: not with --train, --compare, --roofline or --record")
+            return
+        if self.images is not None:
+            raise UserError("--images and --plot go with --engines")
+        if (self.photos or self.train) and (self.roofline or self.record):
+            raise UserError("--photos, --train: not with --record or --roofline, which are of 480 x 640 images in inference")
+        if (self.photos and self.train) or (self.data is not None and not self.train):
+            raise UserError("--photos are for inference, and --data is for --train, which needs instances to learn from")
+        if self.record and not all(map(is_peer, self.models)):
+            raise UserError("--record is for peers only; `run` records the timings of our own models")
+
+    @property
+    def task(self) -> Task:
+        return Task(self.train, self.photos, self.data, self.images)
+
+    def settings(self) -> list[Setting]:
+        """Return every combination of the values.
+
+        Raises:
+            UserError: a value is not valid, weights cannot be loaded, or a combination cannot do the task.
+        """
+        return [
+            Setting(name, *values, engine)
+            for name in self.models
+            for engine in self.engines or ("torch",)
+            for values in itertools.product(
+                self.sizes or [default_short_side(name)],
+                self.batches,
+                self.precisions or ("fp32",),
+                (self.modes or ("eager",)) if engine == "torch" else (ENGINE_MODE,),
+            )
+        ]
 
 
-def check_task_options(*, photos: bool, train: bool, data: bool, roofline_or_record: bool) -> None:
-    """Raise `UserError` if options that exclude each other are given together.
+def measure(request: Request, keep: Callable[[dict[str, Any], str], None] | None = None) -> dict[str, Any]:
+    """Measure what a request asks for.
 
     Args:
-        photos, train, data: tell whether the option was given.
-        roofline_or_record: tells whether at least one of these two options was given.
+        keep: is called with each row and the device's name as soon as the row is measured.
+
+    Returns:
+        the machine, and `compare` or `rows`; with `by_turns` the rows of `compare_engines`.
+
+    Raises:
+        UserError, DataError: a setting cannot be timed.
+        RunFailed: a process was killed.
     """
-    if (photos or train) and roofline_or_record:
-        raise UserError("--photos, --train: not with --record or --roofline, which are of 480 x 640 images in inference")
-    if (photos and train) or (data and not train):
-        raise UserError("--photos are for inference, and --data is for --train, which needs instances to learn from")
+    found = describe_machine(request.device)
+    if request.by_turns:
+        return {**found, "rows": _measure_engines(request)}
+    settings = request.settings()
+    if request.compare is not None:
+        settings = [apply_changes(settings[0], text, size_of_model=request.sizes is None) for text in request.compare]
+    for setting in settings:
+        request.task.check(setting)
+    if request.compare is not None:
+        return {**found, "compare": _compare_settings(settings, request)}
+    found["rows"] = []
+    for setting in settings:
+        row = _measure_row(setting, request)
+        found["rows"].append(row)
+        if keep is not None:
+            keep(row, found["device"])
+    return found
+
+
+def _measure_engines(request: Request) -> list[dict[str, Any]]:
+    """Time and score the engines for each model, size and batch. An engine that is left out is named in a line."""
+    for name in request.models:
+        if is_peer(name):
+            raise UserError(f"--engines: {name} is a peer, which only torch runs here")
+    rows: list[dict[str, Any]] = []
+    for base in replace(request, engines=None, precisions=None, modes=None).settings():
+        settings, missing = engine_settings(base, request.engines or ["all"], request.precisions, request.modes or ["eager"])
+        for line in missing:
+            print(line, file=sys.stderr)
+        for setting in settings:
+            request.task.check(setting)
+        rows += compare_engines(settings, request.task, request.device, warmup=request.warmup, repetitions=request.repetitions)
+    return rows
 
 
 def limit_photos(files: Sequence[Path]) -> tuple[Path, ...]:
@@ -72,19 +152,10 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return {"device": device_name(str(device)), "torch": torch.__version__, **threads}
 
 
-def measure_row(
-    setting: Setting, task: Task, device: torch.device, *, warmup: int, repetitions: int, roofline: bool = False
-) -> dict[str, Any]:
-    """Measure one setting in a process of its own, and return its row of the table.
-
-    Args:
-        roofline: add the key `roofline`, see `roofline_bound`.
-
-    Raises:
-        UserError, DataError: the setting cannot be timed.
-        RunFailed: the process was killed.
-    """
-    measured = measure_isolated(setting, task, device, warmup, repetitions)
+def _measure_row(setting: Setting, request: Request) -> dict[str, Any]:
+    """Measure one setting in a process of its own, and return its row of the table."""
+    task = request.task
+    measured = measure_isolated(setting, task, request.device, request.warmup, request.repetitions)
     row = {
         **asdict(setting),
         **measured,
@@ -94,8 +165,8 @@ def measure_row(
         "train": task.train,
         "photos": str(task.data) if task.data is not None else len(task.photos) or None,
     }
-    if roofline:
-        row["roofline"] = roofline_bound(setting, device, row["whole_ms"]["median"])
+    if request.roofline:
+        row["roofline"] = roofline_bound(setting, request.device, row["whole_ms"]["median"])
     return row
 
 
@@ -118,16 +189,11 @@ def roofline_bound(setting: Setting, device: torch.device, median_ms: float) -> 
     }
 
 
-def compare_settings(pair: list[Setting], task: Task, device: torch.device, *, warmup: int, repetitions: int) -> dict[str, Any]:
-    """Time two settings alternately, and return both with the fields of `Comparison`.
-
-    Raises:
-        UserError, DataError: the settings cannot be compared.
-        RunFailed: a process was killed.
-    """
+def _compare_settings(pair: list[Setting], request: Request) -> dict[str, Any]:
+    """Time two settings alternately, and return both with the fields of `Comparison`."""
     if pair[0].batch != pair[1].batch:
         raise UserError(
             f"--compare: the batches are {pair[0].batch} and {pair[1].batch}: a ratio needs as many images at once on both sides"
         )
-    comparison = compare_isolated(pair, task, device, warmup, repetitions)
+    comparison = compare_isolated(pair, request.task, request.device, request.warmup, request.repetitions)
     return {"first": asdict(pair[0]), "second": asdict(pair[1]), **asdict(comparison)}

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparseinst.bench.baselines import paste_in_two_steps
 from sparseinst.bench.modes import InferenceMode
 from sparseinst.config import Config, InferenceConfig, OptimizeMode
-from sparseinst.data.coco import read_image
+from sparseinst.data.images import read_image
 from sparseinst.data.network_input import at_test_size, inference_size, pad, padded_size
 from sparseinst.data.transforms import Pixels
 from sparseinst.device import autocast

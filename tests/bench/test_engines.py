@@ -14,7 +14,7 @@ from sparseinst.bench.engines import agreement, compare_engines, engine_settings
 from sparseinst.bench.isolated import Runner
 from sparseinst.bench.rows import Setting, Task, apply_changes, load_network
 from sparseinst.cli import run_cli
-from sparseinst.data.coco import encode
+from sparseinst.data.masks import encode
 from sparseinst.errors import RunFailed, UserError
 from tests.conftest import CPU
 
@@ -108,7 +108,7 @@ def test_the_command_gives_speed_and_accuracy_of_the_same_artifacts(
     assert (tmp_path / "p.svg").exists()
     from sparseinst.bench.engine_report import print_engines
 
-    print_engines({"device": "a processor", "engines": rows})
+    print_engines(rows, "a processor")
     printed = capsys.readouterr().out
     assert "onnxruntime" in printed
     assert rows[2]["facts"]["artifact"] in printed
@@ -127,7 +127,7 @@ def test_random_weights_have_no_ap(monkeypatch: pytest.MonkeyPatch, tiny: Any) -
     rows = compare_engines([Setting(size=64)], Task(), CPU, warmup=1, repetitions=2)
     assert [(row["AP"], row["AP_lost"], row["agreement"]) for row in rows] == [(None, None, None)] * 2
     assert rows[0]["facts"]["artifact"] == rows[1]["facts"]["artifact"], "random weights are the same each time"
-    assert draw_engines({"device": "a processor", "engines": rows}) is None
+    assert draw_engines(rows, "a processor") is None
 
 
 def test_another_artifact_than_the_scored_one_is_an_error(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
