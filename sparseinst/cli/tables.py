@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -109,8 +110,7 @@ def run(
     seeds_of: Annotated[Path | None, typer.Option(hidden=True, help="A file with the seeds of each row of one look.")] = None,
 ) -> None:
     """Do the runs that the tables still need, on this machine. Runs that are done are not repeated."""
-    from sparseinst.launch.run import made_elsewhere, run_in_processes, run_plan
-    from sparseinst.launch.work import draw
+    from sparseinst.launch.run import made_elsewhere, run_plan
     from sparseinst.paths import RUNS
 
     if again and results != RESULTS:
@@ -134,33 +134,45 @@ def run(
     if table_plan.to_do():
         store.check_writable()
     if jobs > 1:
-        from sparseinst.launch.status import plan_status
-
         arguments = [*tables, "--profile", profile, "--seeds", str(seeds), "--results", str(results)]
         arguments += ["--row", row] if row is not None else []
-        arguments += ["--from-scratch"] if from_scratch else []
-        failures = run_in_processes(
-            ["run", *arguments],
-            jobs,
-            _devices(device),
-            lambda: plan_status(make_plan(tables, profile, seeds, row, results, device)[0]),
-        )
-        if failures:
-            raise RunFailed(f"{failures} of {jobs} processes failed; `sparseinst status` shows why")
-    else:
-        failed = run_plan(table_plan, store, device=device, from_scratch=from_scratch)
-        if failed:
-            raise RunFailed(f"{len(failed)} of {len(table_plan.runs)} runs failed; `sparseinst status` shows why")
+        planned = partial(make_plan, tables, profile, seeds, row, results, device)
+        _run_in_processes(arguments, jobs, device, from_scratch, planned)
+    elif failed := run_plan(table_plan, store, device=device, from_scratch=from_scratch):
+        raise RunFailed(f"{len(failed)} of {len(table_plan.runs)} runs failed; `sparseinst status` shows why")
     if pictures is not None:
-        for planned in table_plan.rows:
-            if planned.seed == 0 and "train" in planned.keys:
-                key = planned.keys["train"]
-                draw(key, table_plan.runs[key].config, pictures / planned.table.name / planned.row.name, device)
+        _draw(table_plan, pictures, device)
     already = len(table_plan.runs) - len(table_plan.to_do())
     print(f"{len(table_plan.runs)} runs done" + (f", {already} of them before this command" if already else ""))
     if foreign := made_elsewhere(table_plan, store):
         print(f"{len(foreign)} of {len(table_plan.runs)} results were not measured here: {store.folder} has their records, but")
         print(f"{RUNS} has no folders of these runs. To measure them here, add --again and leave out --results.")
+    _print_how_to_report(tables, profile, results)
+
+
+def _run_in_processes(
+    arguments: list[str], jobs: int, device: str | None, from_scratch: bool, planned: Callable[[], tuple[Plan, Store]]
+) -> None:
+    """Run a plan in several processes, and show the state of its runs meanwhile. Raises `RunFailed` if a process failed."""
+    from sparseinst.launch.run import run_in_processes
+    from sparseinst.launch.status import plan_status
+
+    command = ["run", *arguments, *(["--from-scratch"] if from_scratch else [])]
+    if failures := run_in_processes(command, jobs, _devices(device), lambda: plan_status(planned()[0])):
+        raise RunFailed(f"{failures} of {jobs} processes failed; `sparseinst status` shows why")
+
+
+def _draw(table_plan: Plan, pictures: Path, device: str | None) -> None:
+    """Draw the predictions of each row's first seed into a folder of its own."""
+    from sparseinst.launch.work import draw
+
+    for planned in table_plan.rows:
+        if planned.seed == 0 and "train" in planned.keys:
+            key = planned.keys["train"]
+            draw(key, table_plan.runs[key].config, pictures / planned.table.name / planned.row.name, device)
+
+
+def _print_how_to_report(tables: list[str], profile: str, results: Path) -> None:
     where = f" --results {results}" if results != RESULTS else ""
     print(f"to see the tables: sparseinst report {' '.join(tables)} --profile {profile}{where} --show")
 
@@ -208,8 +220,7 @@ def _run_until_settled(
     for table in tables:
         for line in describe(table, scale, store):
             print(line)
-    where = f" --results {results}" if results != RESULTS else ""
-    print(f"to see the tables: sparseinst report {' '.join(names)} --profile {profile}{where} --show")
+    _print_how_to_report(names, profile, results)
 
 
 def _devices(device: str | None) -> list[str | None]:
