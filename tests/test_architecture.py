@@ -1,6 +1,7 @@
 """Check imports: each part of the package imports only allowed parts, and the command line starts without torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -119,6 +120,13 @@ WITHOUT_TORCH = [
 ]
 
 
+FOUNDATION = {"errors", "words", "paths", "files", "machine", "section", "plain", "nested", "progress", "attempts"} | {
+    "config",
+    "overrides",
+}
+"""The parts that docs/structure.md draws as one."""
+
+
 def imported_parts(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -166,3 +174,23 @@ def imported_modules(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found
+
+
+def files_of(part: str) -> list[Path]:
+    return sorted((PACKAGE / part).rglob("*.py")) or [PACKAGE / f"{part}.py"]
+
+
+def test_the_picture_of_the_structure_is_that_of_the_code() -> None:
+    """docs/structure.md draws every import between parts, except where another path of arrows leads to the same part."""
+    drawn = {part: "foundation" if part in FOUNDATION else part for part in (*ALLOWED, "cli")}
+    imports: dict[str, set[str]] = {name: set() for name in drawn.values()}
+    for part, name in drawn.items():
+        for file in files_of(part):
+            imports[name] |= {drawn[other] for other in imported_parts(file) if other in drawn} - {name}
+    below: dict[str, set[str]] = {}
+    for name in TopologicalSorter(imports).static_order():
+        below[name] = imports[name].union(*(below[other] for other in imports[name]))
+    arrows = {(a, b) for a, others in imports.items() for b in others if not any(b in below[other] for other in others)}
+    page = (PACKAGE.parent / "docs/structure.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^ +(\w+) --> (\w+)$", page, re.M)) == arrows
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(drawn.values()) - {"foundation"}
