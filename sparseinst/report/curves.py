@@ -64,7 +64,8 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     for axes, (name, text) in zip(grid, panels.items(), strict=False):
         for index, entries in enumerate(runs.values()):
             _draw_line(axes, entries, name, index)
-        axes.set(ylabel=text, xlabel="step")
+        axes.set_title(text, loc="left", fontsize=9)
+        axes.set_xlabel("step")
         axes.grid()
         axes.set_ylim(bottom=0)
     for axes in grid[len(panels) :]:

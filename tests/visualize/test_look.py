@@ -323,7 +323,7 @@ def test_curves_survive_a_stop_and_are_drawn(
     assert run_cli(["curves", str(tmp_path / "whole"), str(stopped.root), "--output", str(output)]) == 0
     assert output.stat().st_size > 10_000
     assert output.with_suffix(".svg").exists()
-    panels = [axes.get_ylabel() for axes in draw_curves({"a": entries}).axes]
+    panels = [axes.get_title(loc="left") for axes in draw_curves({"a": entries}).axes]
     assert {"mask AP (%)", "learning rate", "objects matched as before (%)", "dice loss (weighted)"} <= set(panels)
     capsys.readouterr()
     assert run_cli(["curves", str(tmp_path / "whole"), "--output", "a.pdf"]) == 2
