@@ -21,7 +21,7 @@ class RunFailed(Exception):
 
 @contextmanager
 def memory_explained(remedy: str) -> Iterator[None]:
-    """Turn a lack of memory, on the processor or on a GPU, into a `RunFailed` that says what to lower.
+    """Turn an out-of-memory error, on the CPU or on a GPU, into a `RunFailed` that says which settings to lower.
 
     Args:
         remedy: the settings to lower, as a sentence's second half.
@@ -35,9 +35,9 @@ def memory_explained(remedy: str) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """Return what the message says about the memory that was missing; None if the error has another cause.
+    """Return the part of the message about the missing memory; None if the error has another cause.
 
-    torch has a class of its own for a GPU's memory, and a plain RuntimeError for the processor's. numpy uses MemoryError, and
+    torch has its own error class for GPU memory, and raises a plain RuntimeError for CPU memory. numpy uses MemoryError, and
     ValueError for arrays that no machine can address.
     """
     text = str(error)

@@ -129,7 +129,7 @@ def remove_temporaries(folder: Path, *, older_than: float = 0.0) -> None:
     """Remove the temporary files that killed writers left in a folder.
 
     Args:
-        older_than: keep files that were changed in the last so many seconds, because their writers may still be at work.
+        older_than: keep files that were changed in the last `older_than` seconds, because their writers may still be at work.
     """
     for path in folder.glob(".*.tmp"):
         try:

@@ -235,7 +235,7 @@ def _processor_name() -> str:
 
 
 def multiplies_bfloat16() -> bool:
-    """Return whether the processor has instructions that multiply bfloat16 numbers; False if the system does not say."""
+    """Return whether the CPU has instructions for bfloat16 numbers; False if the system does not say."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     except OSError:

@@ -12,9 +12,9 @@ from sparseinst.words import has_half_surrogate, shorten
 MOST_CHARACTERS = 128 * 1024
 """The longest text. The longest settings of this package have 8,000 characters."""
 DEEPEST = 20
-"""The most levels of lists and groups in each other. Settings have five."""
+"""The largest number of nested levels of lists and groups. Settings have five."""
 MOST_VALUES = 20_000
-"""The most values, after each alias (`*name`) is replaced by what it stands for."""
+"""The largest number of values, counted after each alias (`*name`) is replaced by its value."""
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -33,9 +33,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         data = _reader().load(text)
     except _TooDeepError:
-        raise UserError(
-            f"{where}: has more than {DEEPEST} levels of lists and groups in each other; settings have five"
-        ) from None
+        raise UserError(f"{where}: has more than {DEEPEST} levels of nested lists and groups; settings have five") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
@@ -63,7 +61,7 @@ def _reader() -> Any:
 
 @cache
 def _shallow_composer() -> Any:
-    """Return the class of the reader's part that builds lists and groups. ruamel is imported late, since this takes time."""
+    """Return a subclass of ruamel's `Composer` that stops at `DEEPEST` levels. ruamel is imported late, as its import is slow."""
     from ruamel.yaml.composer import Composer
 
     class ShallowComposer(Composer):
@@ -100,7 +98,7 @@ def _check_plain(data: Any, where: str) -> None:
             raise UserError(f"{place}the alias (*name) contains itself: write the values out")
         if isinstance(value, dict):
             for key, inner in value.items():
-                if isinstance(key, bool) or not isinstance(key, str | int):  # a YOLO file numbers its classes
+                if isinstance(key, bool) or not isinstance(key, str | int):  # YOLO files use integers as keys
                     raise UserError(f"{place}the key {shorten(repr(key))} is not text: put it in quotes")
                 _check_text(str(key), place)
                 waiting.append((inner, f"{path}.{key}" if path else str(key), depth + 1))

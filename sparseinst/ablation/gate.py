@@ -1,4 +1,4 @@
-"""Decide from its own log whether a training was long enough to be evidence. Imports no torch.
+"""Decide from a training's log whether it was long enough to count as evidence. Imports no torch.
 
 A row that collapsed, or that would still improve, says little about the method that it stands for. The thresholds are
 deliberately loose: a training fails only if nobody would call it finished.

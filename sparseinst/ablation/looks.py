@@ -1,6 +1,7 @@
 """Log the looks at a table whose seeds are added until its comparisons are settled. Imports no torch.
 
-Each look is one file that is never changed. The log tells how often a row was looked at, so that its verdict can pay for it.
+Each look is one file that is never changed. The log shows how often a row was tested, so that its p-values can be
+corrected for the repeated tests.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def read_looks(results: Path, name: str) -> list[Look]:
         except (ValidationError, OSError) as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(
-                f"{file}: is damaged ({reason}); restore it, since verdicts depend on how often they were looked at"
+                f"{file}: is damaged ({reason}); restore it, because verdicts depend on the number of looks"
             ) from None
     return looks
 

@@ -65,7 +65,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prior:
-    """What all rows together tell about the variance over seeds of one row."""
+    """The prior of a row's variance over seeds, estimated from all rows."""
 
     variance: float
     """The variance pooled over all rows that have several seeds."""

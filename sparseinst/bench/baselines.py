@@ -1,6 +1,6 @@
-"""The reference's way of doing what we do faster: `bench` times against it, and tests compare with it.
+"""Implement the steps that we optimise as the reference does. `bench` times them, and tests compare our results with theirs.
 
-The timing mode `plain` uses it in inference and in training (see `bench.modes`).
+The timing mode `plain` uses them in inference and in training (see `bench.modes`).
 """
 
 from __future__ import annotations

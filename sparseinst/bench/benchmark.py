@@ -41,9 +41,9 @@ class Latency:
     """Median of the last third of the repetitions, divided by the median of the first third. It is well above 1 if the device was
     throttled."""
     peak_memory_mb: int | None = None
-    """Peak memory of the GPU in MiB. None on a processor."""
+    """Peak memory of the GPU in MiB. None on a CPU."""
     clocks: str | None = None
-    """The GPU's clocks, temperature and throttling before and after, as its driver reports them. None on a processor."""
+    """The GPU's clocks, temperature and throttling before and after, as its driver reports them. None on a CPU."""
     facts: dict[str, Any] | None = None
     """What ran the network; see `engines.base.Facts`. None for a peer and in training."""
 
@@ -148,7 +148,7 @@ def take_turns(sides: Sequence[ComparedSide], *, warmup: int = 10, repetitions: 
     batches = [side.num_batches for side in sides]
     if len(set(batches)) > 1:
         raise UserError(
-            f"the sides have {' and '.join(map(str, batches))} batches: a ratio needs the same images, and as many images at once"
+            f"the sides have {' and '.join(map(str, batches))} batches, but a ratio needs the same batches on both sides"
         )
     for number in range(max(warmup, batches[0])):
         for side in sides:

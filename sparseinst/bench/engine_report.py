@@ -55,11 +55,12 @@ def print_engines(rows: Sequence[dict[str, Any]], device: str) -> None:
         )  # fmt: skip
     Console(width=max(Console().width, 190)).print(table)
     print(
-        "The first row is the reference's path, to which the ratios refer. AP lost: against this row, with an interval over "
-        "resampled images.\nfirst image: from the start of a process, with an artifact that exists already."
+        "The first row is the reference's path, and the ratios are relative to it. AP lost is its AP minus the row's AP, with an "
+        "interval over resampled images.\nfirst image is the time from the start of a process to its first result; the artifact "
+        "already exists."
     )
     if first["AP"] is None:
-        print("A model by name has random weights: it has no AP, and its int8 ranges come from noise.")
+        print("A model given by name has random weights: it has no AP, and int8 is calibrated on noise.")
     for row in rows:
         if (recipe := row["facts"].get("recipe")) is not None:
             print(f"{row['engine']} int8 keeps in float: {', '.join(recipe['float']) or 'nothing'}")

@@ -1,4 +1,4 @@
-"""Time a model in several engines and precisions by turns, and score the very artifacts that were timed.
+"""Time a model in several engines and precisions by turns, and score the same artifacts.
 
 Each row says how fast an artifact is and how much accuracy it loses against torch in float32. Every engine runs the same pre- and
 post-processing and is scored by the same evaluation.
@@ -62,7 +62,7 @@ def engine_settings(
         offered = TORCH_PRECISIONS if engine == "torch" and precisions is None else ENGINE_PRECISIONS[engine]
         chosen = [name for name in offered if precisions is None or name in precisions]
         if precisions is None and engine == "openvino":
-            chosen.remove("fp16")  # processors without fp16 products compile bf16 instead, which is an error
+            chosen.remove("fp16")  # CPUs without fp16 instructions compile bf16 instead, which is an error
             if _missing_package("nncf") is not None:
                 chosen.remove("int8")
                 missing.append("int8 is left out: nncf is not installed; pip install 'sparseinst[int8]'")
@@ -125,7 +125,7 @@ def compare_engines(
 
 @dataclass(frozen=True)
 class _Scored:
-    """What scoring an artifact gave."""
+    """The result of scoring an artifact."""
 
     facts: dict[str, Any]
     prepare_s: float

@@ -57,12 +57,14 @@ class Request:
     def __post_init__(self) -> None:
         if self.by_turns:
             if self.train or self.compare or self.roofline or self.record:
-                raise UserError("--engines: not with --train, --compare, --roofline or --record")
+                raise UserError("--engines cannot be used with --train, --compare, --roofline or --record")
             return
         if self.images is not None:
-            raise UserError("--images and --plot go with --engines")
+            raise UserError("--images and --plot need --engines")
         if (self.photos or self.train) and (self.roofline or self.record):
-            raise UserError("--photos, --train: not with --record or --roofline, which are of 480 x 640 images in inference")
+            raise UserError(
+                "--photos and --train cannot be used with --record or --roofline, which time inference on 480 x 640 images"
+            )
         if (self.photos and self.train) or (self.data is not None and not self.train):
             raise UserError("--photos are for inference, and --data is for --train, which needs instances to learn from")
         if self.record and not all(map(is_peer, self.models)):
@@ -147,7 +149,7 @@ def limit_photos(files: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return the device's name, torch's version and, on a processor, the number of threads."""
+    """Return the device's name, torch's version and, on a CPU, the number of threads."""
     threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
     return {"device": device_name(str(device)), "torch": torch.__version__, **threads}
 
@@ -193,7 +195,7 @@ def _compare_settings(pair: list[Setting], request: Request) -> dict[str, Any]:
     """Time two settings alternately, and return both with the fields of `Comparison`."""
     if pair[0].batch != pair[1].batch:
         raise UserError(
-            f"--compare: the batches are {pair[0].batch} and {pair[1].batch}: a ratio needs as many images at once on both sides"
+            f"--compare: the batches are {pair[0].batch} and {pair[1].batch}: a ratio needs the same batch size on both sides"
         )
     comparison = compare_isolated(pair, request.task, request.device, request.warmup, request.repetitions)
     return {"first": asdict(pair[0]), "second": asdict(pair[1]), **asdict(comparison)}

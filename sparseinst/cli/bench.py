@@ -40,14 +40,15 @@ _Precisions = Annotated[
 _Engines = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="torch|onnxruntime|openvino|all", help="What runs the network; all is short for --engines.  [default: torch]"
+        metavar="torch|onnxruntime|openvino|all",
+        help="The library that runs the network; all means the same as --engines.  [default: torch]",
     ),
 ]
 _ByTurns = Annotated[
     bool,
     typer.Option(
         "--engines",
-        help="Time the engines (those of --engine, or all) by turns with the reference's path, and print what AP each loses.",
+        help="Compare engines (those of --engine, or all) with the reference's path: print each one's speed and lost AP.",
     ),
 ]
 _Images = Annotated[
@@ -60,7 +61,9 @@ _Modes = Annotated[
 ]
 _Compare = Annotated[
     tuple[str, str] | None,
-    typer.Option(metavar="A B", help="Time two settings alternately, and print their ratio: mode=plain mode=best,precision=bf16"),
+    typer.Option(
+        metavar="A B", help="Time two settings alternately, and print their ratio. Example: mode=plain mode=best,precision=bf16"
+    ),
 ]
 _Repetitions = Annotated[int, typer.Option(min=3, help="Number of timed runs of each setting.")]
 _Warmup = Annotated[int, typer.Option(min=1, help="Number of runs before the timed ones.")]
@@ -74,8 +77,8 @@ _Train = Annotated[
 _Data = Annotated[
     Path | None,
     typer.Option(
-        help="A COCO-format folder. With --train: train on it, instead of noise with ellipses. With --engines: calibrate and "
-        "evaluate on it, instead of the model's own data."
+        help="A COCO-format folder. With --train: train on it instead of on synthetic images. With --engines: calibrate and "
+        "evaluate on it instead of on the model's own data."
     ),
 ]
 _Roofline = Annotated[
@@ -114,16 +117,19 @@ def bench(
 ) -> None:
     """Time models by the paper's protocol.
 
-    The forward pass and the post-processing are timed, without the decoding of images.
+    The forward pass and the post-processing are timed, without the decoding of images. A model given by name has random weights
+    and keeps every map, which is the slowest case. To time real use, give weights and --photos.
 
-    A model given by name has random weights and keeps every map, which is the slowest case. Give weights and --photos to time
-    real use. Every combination of the options is timed. Repeat an option to give it several values.
+    Repeat an option to give it several values. Every combination of the values is timed.
+
     Modes of inference: plain runs like the reference; eager runs the model as it is; folded, compiled, graph and best run the
-    model that `load_model(..., optimize=...)` returns. --train times a step from a batch to new weights. Its modes: plain trains
-    like the reference; eager trains like `train`; compiled and recomputed set `train.compile` and
-    `train.checkpoint_activations`.
-    --engines times every engine and precision by turns with the reference's path and scores the same artifacts, so that each row
-    has a speed and the AP that it costs.
+    model that `load_model(..., optimize=...)` returns.
+
+    --train times a training step, from a batch to the new weights. Its modes: plain trains like the reference; eager trains like
+    `train`; compiled sets `train.compile`; recomputed sets `train.checkpoint_activations`.
+
+    --engines times every engine and precision. They take turns with the reference's path, which runs eager in fp32. The command
+    also evaluates the artifacts that it times. Each row then shows a speed and the AP that is lost.
     """
     from sparseinst.bench.engine_report import report_engines
     from sparseinst.bench.report import report_results
@@ -133,11 +139,11 @@ def bench(
 
     engines = engines or "all" in (engine or [])
     if plot is not None and not engines:
-        raise UserError("--images and --plot go with --engines")
-    # The other engines run on the processor, so torch is timed there, too.
-    on_processor = device is None and (engines or set(engine or ()) - {"torch"})
+        raise UserError("--images and --plot need --engines")
+    # The other engines run on the CPU, so torch is timed there, too.
+    on_cpu = device is None and (engines or set(engine or ()) - {"torch"})
     request = Request(
-        pick_device("cpu" if on_processor else device),
+        pick_device("cpu" if on_cpu else device),
         model or ["r50-iam"], size, batch or [1], precision, mode, engine,
         by_turns=engines, compare=compare, train=train, photos=limit_photos(find_images(photos)) if photos else (), data=data,
         images=images, roofline=roofline, record=record, warmup=warmup, repetitions=repetitions,

@@ -52,8 +52,8 @@ def launch(
 
     Runs that are done, queued or running are not sent again.
 
-    With --until-settled, one call sends the runs of one look. Call it again when they are done: it looks at the results and sends
-    the next look.
+    With --until-settled, seeds are added in rounds, called looks. Each call looks at the results and sends the runs of the next
+    look. Call the command again when these runs are done.
     """
     options = {"until_settled": until_settled, "from_scratch": from_scratch}
     _send(tables, cluster, profile, seeds, row, results, budget, dry_run, retry=False, **options)
@@ -76,7 +76,7 @@ def retry(
 
     A training continues from its last checkpoint.
 
-    With --until-settled, these are the runs of the look that `launch --until-settled` has sent.
+    With --until-settled, the command sends the runs of the latest look of `launch --until-settled` again.
     """
     options = {"until_settled": until_settled, "from_scratch": from_scratch}
     _send(tables, cluster, profile, seeds, row, results, budget, dry_run, retry=True, **options)

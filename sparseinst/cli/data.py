@@ -117,16 +117,16 @@ def split(
             "that finds the group in the file name, such as 'name:^(.+)_[0-9]+'."
         ),
     ] = "image",
-    name: Annotated[str, typer.Option(help="Names the new files.")] = "split",
+    name: Annotated[str, typer.Option(help="The name of the new files.")] = "split",
     val: Annotated[
-        float, typer.Option(min=0.0, max=1.0, callback=finite, help="Share of the images for the validation split, about.")
+        float, typer.Option(min=0.0, max=1.0, callback=finite, help="Approximate share of the images for the validation split.")
     ] = 0.2,
     seed: Annotated[int, typer.Option(min=0, help="Seed that chooses the validation images or groups.")] = 0,
     override: Overrides = [],  # noqa: B006
 ) -> None:
     """Split the images of a COCO-format folder anew.
 
-    The images of a group are all on one side. No image is copied.
+    All images of a group go to the same split. No image is copied.
 
     Writes DIR/annotations/NAME_train.json, NAME_val.json and DIR/NAME.yaml, a config that selects them.
     """
@@ -152,7 +152,7 @@ def look(
     config: Annotated[Path | None, typer.Option(help="A YAML or JSON file with any of the settings.")] = None,
     override: Overrides = [],  # noqa: B006
     pictures: Annotated[int, typer.Option(min=1, help="The number of images in the sheet.")] = 12,
-    sample: Annotated[int, typer.Option(min=1, help="The number of images to count in.")] = 100,
+    sample: Annotated[int, typer.Option(min=1, help="The number of images for the printed numbers.")] = 100,
     as_json: Json = False,
 ) -> None:
     """Draw the images as a training sees them.
@@ -186,7 +186,7 @@ def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
     config: Annotated[Path | None, typer.Option(help="A YAML or JSON file with any of the settings.")] = None,
     override: Overrides = [],  # noqa: B006
-    read: Annotated[bool, typer.Option(help="Decode every image, or only check that it exists.")] = True,
+    read: Annotated[bool, typer.Option(help="Decode every image; --no-read only checks that it exists.")] = True,
     as_json: Json = False,
 ) -> None:
     """Check a COCO-format folder and print what it holds. The exit code is 2 if there is a problem."""

@@ -39,8 +39,8 @@ def predict(
         Literal["class", "instance"] | None,
         typer.Option(
             "--colour",
-            help="Give each class one colour, the same in all images, or each instance of an image; default: each instance, and "
-            "in videos each activation map.",
+            help="class: one colour for each class, the same in all images; instance: one colour for each instance of an image.  "
+            "[default: instance; in videos, one colour for each activation map]",
         ),
     ] = None,
     checkpoint: Checkpoint = None,
@@ -108,7 +108,7 @@ def maps(
 ) -> None:
     """Show where the activation maps respond.
 
-    The pictures show it for each object, and as a mean over a data set (the paper's Figures 4 and 6).
+    The pictures show the map of each object, and the mean of each map over a data set (the paper's Figures 4 and 6).
 
     If the data are annotated, the training's matching assigns a map to each object. The map is drawn on the image with the shares
     of its mass on the object, on other objects and on the border. These metrics are also computed over all images.

@@ -46,7 +46,8 @@ def train(
     weights: Annotated[
         Path | None,
         typer.Option(
-            help="Weights to start from, such as imported ones. The model is theirs; classes of other names start anew."
+            help="Start from these weights, for example imported ones, with their model settings. Classes that the weights "
+            "do not know by name start from random values."
         ),
     ] = None,
     preflight: Annotated[
@@ -133,7 +134,7 @@ def _data_overrides(settings: Config, given: Container[str]) -> dict[str, Any]:
         found["model.decoder.iam.num_maps"] = wanted
         print(f"images hold up to {most} instances, so model.decoder.iam.num_maps is {wanted} instead of {maps}")
     if settings.train.start is not None:
-        print(f"training starts from {settings.train.start}; of its class head, it keeps the classes with the same names")
+        print(f"training starts from {settings.train.start}; in the class head, it keeps the classes with the same names")
     return found
 
 
@@ -175,9 +176,9 @@ def evaluate(
     if predictions is not None:
         check_writable(predictions)
     if peer is not None and checkpoint is not None:
-        raise UserError("evaluate: --checkpoint belongs to the folder of a run, so it does not go with --peer")
+        raise UserError("evaluate: --checkpoint chooses weights of a run, so it cannot be used with --peer")
     if peer is not None and (engine is not None or precision is not None):
-        raise UserError("evaluate: a peer runs as it is, in torch and fp32: leave out --engine and --precision")
+        raise UserError("evaluate: a peer always runs in torch and fp32: leave out --engine and --precision")
     if peer is not None:
         found = _evaluate_peer(peer, weights, overrides, predictions, evaluator, device, (profile, results) if record else None)
     elif weights is None:
@@ -199,7 +200,7 @@ def evaluate(
 
 
 def _refuse_other_weights(weights: Path, results: Path) -> None:
-    """Raise `UserError` if a weights file in a run's folder does not hold the weights of the record of its training."""
+    """Raise `UserError` if the weights file of a run differs from the weights that the record of its training names."""
     from sparseinst.ablation.store import Store
     from sparseinst.launch.work import check_weights
     from sparseinst.paths import WEIGHTS
@@ -250,9 +251,11 @@ def _print_limits(result: Any, console: Any) -> None:
     table = Table(*result.by_limit, title="AP@N: only the N best predictions of an image and category count", min_width=60)
     table.add_row(*("-" if value is None else f"{value:.1f}" for value in result.by_limit.values()))
     console.print(table)
-    print(f"An image holds up to {most} objects of one category, and COCO's metrics count 100 predictions: AP is AP@100.")
+    print(f"An image holds up to {most} objects of one category, but COCO's metrics count only 100 predictions: AP means AP@100.")
     if result.maps is not None and result.maps < most:
-        print(f"The model has {result.maps} maps (model.decoder.iam.num_maps): it finds at most as many objects of an image.")
+        print(
+            f"The model has {result.maps} maps (model.decoder.iam.num_maps), so it finds at most {result.maps} objects an image."
+        )
 
 
 def _print_metrics(result: Any, as_json: bool = False) -> None:

@@ -29,8 +29,8 @@ Checkpoint = Annotated[
     str | None,
     typer.Option(
         metavar="last|best|STEP",
-        help="Of a run's folder, use the last weights (the default; of an unfinished run, its newest checkpoint), those with the "
-        "best AP during training, or the checkpoint after this step.",
+        help="The weights of a run. last (default): the final weights, or the newest checkpoint of an unfinished run; best: the "
+        "weights with the best AP during training; STEP: the checkpoint after this step.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -42,7 +42,9 @@ ProfileName = Annotated[str, typer.Option("--profile", help="The scale: a file i
 Seeds = Annotated[int, typer.Option(min=1, max=12, help="Train every row with this many seeds, starting at 0.")]
 RowText = Annotated[str | None, typer.Option("--row", help="Use only the rows whose name contains this text.")]
 Results = Annotated[Path, typer.Option(help="Folder of the records, tables and figures.")]
-TimingCluster = Annotated[str | None, typer.Option("--cluster", help="Use the timings of this cluster's device.")]
+TimingCluster = Annotated[
+    str | None, typer.Option("--cluster", help="Use the timings on this cluster's device instead of this machine's.")
+]
 Optimize = Annotated[
     OptimizeMode | None,
     typer.Option(help="Optimise the model first; compiling takes seconds (compiled) to minutes (best)."),
@@ -51,21 +53,22 @@ EngineChoice = Annotated[
     str | None,
     typer.Option(
         metavar="torch|onnxruntime|openvino",
-        help="What runs the network. onnxruntime and openvino need the extras of these names.  [default: torch]",
+        help="The library that runs the network. onnxruntime and openvino need the extras of the same names.  [default: torch]",
     ),
 ]
 NetworkPrecisionChoice = Annotated[
     str | None,
     typer.Option(
         metavar="fp32|bf16|fp16|int8",
-        help="The type of numbers in which the network computes.  [default: inference.precision of the weights]",
+        help="The number format in which the network computes.  [default: inference.precision of the weights]",
     ),
 ]
 Record = Annotated[bool, typer.Option("--record", help="Record a peer's metrics for the speed-accuracy plot.")]
 FromScratch = Annotated[
     bool,
     typer.Option(
-        "--from-scratch", help="If all checkpoints of a training are damaged, train again from step 0; without this, it fails."
+        "--from-scratch",
+        help="If all checkpoints of a training are damaged, train again from step 0. Without this option, the training fails.",
     ),
 ]
 
@@ -85,7 +88,8 @@ UntilSettled = Annotated[
     bool,
     typer.Option(
         "--until-settled",
-        help="Instead of --seeds: add seeds to each row until its difference from the reference row is settled.",
+        help="Replaces --seeds: add seeds to each row until its comparison with the reference row has a verdict, or has little "
+        "chance of one.",
     ),
 ]
 
@@ -93,7 +97,7 @@ UntilSettled = Annotated[
 def engine_overrides(engine: str | None, precision: str | None) -> dict[str, str]:
     """Return the options --engine and --precision as overrides. Raises `UserError` if there is no such engine."""
     if engine in ("hotcoco", "pycocotools"):
-        raise UserError(f"--engine says what runs the network; the library that computes the metrics is --evaluator {engine}")
+        raise UserError(f"--engine chooses what runs the network; {engine} computes the metrics: use --evaluator {engine}")
     found: dict[str, str] = {}
     if engine is not None:
         from sparseinst.engines.names import check_engine
@@ -118,7 +122,7 @@ def make_plan(
     """Return the plan that the options ask for, and its store of records.
 
     Args:
-        read_records: read the records of all stages that are done. A damaged one is renamed, and its stage is not done then.
+        read_records: read the records of all stages that are done. A damaged record is renamed, and its stage counts as not done.
 
     Raises:
         UserError: an option is not valid.
@@ -164,7 +168,7 @@ def check_budget(plan: Plan, store: Store, budget: float | None) -> None:
 
 
 def warn_about_overruled_rows(plan: Plan) -> None:
-    """Print a warning for each setting that the profile sets over the rows, whose own values have no effect then."""
+    """Print a warning for each setting that the profile and some rows set: the profile's value replaces the rows' values."""
     from sparseinst.ablation.study import overruled
 
     for table in {planned.table.name: planned.table for planned in plan.rows}.values():

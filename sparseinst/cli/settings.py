@@ -19,9 +19,7 @@ def init(
     output: Annotated[Path, typer.Option(help="The config file to write.")] = Path("config.yaml"),
     size: Annotated[
         Literal["auto", "small", "full"],
-        typer.Option(
-            help="small trains on a processor in an hour or two; full is the paper's model; auto: full if there is a GPU."
-        ),
+        typer.Option(help="small trains on a CPU in an hour or two; full is the paper's model; auto: full if there is a GPU."),
     ] = "auto",
     weights: Annotated[
         Path | None, typer.Option(help="Trained weights to start from: imported ones, a run, or demo (the package's own).")
@@ -33,7 +31,7 @@ def init(
 ) -> None:
     """Choose settings for your own data, each with a reason.
 
-    The command looks at the data, writes a config file for `train`, and warns of what cannot work.
+    The command looks at the data, writes a config file for `train`, and warns about problems that would spoil the training.
     """
     from sparseinst.data.recipe import write_recipe
     from sparseinst.nested import flatten
@@ -90,7 +88,7 @@ def show_config(
 ) -> None:
     """Print all settings with their explanations.
 
-    The values are those of a config file, a model and overrides.
+    The values come from the defaults, a config file, a model and overrides.
     """
     from sparseinst.config import Config
     from sparseinst.nested import commented_yaml, explanations

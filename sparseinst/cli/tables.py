@@ -53,7 +53,7 @@ def plan(
 ) -> None:
     """Show which runs the tables need and what they cost.
 
-    Several rows can share a run. Runs that have a record are done; the cost is that of the others.
+    Several rows can share a run. Runs that have a record are done, and the cost counts only the other runs.
     """
     from sparseinst.ablation.plan import as_json as plan_json
     from sparseinst.ablation.plan import costs, show
@@ -104,7 +104,7 @@ def run(
     until_settled: UntilSettled = False,
     again: Annotated[
         bool,
-        typer.Option("--again", help=f"Measure here what others have measured. The records go to {HERE}."),
+        typer.Option("--again", help=f"Repeat on this machine what was measured elsewhere. The new records go to {HERE}."),
     ] = False,
     from_scratch: FromScratch = False,
     seeds_of: Annotated[Path | None, typer.Option(hidden=True, help="A file with the seeds of each row of one look.")] = None,
@@ -114,7 +114,7 @@ def run(
     from sparseinst.paths import RUNS
 
     if again and results != RESULTS:
-        raise UserError("run: --again chooses the folder of the records, so it does not go with --results")
+        raise UserError("run: --again chooses the folder of the records, so it cannot be used with --results")
     results = HERE if again else results
     if seeds_of is not None:
         from sparseinst.launch.settle import plan_wanted

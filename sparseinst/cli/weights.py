@@ -77,24 +77,27 @@ def export(
     max_drop: Annotated[
         float | None,
         typer.Option(
-            min=0.0, max=100.0, callback=finite, help="With int8: the largest loss of AP on the validation data.  [default: 0.5]"
+            min=0.0,
+            max=100.0,
+            callback=finite,
+            help="With int8: the largest allowed loss of AP on the validation data.  [default: 0.5]",
         ),
     ] = None,
     calibration_images: Annotated[
-        int | None, typer.Option(min=1, help="With int8: the number of training images that set the ranges.  [default: 300]")
+        int | None, typer.Option(min=1, help="With int8: the number of training images for calibration.  [default: 300]")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="With int8: a COCO-format folder; default: the data that the model was trained on.")
     ] = None,
     checkpoint: Checkpoint = None,
 ) -> None:
-    """Export the whole inference for ONNX or torch.export.
+    """Export a model to ONNX or torch.export.
 
-    The graph takes one image of any size and returns scores, labels and masks.
+    The graph contains the pre- and post-processing: it takes one image of any size and returns scores, labels and masks.
 
-    With --engine, export instead the network alone, from normalised images to raw predictions, as this engine runs it:
-    model.onnx for onnxruntime, model.xml and model.bin for openvino. `predict`, `evaluate` and `load_model` take such a file in
-    place of weights.
+    With --engine, the command exports only the network that this engine runs, from normalised images to raw predictions. It
+    writes model.onnx for onnxruntime, or model.xml and model.bin for openvino. `predict`, `evaluate` and `load_model` accept such
+    a file in place of weights.
     """
     if engine is not None:
         given = {"max_drop": max_drop, "calibration_images": calibration_images}
@@ -104,7 +107,7 @@ def export(
         _export_network(weights, output, {**engine_overrides(engine, precision), **overrides}, checkpoint)
         return
     if precision is not None or max_drop is not None or calibration_images is not None or data is not None:
-        raise UserError("export: --precision, --max-drop, --calibration-images and --data go with --engine")
+        raise UserError("export: --precision, --max-drop, --calibration-images and --data need --engine")
     from sparseinst.inference.checkpoints import find_weights
     from sparseinst.inference.export import export_model
     from sparseinst.inference.weights import load_weights
@@ -125,7 +128,9 @@ def _export_network(weights: Path, output: Path, overrides: dict[str, Any], chec
     source, config = open_for_evaluation(find_weights(weights, checkpoint), overrides)
     inference = config.inference
     if inference.engine == "torch":
-        raise UserError("export: torch runs the weights themselves; export for onnxruntime or openvino, or use --form torch")
+        raise UserError(
+            "export: torch needs no exported network, it runs the weights; use --engine onnxruntime or openvino, or --form torch"
+        )
     if output.suffix != (suffix := ARTIFACT_SUFFIXES[inference.engine]):
         raise UserError(f"export: {output}: a network for {inference.engine} is a file {suffix}: name it {output.stem}{suffix}")
     check_writable(output)

@@ -36,7 +36,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _recomputing_needs_frozen_norms(self) -> Self:
         if self.train.checkpoint_activations and not self.model.backbone.frozen_norm:
-            raise ValueError("train.checkpoint_activations needs model.backbone.frozen_norm=true: other norms count images twice")
+            raise ValueError(
+                "train.checkpoint_activations needs model.backbone.frozen_norm=true: other norms would count images twice"
+            )
         return self
 
     def replace(self, overrides: Mapping[str, Any]) -> Config:

@@ -26,13 +26,14 @@ class InferenceConfig(Section):
     maskness: bool = True
     """Multiply the score by the mean probability of the mask's pixels, as the reference does; the paper does not mention it."""
     precision: NetworkPrecision = "fp32"
-    """The type of numbers in which the network computes. `int8` needs the engine `openvino`."""
+    """The number format in which the network computes. `int8` needs the engine `openvino`."""
     engine: Annotated[EngineName, Neutral("torch")] = "torch"
-    """What runs the network: `torch`, or `onnxruntime` and `openvino`, which need the extras of these names."""
+    """The library that runs the network: `torch`, or `onnxruntime` or `openvino`, which need the extras of the same names."""
     max_drop: Annotated[float, Field(ge=0.0, le=100.0), Neutral(0.5)] = 0.5
-    """For int8: the largest loss of AP on the validation data. Parts of the network stay in float until this holds."""
+    """For int8: the largest loss of AP on the validation data. Parts of the network are turned back to
+    float until the loss is small enough."""
     calibration_images: Annotated[PositiveInt, Neutral(300)] = 300
-    """For int8: the number of training images that set the ranges of the integers, the first of the training split."""
+    """For int8: the number of images on which the integer ranges are calibrated, the first of the training split."""
 
     @model_validator(mode="after")
     def _sides_are_in_range(self) -> Self:

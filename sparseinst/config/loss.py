@@ -28,7 +28,8 @@ class LossConfig(Section):
     objectness_weight: NonNegative = 1.0
     """The weight of the objectness loss."""
     reduction: Literal["per_process", "global"] = "per_process"
-    """Average the pixel and objectness losses over the matched pairs of one process, as the reference does, or of all."""
+    """Average the pixel and objectness losses over the matched pairs of each process (`per_process`, as in the reference) or
+    of all processes together (`global`)."""
     focal_alpha: Fraction = 0.25
     """The weight of positives in the focal losses."""
     focal_gamma: NonNegative = 2.0

@@ -46,13 +46,13 @@ class IAMConfig(Section):
     kind: Literal["conv", "cross_attention"] = "conv"
     """Convolutions, or the cross-attention of learned queries (Table 7)."""
     num_maps: Annotated[int, Field(ge=1, le=100_000)] = 100
-    """The number of instance activation maps: a model finds at most so many instances of an image."""
+    """The number of instance activation maps: a model finds at most this many instances in an image."""
     kernel_size: Literal[1, 3] = 3
     """The kernel size of the convolutions."""
     convs: Literal[1, 2] = 1
     """The number of convolutions, one after the other."""
     groups: Parts = 1
-    """The groups of Group-IAM: each instance has so many maps, whose features are joined."""
+    """The number of groups in Group-IAM: each instance has this many maps, and their features are concatenated."""
     activation: Activation = "sigmoid"
     """The function that makes the maps non-negative before each is divided by its sum."""
     heads: Parts = 4

@@ -23,7 +23,7 @@ class OptimizerConfig(Section):
     """The weight decay of AdamW."""
     weight_decay_on: Literal["reference", "weights"] = "reference"
     """The parameters that decay. `reference`: all except those of norms, patch embeddings and class tokens. `weights`: only
-    matrices and convolution kernels, and again none of norms and patch embeddings."""
+    matrices and convolution kernels, except those of norms and patch embeddings."""
     schedule: Literal["step", "cosine"] = "step"
     """After the warm-up, `step` multiplies the learning rate by `decay` at each milestone; `cosine` lowers it to zero."""
     milestones: tuple[Fraction, ...] = (7 / 9, 25 / 27)
@@ -37,7 +37,7 @@ class OptimizerConfig(Section):
     clip_norm: Positive | None = None
     """The maximum gradient norm of the whole model; None does not clip."""
     precision: Precision = "fp32"
-    """The type of numbers in which the network computes; the losses are always float32."""
+    """The number format in which the network computes; the losses are always float32."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The seed of the initial weights, the order of the images and the augmentation."""
     log_every: Annotated[PositiveInt, Operational()] = 20
@@ -77,14 +77,15 @@ class PretrainConfig(OptimizerConfig):
 
 class TrainConfig(OptimizerConfig):
     accumulate: PositiveInt = 1
-    """The forward and backward passes per optimiser step. The loss means treat each pass as one process."""
+    """The forward and backward passes per optimiser step. The losses are averaged over each pass, as over one process."""
     backbone_multiplier: NonNegative = 1.0
     """The backbone's learning rate as a multiple of the others'."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """The decay of an exponential moving average of the weights, which is then evaluated and saved; None keeps no average."""
     start: Annotated[str | None, Neutral(None)] = None
     """A weights file of a trained SparseInst model to start from, instead of ImageNet weights. The class head keeps the
-    classes with the same names; with another number of maps, the first ones are kept; other classes and maps start anew."""
+    classes with the same names; with another number of maps, the first ones are kept. Other classes and maps start from random
+    weights."""
     compile: Annotated[bool, Neutral(False)] = False
     """Train with torch.compile. It rounds differently and takes minutes to compile at the start."""
     checkpoint_activations: Annotated[bool, Operational()] = False
@@ -99,10 +100,11 @@ class TrainConfig(OptimizerConfig):
     """Also log the losses and metrics to Weights & Biases, MLflow or Trackio, which must be installed (the extra of the same
     name). metrics.jsonl and TensorBoard are always written."""
     log_project: Annotated[str, Operational()] = "sparseinst"
-    """The project (of MLflow, the experiment) that the loggers write to. All else comes from each logger's own environment
-    variables, such as WANDB_MODE and MLFLOW_TRACKING_URI."""
+    """The project (for MLflow, the experiment) that the loggers write to. Each logger reads its other settings from its own
+    environment variables, such as WANDB_MODE and MLFLOW_TRACKING_URI."""
     patience: Annotated[PositiveInt | None, Neutral(None)] = None
-    """End the training when this many evaluations in a row gave no better AP; it needs `evaluate_every`. None never does."""
+    """End the training when this many evaluations in a row gave no better AP. It needs `evaluate_every`. With None, the training
+    never ends early."""
 
     def content(self, stage: Stage | None = None) -> dict[str, Any]:
         """Return the content; with `patience`, the evaluations decide when the training ends, so their settings belong to it."""

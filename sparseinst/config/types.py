@@ -9,9 +9,9 @@ from pydantic import Field
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 """`tf32` is float32 whose factors a GPU may round to 10 bits before it multiplies. On other devices it equals `fp32`."""
 NetworkPrecision = Literal["fp32", "tf32", "bf16", "fp16", "int8"]
-"""The precisions of a trained network in use. `int8` needs an engine that quantises; what it keeps in float is measured."""
+"""The precisions of a trained network in use. `int8` needs an engine that quantises; AP decides which parts stay in float."""
 EngineName = Literal["torch", "onnxruntime", "openvino"]
-"""What runs a trained network: PyTorch, ONNX Runtime or OpenVINO. The last two need the extras of their names."""
+"""The library that runs a trained network: PyTorch, ONNX Runtime or OpenVINO. The last two need the extras of the same names."""
 ENGINE_PRECISIONS: dict[EngineName, tuple[NetworkPrecision, ...]] = {
     "torch": ("fp32", "tf32", "bf16", "fp16"),
     "onnxruntime": ("fp32",),

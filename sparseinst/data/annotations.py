@@ -1,6 +1,6 @@
 """Validate the content of annotation files in COCO's format, before anything is computed from it. Imports no torch.
 
-The evaluation reads the same files days later, so whatever it could not read must be found here.
+The evaluation reads the same files, perhaps days later. Everything that it cannot read must therefore be found here.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _check_polygon(polygon: Any) -> None:
 def _check_runs(segmentation: Mapping[str, Any], height: int, width: int) -> None:
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if not isinstance(size, list | tuple) or list(size) != [height, width] or not set(map(type, size)) <= {int}:
-        raise ValueError(f"run lengths of size {shorten(repr(size))} in an image of {[height, width]}")
+        raise ValueError(f"run lengths have the size {shorten(repr(size))}, but the image has {[height, width]}")
     if isinstance(counts, str | bytes):
         lowest, total = _extent(counts)
     elif isinstance(counts, list) and counts and set(map(type, counts)) <= {int}:

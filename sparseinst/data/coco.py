@@ -93,7 +93,7 @@ def images_digest(split: CocoSplit, most: int = 5000) -> str:
 
 
 def check_categories(split: CocoSplit, categories: Sequence[Category], of: str) -> None:
-    """Check that a split has the categories, by name, of the thing that `of` names.
+    """Check that a split has these categories, by name. `of` names their owner in the error message.
 
     Raises:
         UserError: the categories differ.
@@ -121,7 +121,7 @@ def train_split(config: DataConfig, *, refuse: bool = True) -> CocoSplit:
 
 
 def val_split(config: DataConfig, *, refuse: bool = True) -> CocoSplit:
-    """Read the validation images of a config, like `train_split`. The library that computes the metrics must be able to, too."""
+    """Read the validation images of a config, like `train_split`. Also check that the library for the metrics can read them."""
     split = read_split(val_annotations(config), _prepared_root(config) / config.val_images, config.val_limit)
     if refuse:
         split = _usable(split, config)

@@ -114,7 +114,7 @@ class TrainSet(Dataset[Example]):
             labels, masks = (torch.from_numpy(values) for values in rasterise(sample, self.mask_stride))
             image = torch.from_numpy(sample.image).permute(2, 0, 1)
             return Example(image, labels, masks, record, tuple(skipped), self.mask_stride, pasted)
-        raise DataError(f"{self.split.file}: not one of its {len(self)} images can be read, the first: {skipped[0]}")
+        raise DataError(f"{self.split.file}: none of its {len(self)} images can be read; the first: {skipped[0]}")
 
     def _augmented(self, record: ImageRecord, random: np.random.Generator, skipped: list[str]) -> Sample | None:
         """Return an augmented image; None, with a reason in `skipped`, if it is unreadable and may be left out."""

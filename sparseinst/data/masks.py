@@ -52,7 +52,7 @@ def _runs(segmentation: Any, height: int, width: int) -> Any:
 
     if isinstance(segmentation, Mapping):
         if list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"run lengths of size {segmentation['size']} in an image of {[height, width]}")
+            raise ValueError(f"run lengths have the size {segmentation['size']}, but the image has {[height, width]}")
         return mask.fr_py_objects(dict(segmentation), height, width)
     polygons = [list(map(float, polygon)) for polygon in segmentation]
     if not polygons or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):

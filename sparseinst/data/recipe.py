@@ -1,7 +1,7 @@
 """Choose settings for a data set from what it holds, with a reason for each (`sparseinst init`). Imports no torch.
 
 The rules follow this project's own trainings on shapes and on nuclei (docs/small-scale.md) and the paper's settings. They are a
-start: nobody has searched the best settings for your data.
+start; they are not tuned for your data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sparseinst.nested import commented_yaml, nest
 from sparseinst.overrides import load_config
 
 Size = Literal["small", "full"]
-"""`small` has a tenth of ResNet-50's parameters and trains on a processor in an hour; `full` is the paper's model."""
+"""`small` has a tenth of ResNet-50's parameters and trains on a CPU in an hour; `full` is the paper's model."""
 
 _MOST_MASKS = 5000  # masks whose area is measured; a random sample of a larger set
 _CELL = 4
@@ -146,7 +146,7 @@ def recipe(
     Args:
         data: the COCO-format folder.
         size: the model.
-        fast_bfloat16: whether this machine's processor multiplies bfloat16 numbers; only `small` uses it.
+        fast_bfloat16: whether this machine's CPU has bfloat16 instructions; only `small` uses it.
         start: the model settings of the weights that the training starts from, by dotted path; None for no such weights.
         given: settings that the user gave, by dotted path. They stay, and the others are chosen to fit them.
     """
@@ -158,7 +158,7 @@ def recipe(
     _choose_model(chosen, facts, size, start)
     _choose_steps(chosen, facts, size, fine=start is not None)
     if size == "small" and fast_bfloat16:
-        chosen.choose("train.precision", "bf16", "This processor multiplies bfloat16 numbers, which halves the time of a step.")
+        chosen.choose("train.precision", "bf16", "This CPU has bfloat16 instructions, which halve the time of a step.")
         chosen.settings["pretrain.precision"] = "bf16"
     if facts.mirrored is not None:
         chosen.choose("data.flip", 0.0, f"{MIRRORED[0].upper()}{MIRRORED[1:].format(*facts.mirrored)}.")
@@ -202,9 +202,11 @@ def _choose_maps(chosen: Recipe, facts: Facts, size: Size, start: Mapping[str, A
     wanted = max(least, math.ceil(facts.usual_instances / 10) * 10)
     holds = f"An image holds up to {facts.most_instances} instances; 99 % of the images hold at most {facts.usual_instances}."
     if has is not None and has >= facts.usual_instances:
-        chosen.choose("model.decoder.iam.num_maps", has, f"{holds} The weights keep their {has} maps, which are trained.")
+        chosen.choose(
+            "model.decoder.iam.num_maps", has, f"{holds} The {has} maps of the weights are kept, because they are trained."
+        )
     else:
-        new = "" if has is None else f" The weights have {has} maps, which are kept; the others start anew."
+        new = "" if has is None else f" The {has} maps of the weights are kept; the others start from random weights."
         chosen.choose("model.decoder.iam.num_maps", wanted, f"{holds} Each instance needs a map of its own.{new}")
 
 
@@ -220,10 +222,12 @@ def _choose_model(chosen: Recipe, facts: Facts, size: Size, start: Mapping[str, 
         )
         return
     chosen.choose("model.width_factor", 0.25, "A quarter of the paper's channels: 64 instead of 256.")
-    chosen.choose("model.backbone.name", "small_resnet", "A ResNet-50 of a quarter of the width and fewer blocks.")
+    chosen.choose("model.backbone.name", "small_resnet", "A ResNet with a quarter of the width of ResNet-50 and fewer blocks.")
     chosen.settings["model.backbone.pretrained"] = False
     chosen.choose(
-        "pretrain.enabled", True, "There are no ImageNet weights for it: it first learns categories and centres densely."
+        "pretrain.enabled",
+        True,
+        "It has no ImageNet weights, so it first learns to predict the category and the centre at each cell.",
     )
     steps = int(min(12_000, max(2000, 30 * facts.train_images / 8)) / 500) * 500
     chosen.choose("pretrain.iterations", steps, "About 30 epochs of 8 images, between 2,000 and 12,000 steps.")
@@ -257,7 +261,9 @@ def _choose_steps(chosen: Recipe, facts: Facts, size: Size, *, fine: bool) -> No
     chosen.settings["train.warmup_iterations"] = min(1000, steps // 20)
     chosen.choose("train.clip_norm", 5.0, "Stops a single bad batch from ruining the run.")
     chosen.choose("train.ema_decay", 0.998, "The average of the weights over the last 500 steps is evaluated and saved.")
-    chosen.choose("train.evaluate_every", max(500, steps // 10), "AP ten times during the run; `sparseinst curves` shows it.")
+    chosen.choose(
+        "train.evaluate_every", max(500, steps // 10), "AP is measured ten times during the run; `sparseinst curves` shows it."
+    )
     chosen.choose("train.evaluate_images", 200, "The evaluations during the run use only this many images.")
     chosen.settings["train.checkpoint_every"] = max(250, steps // 40)
     chosen.settings["train.log_every"] = 50
@@ -286,14 +292,14 @@ def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping
         )
     if facts.most_instances > maps:
         chosen.warnings.append(
-            f"an image holds up to {facts.most_instances} instances, more than the {maps} maps: the others take no part in its "
-            "training and are never found. Cut such images into tiles, or raise model.decoder.iam.num_maps."
+            f"an image holds up to {facts.most_instances} instances, more than the {maps} maps: the others are not "
+            "learned and never found. Cut such images into tiles, or raise model.decoder.iam.num_maps."
         )
     if facts.rare:
         names = ", ".join(facts.rare[:5]) + (", ..." if len(facts.rare) > 5 else "")
         chosen.warnings.append(f"{len(facts.rare)} of {facts.classes} categories have fewer than 20 instances: {names}.")
     if size == "full" and start is None:
-        chosen.warnings.append("the full model takes days on a processor; --size small takes an hour or two.")
+        chosen.warnings.append("the full model takes days on a CPU; --size small takes an hour or two.")
 
 
 def write_recipe(

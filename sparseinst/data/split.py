@@ -60,7 +60,7 @@ def split_folder(config: DataConfig, *, by: str = "image", name: str = "split", 
         DataError: an annotation file cannot be used, or two entries are the same image.
     """
     if Path(name).name != name or name.startswith("."):
-        raise UserError(f"--name {name}: is no name for files; use letters and digits")
+        raise UserError(f"--name {name}: cannot be used in file names; use letters and digits")
     root = Path(config.root)
     files = {split: root / "annotations" / f"{name}_{split}.json" for split in SPLITS}
     report = Report(root / f"{name}.yaml")

@@ -28,7 +28,7 @@ OUTPUTS = Predictions._fields
 
 @dataclass(frozen=True)
 class Facts:
-    """What ran: the facts about an engine and its artifact that a record needs."""
+    """The facts about an engine and its artifact that a record needs."""
 
     engine: EngineName
     version: str

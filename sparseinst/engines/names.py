@@ -17,5 +17,5 @@ def check_engine(name: str) -> EngineName:
         if name == known:
             return known
     if name == "tensorrt":
-        raise UserError("engine tensorrt is not supported yet; use torch with --optimize on a GPU, or openvino on a processor")
+        raise UserError("engine tensorrt is not supported yet; use torch with --optimize on a GPU, or openvino on a CPU")
     raise UserError(f"engine {name!r} is unknown{nearest(name, ENGINES)}")

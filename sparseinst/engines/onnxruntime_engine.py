@@ -1,4 +1,4 @@
-"""Run a network with ONNX Runtime on the processor. Its artifact is an ONNX file with dynamic image sizes."""
+"""Run a network with ONNX Runtime on the CPU. Its artifact is an ONNX file with dynamic image sizes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None
 
 
 def _count_layers(artifact: Path) -> Counter[str]:
-    """Count the layers with weights in each precision. The processor's provider computes in the types of the file."""
+    """Count the layers with weights in each precision. The CPU provider computes in the types of the file."""
     try:
         import onnx
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Run a network with OpenVINO on the processor. Its artifact is `NAME.xml` with the weights in `NAME.bin`."""
+"""Run a network with OpenVINO on the CPU. Its artifact is `NAME.xml` with the weights in `NAME.bin`."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class OpenVinoEngine:
 
 
 def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None, cache: Path | None = None) -> OpenVinoEngine:
-    """Compile a model for the processor.
+    """Compile a model for the CPU.
 
-    In int8, the layers that stay in float run in bf16 where the processor multiplies bf16, and in fp32 elsewhere.
+    In int8, the layers that stay in float run in bf16 if the CPU has bf16 instructions, otherwise in fp32.
 
     Args:
         threads: the number of threads; None takes torch's.

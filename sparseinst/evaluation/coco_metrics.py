@@ -62,7 +62,7 @@ def most_objects(split: CocoSplit) -> int:
 def figures_by_limit(
     split: CocoSplit, results: list[dict[str, Any]], image_ids: list[int], evaluator: Evaluator = "hotcoco"
 ) -> dict[str, float | None]:
-    """Return AP in percent if only so many predictions of an image and category count: `AP@1`, `AP@10`, `AP@100`, `AP@most`.
+    """Return AP in percent with limits on the predictions of an image and category: `AP@1`, `AP@10`, `AP@100`, `AP@most`.
 
     `most` is the largest number of objects that an image of the split has of one category. The recall with this limit, `AR@most`,
     comes with them. The result is empty if `most` is at most 100, because COCO's metrics are then complete.

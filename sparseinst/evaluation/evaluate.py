@@ -52,7 +52,7 @@ class Evaluation:
     by_limit: dict[str, float | None] = field(default_factory=dict)
     """AP at several numbers of predictions, see `figures_by_limit`; empty if no image has over 100 objects of a category."""
     maps: int | None = None
-    """The number of the model's maps, if `by_limit` is not empty: a model predicts at most so many instances of an image."""
+    """The number of the model's maps, if `by_limit` is not empty: a model predicts at most this many instances in an image."""
     matches: Matches = field(default_factory=dict, repr=False, compare=False)
     """The map that the matching of the training assigns to each object."""
     engine: dict[str, Any] | None = field(default=None, compare=False)

@@ -64,7 +64,7 @@ class About:
             mean, std = tuple(data["pixel_mean"]), tuple(data["pixel_std"])
             return cls(parse_config(data["config"]), categories, data["weights"], mean, std, data["recipe"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: what it says about itself is damaged ({shorten(str(error))}); export it again") from None
+            raise UserError(f"{path}: its metadata are damaged ({shorten(str(error))}); export it again") from None
 
 
 def describe(model: SparseInst, config: Config, categories: tuple[Category, ...]) -> About:
@@ -186,7 +186,7 @@ def read_about(path: Path) -> About:
     check_is_file(path)
     text = _read_onnx(path) if path.suffix == ".onnx" else _read_xml(path)
     if text is None:
-        raise UserError(f"{path}: is no network of this package; make one with sparseinst export --engine")
+        raise UserError(f"{path}: is not a network of this package; make one with sparseinst export --engine")
     return About.from_json(text, path)
 
 
@@ -201,7 +201,7 @@ def _read_onnx(path: Path) -> str | None:
             entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props
         }
     except DecodeError:
-        raise UserError(f"{path}: is no ONNX file, or it is damaged") from None
+        raise UserError(f"{path}: is not an ONNX file, or it is damaged") from None
     return entries.get(_ABOUT)
 
 

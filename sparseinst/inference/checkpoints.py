@@ -1,4 +1,4 @@
-"""Find the weights in the folder of a run, which may still train, and read the model from a training's checkpoint."""
+"""Find the weights in the folder of a run, which may be unfinished, and read the model from a training's checkpoint."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def find_weights(path: Path, checkpoint: str | None = None) -> Path:
     """
     if not path.is_dir():
         if checkpoint is not None:
-            raise UserError(f"{path}: is not the folder of a run, so there is no choice of a checkpoint")
+            raise UserError(f"{path}: is not the folder of a run, so --checkpoint cannot choose among its checkpoints")
         return path
     paths = RunPaths(path)
     if checkpoint == "best":
@@ -114,7 +114,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 (as in `archive_damage`)
         raise UserError(f"{path}: is damaged ({first_line(error)}); choose another one with --checkpoint") from None
     if not isinstance(state, dict) or "model" not in state:
-        raise UserError(f"{path}: is no checkpoint of a training")
+        raise UserError(f"{path}: is not a checkpoint of a training")
     return state
 
 

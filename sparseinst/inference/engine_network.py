@@ -114,13 +114,13 @@ def load_artifact(artifact: Path, about: About, precision: NetworkPrecision, *, 
 def check_device(engine: EngineName, device: torch.device, optimize: Optimize = None) -> None:
     """Raise `UserError` if an engine other than torch is asked for a GPU or for an optimisation of torch."""
     if device.type != "cpu":
-        raise UserError(f"engine {engine} runs on the processor here, not on {device}: use --device cpu, or the engine torch")
+        raise UserError(f"engine {engine} runs on the CPU only, not on {device}: use --device cpu, or the engine torch")
     if optimize is not None:
         raise UserError(f"engine {engine} optimises the network itself: leave out --optimize {optimize}, which is for torch")
 
 
 def device_for(config: Config, name: str | None) -> torch.device:
-    """Return the device with this name. Without a name, torch takes a GPU if there is one, and other engines the processor."""
+    """Return the device with this name. Without a name, torch takes a GPU if there is one, and other engines take the CPU."""
     return pick_device("cpu" if name is None and config.inference.engine != "torch" else name)
 
 
@@ -185,7 +185,7 @@ class Source:
         ):
             raise UserError(
                 f"{self.path}: is a network for the engine {own.engine} in {own.precision}; it does not run with the engine "
-                f"{inference.engine} in {inference.precision}: give the weights that it was made of"
+                f"{inference.engine} in {inference.precision}: give the weights that it was exported from"
             )
         check_device(inference.engine, device, optimize)
         return load_artifact(self.path, self.about, inference.precision)

@@ -1,4 +1,4 @@
-"""Export the whole inference as one graph, for ONNX or torch.export.
+"""Export a model with its pre- and post-processing as one graph, to ONNX or torch.export.
 
 The graph takes one image of any size and returns scored masks. ONNX needs the extra `export`.
 """

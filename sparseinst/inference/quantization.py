@@ -1,8 +1,8 @@
-"""Quantise a trained network to int8 for OpenVINO, and keep in float what costs too much accuracy.
+"""Quantise a trained network to int8 for OpenVINO, and keep the parts in float that cost too much accuracy.
 
-NNCF's post-training quantisation sets the ranges of the integers on training images. If the network then loses more AP than
-allowed, parts of it go back to float, one after the other, until the loss is allowed. The parts are ordered by how much of the
-outputs' error they cause. What was tried, with the AP of each attempt, is the recipe, which the artifact carries.
+NNCF's post-training quantisation calibrates the integer ranges on training images. If the network then loses more AP than
+allowed, parts of it are turned back to float, one after the other, until the loss is small enough. The part that causes most of
+the outputs' error comes first. The artifact contains a recipe: all attempts with their AP.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def int8_artifact(model: SparseInst, about: About, score: Score | None) -> Path:
 
 
 def _annotations(config: Config) -> Path | None:
-    """Return the annotation file of the training data; None if there are no data at all, so that noise must do."""
+    """Return the annotation file of the training data; None if there are no data, so that noise is used."""
     root = Path(config.data.root)
     if config.data.source == "coco" and not (root / config.data.train_annotations).exists():
         return None
@@ -196,7 +196,7 @@ class Quantiser:
         return [name for name, module in self._modules.items() if part_of(module) == part]
 
     def order_parts(self) -> list[str]:
-        """Return the parts, first the one that takes most error from the outputs if it alone stays in float."""
+        """Return the parts, sorted by the outputs' error if only this part stays in float; the lowest error comes first."""
         images = self._images[:_RANKED_ON]
         expected = self._outputs(self._openvino.Core().read_model(self._source), images)
         errors = {

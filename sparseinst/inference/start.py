@@ -1,4 +1,4 @@
-"""Start a training from the weights of another model: keep every tensor that fits, and the parts of the others that do."""
+"""Start a training from the weights of another model: keep every tensor that fits, and the fitting parts of the others."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MAPS = (*_GROUPED_MAPS, f"{_BRANCH}iam.queries")
 
 
 class Start(NamedTuple):
-    """What a model keeps of the weights that it starts from."""
+    """The parts of the start weights that a model keeps."""
 
     fresh: list[str]
-    """The names of the tensors of which nothing is kept."""
+    """The names of the tensors that start from random weights as a whole."""
     classes: list[str]
     """The classes whose weights in the class head are kept, because both models have a class of this name."""
     maps: int
@@ -43,7 +43,7 @@ class Start(NamedTuple):
 def start_from(model: SparseInst, path: Path, categories: Sequence[Category]) -> Start:
     """Copy the tensors of a weights file into a fresh model of the same kind, which may have other classes and maps.
 
-    Of the class head, the classes that both models know by name are kept (upper and lower case are the same). If the numbers of
+    The class head keeps the classes that both models have by name (upper and lower case are the same). If the numbers of
     maps differ, the first maps are kept, in each group.
 
     Args:

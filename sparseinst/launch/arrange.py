@@ -43,7 +43,7 @@ class Selection:
 def select(states: Sequence[Status], *, retry: bool) -> Selection:
     """Return the stages to send.
 
-    A stage that needs a failed one is sent only by `retry`. A stage that needs one which `sparseinst run` is doing is not sent.
+    If a stage needs a failed stage, only `retry` sends it. If it needs a stage that `sparseinst run` is doing, it is not sent.
 
     Args:
         retry: True selects the stages that failed, were lost, cancelled or interrupted, and the stages that wait for them. False

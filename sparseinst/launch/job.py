@@ -60,8 +60,8 @@ class StageJob:
     def checkpoint(self) -> DelayedSubmission:
         """Return the job that submitit requeues: this one unchanged, since its progress is on disk already.
 
-        submitit calls `scontrol requeue` next. SLURM then ends all processes of the job, and scontrol is one of them. If it died
-        before it had its reply, the attempt would count as failed, so it inherits blocked signals from this process.
+        submitit calls `scontrol requeue` next. SLURM then ends all processes of the job, and also scontrol. If scontrol ended
+        before it got its reply, the attempt would count as failed. It therefore inherits blocked signals from this process.
         """
         from submitit.helpers import DelayedSubmission
 

@@ -32,7 +32,7 @@ def ship_start(key: str) -> Path:
 def ship_demo(run: Path) -> Path:
     """Save the model in a run's folder, in half precision, as the package's `demo`.
 
-    Its data become the first 200 validation scenes of the embedded set, so that what it is shown on is written in seconds.
+    Its data become the first 200 validation scenes of the embedded set, so that these images are generated in seconds.
     """
     model, config, categories = load_weights(run)
     config = config.replace({"data.root": "runs/data/shapes-demo", "data.shapes.train": 16, "data.shapes.val": 200})

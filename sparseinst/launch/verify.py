@@ -1,4 +1,4 @@
-"""Do a record's work again and compare the results. Imports no torch by itself."""
+"""Repeat the run of a record, and compare the results. Imports no torch by itself."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ Outcome = Literal["same bits", "same within noise", "different"]
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of doing a record's work again."""
+    """The result of repeating the run of a record."""
 
     key: str
     outcome: Outcome
     lines: list[str] = field(default_factory=list)
-    """What was compared, for people."""
+    """Lines that tell a reader what was compared."""
 
 
 def verify(key: str, store: Store, device: str | None, *, threads: int | None = None, progress: bool = True) -> Verification:
-    """Do the training and the evaluation, or the timing, of a record again, and compare the results.
+    """Repeat the training and the evaluation of a record, or its timing, and compare the results.
 
-    The work has a folder of its own below `runs/verify`. A stopped verification continues there.
+    The repeated run has its own folder below `runs/verify`. A stopped verification continues there.
 
     Args:
-        key: the record's key, or its beginning.
-        threads: the number of threads; None takes the record's, because another number can change the weights.
+        key: the record's key, or the first characters of it.
+        threads: the number of threads. None takes the number in the record, because another number can change the weights.
 
     Raises:
         UserError: there is no such record, or it cannot be verified.
@@ -48,7 +48,7 @@ def verify(key: str, store: Store, device: str | None, *, threads: int | None = 
             f"{record.key}: a record of the kind {record.kind!r} cannot be verified, only train, evaluate and latency"
         )
     if not record.config:
-        raise UserError(f"{record.key}: its record holds no config, so its work cannot be done again")
+        raise UserError(f"{record.key}: its record holds no config, so its run cannot be repeated")
     config = parse_config(record.config)
     recorded = record.provenance.get("arithmetic") or {}
     used = threads or recorded.get("threads")
@@ -59,7 +59,7 @@ def verify(key: str, store: Store, device: str | None, *, threads: int | None = 
     lines = [f"{record.kind} {record.key}: {used or 'default'} threads here, {recorded.get('threads', 'unknown')} in the record"]
     if record.kind == "latency":
         return _verify_timing(record, config, device, lines)
-    # Another number of threads or other code is another verification; a stopped one continues.
+    # The folder is named by the threads and the code, so a stopped verification continues only if both are the same.
     folder = RUNS / "verify" / f"{config.train_key()}-{torch.get_num_threads()}-{code_digest()}"
     found = _verify_training(record, config, RunPaths(folder), store, device, lines, progress)
     shutil.rmtree(folder)  # the next call does the work again
@@ -89,13 +89,13 @@ def _verify_training(
 
 
 def find_record(key: str, store: Store) -> Record:
-    """Return the one record whose key begins so. Raises `UserError` if there is none or if there are several."""
+    """Return the only record whose key starts with `key`. Raises `UserError` if there is none or if there are several."""
     every = store.keys()
     keys = sorted(known for known in every if known.startswith(key))
     if key in keys:
         keys = [key]
     if len(keys) != 1:
-        found = f"{len(keys)} records begin so" if keys else "there is no such record"
+        found = f"{len(keys)} records have keys with this beginning" if keys else "there is no such record"
         raise UserError(f"{key}: {found} in {store.folder}; the page of `sparseinst report --html` lists all keys")
     record = store.load(keys[0])
     if record is None:
@@ -124,7 +124,7 @@ def _evaluate(weights: Path, config: Config, device: str | None, progress: bool)
 
 
 def _prior(record: Record, store: Store) -> Prior | None:
-    """Return the spread over seeds of AP among the store's evaluations of the same profile."""
+    """Estimate the variance of AP over seeds from the store's evaluations of the same profile."""
     profile = record.provenance.get("profile")
     keys = store.keys()
     records = (found for key in sorted(keys) if (found := store.load(key)) is not None)
@@ -132,7 +132,7 @@ def _prior(record: Record, store: Store) -> Prior | None:
 
 
 def _by_row(records: Iterable[Record]) -> list[Sample]:
-    """Return the APs of records whose configs differ in the seed alone."""
+    """Return one sample for each config: the APs of the records that differ only in the seed."""
     rows: dict[str, list[float]] = {}
     for record in records:
         config: Any = parse_config(record.config)
@@ -151,19 +151,21 @@ def _within_noise(here: float | None, there: float | None, prior: Prior | None, 
         )
         return "different"
     limit = float(stats.t.ppf((1 + CONFIDENCE) / 2, prior.pooled_degrees)) * prior.deviation * math.sqrt(2)
-    lines.append(f"two seeds differ by less than {limit:.2f} AP in 95 % of cases; these differ by {abs(here - there):.2f}")
+    lines.append(
+        f"in 95 % of cases, two seeds differ by less than {limit:.2f} AP; here the difference is {abs(here - there):.2f} AP"
+    )
     return "same within noise" if abs(here - there) <= limit else "different"
 
 
 def _verify_timing(record: Record, config: Config, device: str | None, lines: list[str]) -> Verification:
-    """Time again; the times agree if the ranges from the 5th to the 95th percentile overlap."""
+    """Repeat a timing. The times agree if their ranges from the 5th to the 95th percentile overlap."""
     from sparseinst.bench.benchmark import measure_latency
     from sparseinst.device import pick_device
     from sparseinst.machine import device_name
 
     here = device_name(device)
     if here != record.provenance.get("device"):
-        raise UserError(f"{record.key}: was timed on {record.provenance.get('device')}, and this device is {here}")
+        raise UserError(f"{record.key}: it was timed on {record.provenance.get('device')}, but this device is {here}")
     now, before = measure_latency(config, device=pick_device(device)).whole_ms, record.result["whole_ms"]
     lines.append(f"milliseconds: {_range(now)} here, {_range(before)} in the record")
     overlap = now["p5"] <= before["p95"] and before["p5"] <= now["p95"]

@@ -119,7 +119,7 @@ def _load(body: nn.Module, config: BackboneConfig) -> None:
 
 
 def _weights_file(name: str) -> Path:
-    """Return the file with this name, or else the package's own file with this key."""
+    """Return the file with this name. If it does not exist, return the package's weights with this key, if there are any."""
     shipped = SHIPPED / f"{name}.safetensors"
     return shipped if shipped.exists() and not Path(name).exists() else Path(name)
 
@@ -141,7 +141,7 @@ def pretrained_problem(name: str) -> str | None:
 
     entry = timm.get_pretrained_cfg(name)
     if entry is None or not entry.hf_hub_id:
-        return None  # another source, or no weights at all, about which the training says more
+        return None  # the weights have another source or do not exist; the training's error explains this case
     repository = f"{entry.hf_hub_id}{name}" if entry.hf_hub_id.endswith("/") else entry.hf_hub_id
     if any(isinstance(try_to_load_from_cache(repository, file), str) for file in ("model.safetensors", "pytorch_model.bin")):
         return None
@@ -201,7 +201,7 @@ def _make_deformable(stage: nn.Module, version: int) -> None:
 
 def _freeze_stem_and_stages(body: nn.Module, config: BackboneConfig) -> None:
     """Freeze the stem and the stages from res2 to `freeze_at`, with their norms; `freeze_at=1` freezes the stem only."""
-    _stage(body, config.name, 2)  # refuses what is no ResNet
+    _stage(body, config.name, 2)  # raises an error if the backbone is not a ResNet
     trained = {f"layer{stage - 1}" for stage in range(config.freeze_at + 1, 6) if stage > 1}
     for name, part in list(body.named_children()):
         if name not in trained:

@@ -152,7 +152,7 @@ def seed_priors(
     states: Mapping[str, str] | None = None,
     known: KnownRecords | None = None,
 ) -> dict[Figure, Prior]:
-    """Return what all rows of the tables together tell about the variance over seeds of each AP metric.
+    """Return the prior of the variance over seeds of each AP metric, estimated from all rows of the tables.
 
     Each distinct training counts once. Rows that are not trained do not count.
 
@@ -188,7 +188,7 @@ def collect(
 
     Args:
         states: the states of stages that are not done, by key; a stage without a state is pending.
-        priors: what all tables tell about the variance over seeds of each metric; see `seed_priors`.
+        priors: the prior of the variance over seeds of each metric, estimated from all tables; see `seed_priors`.
         keys: the keys of all records; None reads them from the store.
         known: the records of rows that were found with the same states; those of other rows are read.
     """
@@ -279,8 +279,8 @@ def _judged(result: TableResult, looks: Sequence[Look]) -> list[RowResult]:
     """Return the rows with their verdicts.
 
     Args:
-        looks: the looks at the table while its seeds were added. Verdicts pay for them, and what a look has settled stays
-            settled.
+        looks: the looks at the table while its seeds were added. The p-values are corrected for them, and a comparison that a
+            look has settled stays settled.
     """
     penalty, decisions = penalties(looks), last_decisions(looks)
     compared = {name: replace(comparison, penalty=penalty.get(name, 1.0)) for name, comparison in compared_rows(result).items()}

@@ -24,7 +24,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 HATCHES = ("", "///", "...", "xx")
 MEASURED: dict[str, Any] = {"color": COLOURS[0], "marker": "o", "ls": "-", "ms": 6.5}
 IMAGES_ALONE: dict[str, Any] = {**MEASURED, "markerfacecolor": "white"}
-"""The look of a measured value whose interval covers the noise of images alone, because no row has several seeds."""
+"""The style of a measured value if no row has several seeds: its interval then covers only the noise of the images."""
 PAPER: dict[str, Any] = {"color": "black", "marker": "D", "markerfacecolor": "white", "ls": "--", "ms": 6, "lw": 1}
 
 _STYLE: Any = {
@@ -36,9 +36,9 @@ _STYLE: Any = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "text.parse_math": False,  # names come from specs, and a dollar sign is no formula
+    "text.parse_math": False,  # a name in a spec may contain a dollar sign, which must not start a formula
     "axes.prop_cycle": cycler(color=COLOURS),
-    # The ids in an SVG are the same each time, and its text stays text.
+    # The ids in an SVG file are the same in each run, and its text is stored as text instead of outlines.
     "svg.hashsalt": "sparseinst",
     "svg.fonttype": "none",
 }
@@ -66,7 +66,7 @@ def new(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
 
 
 def signed(value: float, _position: float = 0) -> str:
-    """Return a difference for an axis."""
+    """Return a difference with its sign, for the tick of an axis."""
     return f"{value:+g}" if value else "0"
 
 

@@ -65,7 +65,7 @@ def newest_checkpoint(paths: RunPaths, restore: Callable[[dict[str, Any]], None]
         restore: loads a checkpoint's state into the run. A checkpoint that it cannot load counts as damaged, too.
 
     Raises:
-        RunFailed: all checkpoints are damaged. This stays so until a person asks for `remove_if_all_damaged`.
+        RunFailed: all checkpoints are damaged. This stays so until the user gives --from-scratch (`remove_if_all_damaged`).
     """
     for path in paths.saved_checkpoints():
         problem = _damage(path, restore)

@@ -30,7 +30,7 @@ class Logger(Protocol):
     """One logged run."""
 
     id: str
-    """What finds the run again, so that a resumed training continues it."""
+    """The id by which a resumed training finds the run and continues it."""
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 

@@ -32,7 +32,7 @@ Pending = Sequence[tuple[int, dict[str, Tensor]]]
 
 
 class _LogFile(logging.FileHandler):
-    """A log that loses lines on a full disk without a word; the run's own writes report the disk."""
+    """A log file that ignores a full disk. The other writes of the run report the full disk."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
         if not isinstance(sys.exc_info()[1], OSError):

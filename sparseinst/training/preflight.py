@@ -44,16 +44,16 @@ class Preflight:
 def preflight(config: Config, output: Path, *, device: torch.device) -> Preflight:
     """Train a model on the first eight training images with instances, and evaluate it on the same images.
 
-    The model and the losses are the config's, and so is the learning rate unless it is below `LEAST_RATE`. There is no
-    augmentation and no stage `pretrain`: a backbone that would start from that stage starts from random weights, and its
-    norms are trained.
+    The check uses the model and the losses of the config, and its learning rate unless that is below `LEAST_RATE`. It uses no
+    augmentation and skips the stage `pretrain`: a backbone that needs this stage starts from random weights, and its norms are
+    trained.
 
     Args:
         output: the folder of this run.
 
     Raises:
         UserError: the settings or the data are not valid for training.
-        RunFailed: the model did not learn the images. The message says what was reached.
+        RunFailed: the model did not learn the images. The message gives the losses and the AP50.
     """
     began = time.perf_counter()
     small = _small(config, _eight_images(config, output))
@@ -68,7 +68,7 @@ def preflight(config: Config, output: Path, *, device: torch.device) -> Prefligh
     )
     if after > MOST_LEFT * before:
         raise RunFailed(
-            f"preflight: {reached}: it hardly learns. Check the masks (`data check`), the losses' weights and the start"
+            f"preflight: {reached}: it hardly learns. Check the masks (`data check`), the loss weights and the initial weights"
         )
     if ap50 < LEAST_AP50:
         times = STEPS * small.train.batch_size // IMAGES
@@ -93,7 +93,7 @@ def _eight_images(config: Config, output: Path) -> Path:
 
 
 def _small(config: Config, annotations: Path) -> Config:
-    """Return the config of the check on the images of an annotation file."""
+    """Return the config of the check, which trains and evaluates on the images of this annotation file."""
     data = config.data
     from_nothing = config.pretrain.enabled and config.train.start is None
     frozen = config.model.backbone.frozen_norm and not from_nothing
@@ -116,7 +116,7 @@ def _small(config: Config, annotations: Path) -> Config:
             "train.ema_decay": None,
             "train.evaluate_every": None,
             "train.patience": None,
-            "train.checkpoint_activations": config.train.checkpoint_activations and frozen,  # only these allow it
+            "train.checkpoint_activations": config.train.checkpoint_activations and frozen,  # only frozen norms allow it
             "train.log_every": 10,
             "train.loggers": [],
             "train.checkpoint_every": STEPS,

@@ -137,7 +137,7 @@ def recomputed(model: SparseInst, images: Tensor) -> Predictions:
 
 
 def check_batch(name: str, batch_size: int, images: int) -> None:
-    """Check a batch size. Up to the paper's, it may exceed the number of images, which are then used more than once in a batch.
+    """Check a batch size. Up to the paper's 64, it may exceed the number of images; a batch then uses images more than once.
 
     Args:
         name: the setting.

@@ -14,7 +14,7 @@ _COLUMNS, _MOST = 5, 40
 
 
 def sheet_names(count: int) -> list[str]:
-    """Return the names of the pages that so many pictures need."""
+    """Return the names of the pages for this number of pictures."""
     return [f"sheet-{number}.jpg" for number in range(1, -(-count // _MOST) + 1)]
 
 

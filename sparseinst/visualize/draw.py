@@ -108,7 +108,7 @@ def _tint(
 def activation_sheet(
     image: Image.Image, found: FoundInstances | CompactInstances, *, most: int = 8, width: int = 240
 ) -> Image.Image:
-    """Return a sheet with one column an instance, best first: its activation map over the image, above its mask (Figure 4).
+    """Return a sheet with one column for each instance, best first: its activation map over the image, above its mask (Figure 4).
 
     Args:
         most: the largest number of columns.

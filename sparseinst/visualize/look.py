@@ -42,7 +42,7 @@ class Numbers:
     mask_stride: int
     """The image pixels per side of a pixel of the masks that the model learns."""
     num_maps: int
-    """The model's number of maps: so many instances of an image can be learned."""
+    """The model's number of maps: at most this many instances of an image can be learned."""
     images: int = 0
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """The height and width of each augmented image."""

@@ -1,4 +1,4 @@
-"""The activation map of each annotated object, drawn on its image with what it looks at (the paper's Figure 4, with numbers)."""
+"""Draw the activation map of each annotated object on its image, with numbers (as in the paper's Figure 4)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ObjectMap(NamedTuple):
     truth: Mask
     """(H, W)"""
     mask: NDArray[np.bool_]
-    """(H, W), as the map's instance is found."""
+    """(H, W): the predicted mask of the map's instance."""
     number: int
     """Which of the N maps it is."""
     response: NDArray[np.float32]
@@ -50,7 +50,7 @@ class ObjectMap(NamedTuple):
 
 @torch.no_grad()
 def object_maps(predictor: Predictor, record: ImageRecord, split: CocoSplit) -> tuple[Image.Image, list[ObjectMap]]:
-    """Look at the map of each object of one image, the largest objects first; crowds are left out.
+    """Return the image and the map of each of its objects, the largest objects first; crowds are left out.
 
     Raises:
         DataError: an image or an annotation that cannot be read.
@@ -90,7 +90,7 @@ def object_maps(predictor: Predictor, record: ImageRecord, split: CocoSplit) -> 
 
 
 def object_sheet(image: Image.Image, objects: Sequence[ObjectMap]) -> Image.Image:
-    """A column an object: its map over the image with the object's true outline, above the mask that it makes."""
+    """Return a sheet with one column for each object: its map with the object's true outline, above the predicted mask."""
     height = max(1, round(image.height * _WIDTH / image.width))
     small = image.resize((_WIDTH, height), Image.Resampling.BILINEAR)
     font = ImageFont.load_default(size=11)

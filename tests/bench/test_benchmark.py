@@ -92,7 +92,7 @@ def test_sides_run_alternately() -> None:
     assert found.repetitions == 12, "each of the four images is timed equally often"
     numbers = [*range(4), *range(12)]
     assert calls == [(name, number) for number in numbers for name in ("slow", "fast")], "every image warms up once"
-    with pytest.raises(UserError, match="as many images at once"):
+    with pytest.raises(UserError, match="the same batches on both sides"):
         compare(slow, ScriptedSide("other", [1.0], calls))
 
 
@@ -192,7 +192,7 @@ def test_bench_of_weights_on_photos(trained: Path, tmp_path: Path, capsys: pytes
     assert rows[0]["kept"] == rows[1]["kept"]
     for more in ("--roofline", "--record"):
         assert run_cli([*command, more]) == 2
-        assert "which are of 480 x 640 images in inference" in capsys.readouterr().err
+        assert "which time inference on 480 x 640 images" in capsys.readouterr().err
     plain = ["bench", "--model", str(trained), "--repetitions", "3"]
     assert run_cli([*plain, "--roofline", "--json"]) == 0
     [row] = json.loads(capsys.readouterr().out)["rows"]
@@ -203,7 +203,7 @@ def test_bench_of_weights_on_photos(trained: Path, tmp_path: Path, capsys: pytes
     assert run_cli([*plain, "--compare", "mode=plain", f"model={trained}"]) == 0
     assert f"{trained} 64 x1" in capsys.readouterr().out
     assert run_cli([*plain, "--compare", "batch=2", "batch=1"]) == 2
-    assert "as many images at once" in capsys.readouterr().err
+    assert "the same batch size on both sides" in capsys.readouterr().err
     assert run_cli(["bench", "--photos", str(tmp_path / "none")]) == 2
     assert "no such image or folder" in capsys.readouterr().err
 

@@ -143,7 +143,7 @@ def test_another_artifact_than_the_scored_one_is_an_error(monkeypatch: pytest.Mo
 
 def test_options_that_go_with_engines(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(["bench", "--images", "3"]) == 2
-    assert "go with --engines" in capsys.readouterr().err
+    assert "need --engines" in capsys.readouterr().err
     assert run_cli(["bench", "--engines", "--train"]) == 2
     assert run_cli(["bench", "--engine", "tensorrt"]) == 2
     assert "tensorrt is not supported yet" in capsys.readouterr().err

@@ -97,7 +97,7 @@ def test_the_bench_train_command(trained: Path, tiny: Config, capsys: pytest.Cap
     mistakes = {
         ("--mode", "folded"): "the modes of --train are plain, eager, compiled, recomputed",
         ("--mode", "recomputed"): "needs model.backbone.frozen_norm=true",
-        ("--roofline",): "not with --record or --roofline",
+        ("--roofline",): "cannot be used with --record or --roofline",
         ("--photos", tiny.data.root + "/val2017"): "--photos are for inference",
         ("--data", "nowhere"): "nowhere",
         ("--compare", "mode=plain", "mode=best"): "the modes of --train",

@@ -52,7 +52,7 @@ CASES: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "short run lengths": (("annotations", 0, "segmentation"), {"size": [64, 64], "counts": [9, 9]}, "add up to 18 pixels"),
     "negative run lengths": (("annotations", 0, "segmentation"), {"size": [64, 64], "counts": [-1, 4097]}, "one is negative"),
     "damaged run lengths": (("annotations", 0, "segmentation"), {"size": [64, 64], "counts": "zz"}, "damaged or cut off"),
-    "size with a fraction": (("annotations", 0, "segmentation"), {"size": [64.0, 64], "counts": [4096]}, "size .64.0, 64. in an"),
+    "size with a fraction": (("annotations", 0, "segmentation"), {"size": [64.0, 64], "counts": [4096]}, "the size .64.0, 64.,"),
     "no segmentation": (("annotations", 0, "segmentation"), None, "polygons or run lengths were expected, got None"),
     "annotations: null": (("annotations",), None, "annotations: a list was expected, got None; without objects, write"),
     "huge image": (("images", 0, "width"), 10**9, "at most .* can be read"),

@@ -109,7 +109,7 @@ def test_a_folder_without_readable_images_is_an_error_even_when_skipping(folder:
     for path in (folder / "train2017").iterdir():
         path.write_bytes(b"")
     config = DataConfig(root=str(folder), on_bad_image="skip")
-    with pytest.raises(DataError, match="not one of its 1 images can be read"):
+    with pytest.raises(DataError, match="none of its 1 images can be read"):
         TrainSet(read(folder), config, seed=0)[Draw(0, 0)]
 
 
@@ -148,7 +148,7 @@ def test_check_folder_counts_instances_and_finds_problems(folder: Path) -> None:
         "annotation id 0",
         "2.png: truncated or unreadable",
         "annotation 4 (image 3.png): segmentation: a polygon needs",
-        "run lengths of size [9, 9]",
+        "run lengths have the size [9, 9]",
         "no pixel inside the image",
     ):
         assert expected in text

@@ -121,7 +121,7 @@ def test_mistakes_are_one_line_errors(clips: Path, tmp_path: Path, capsys: pytes
         (clips, ["--name", "x", "--by", "field:video"], "finds no group for 20 of 20 images, the first is clip0_0.png"),
         (clips, ["--name", "x", "--by", "name:^clip[0-3]"], "finds no group for 4 of 20 images, the first is clip4_0.png"),
         (clips, ["--name", "x", "--by", "name:clip"], "all 20 images are in one group (clip)"),
-        (clips, ["--name", "a/b"], "is no name for files"),
+        (clips, ["--name", "a/b"], "cannot be used in file names"),
         (other, [], "its categories are not those of"),
         (tmp_path / "none", [], "no such file"),
     ]

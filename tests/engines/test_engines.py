@@ -170,11 +170,11 @@ def test_openvino_refuses_deformable_convolutions(artifacts: Path, tiny: Config)
 def test_files_that_are_no_networks_are_refused(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     (tmp_path / "text.onnx").write_text("no network")
-    with pytest.raises(UserError, match="is no ONNX file, or it is damaged"):
+    with pytest.raises(UserError, match="is not an ONNX file, or it is damaged"):
         load_model(tmp_path / "text.onnx")
     empty = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
     onnx.save(empty, tmp_path / "other.onnx")
-    with pytest.raises(UserError, match="is no network of this package"):
+    with pytest.raises(UserError, match="is not a network of this package"):
         load_model(tmp_path / "other.onnx")
     with pytest.raises(UserError, match="no such file"):
         load_model(tmp_path / "none.onnx")
@@ -183,9 +183,9 @@ def test_files_that_are_no_networks_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--engine", "torch", "--output", "m.onnx"], "torch runs the weights themselves"),
+        (["--engine", "torch", "--output", "m.onnx"], "torch needs no exported network"),
         (["--engine", "onnxruntime", "--output", "m.xml"], "name it m.onnx"),
-        (["--precision", "int8", "--output", "m.onnx"], "go with --engine"),
+        (["--precision", "int8", "--output", "m.onnx"], "need --engine"),
         (["--engine", "tensorrt", "--output", "m.onnx"], "not supported yet"),
     ],
 )

@@ -112,7 +112,7 @@ def test_no_flipped_bit_of_a_checkpoint_gives_a_traceback(tmp_path: Path) -> Non
             assert "model" in read_checkpoint(paths.checkpoint(5))
     assert 50 < fallen < 350
     torch.save(5, paths.checkpoint(5))
-    with pytest.raises(UserError, match="is no checkpoint of a training"):
+    with pytest.raises(UserError, match="is not a checkpoint of a training"):
         read_checkpoint(paths.checkpoint(5))
 
 

@@ -53,7 +53,7 @@ def test_runs_have_names_and_shipped_records_are_not_taken_for_ours(capsys: pyte
     assert len(list(Path("results/here/records").iterdir())) == 3
     assert {path: path.read_bytes() for path in Path("results/records").iterdir()} == before
     assert run_cli([*command, "--again", "--results", "r"]) == 2
-    assert "does not go with --results" in capsys.readouterr().err
+    assert "cannot be used with --results" in capsys.readouterr().err
 
 
 def test_a_link_follows_the_newest_run_of_its_name() -> None:

@@ -108,4 +108,4 @@ def test_what_cannot_be_verified_is_refused(
     assert "cannot be verified" in capsys.readouterr().err
     Store(Path("results")).write(Record("evaluate", "evaluate-y", {"figures": {"AP": 1.0}}))
     assert run_cli(["verify", "evaluate-"]) == 2
-    assert "records begin so" in capsys.readouterr().err
+    assert "records have keys with this beginning" in capsys.readouterr().err

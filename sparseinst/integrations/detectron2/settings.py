@@ -1,4 +1,4 @@
-"""Translate a detectron2 config of the reference into a config of this package. A key that is not obeyed is refused."""
+"""Translate a detectron2 config of the reference into a config of this package. A value that is not supported is refused."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def from_detectron2(cfg: CfgNode) -> Config:
     The sections `data` and `train` describe the training; detectron2 runs it from its own config.
 
     Raises:
-        UserError: a key has a value that the reference does not know either or that this package does not obey, or the model was
+        UserError: a key has a value that the reference does not know or that this package does not support, or the model was
             never released.
     """
     node = cfg.MODEL.SPARSE_INST
@@ -245,7 +245,7 @@ def check_only(cfg: CfgNode, only: Mapping[str, Any]) -> None:
 
 
 def choice(key: str, value: Any, choices: Mapping[Any, Any]) -> Any:
-    """Return what belongs to the value of a key. Raises `UserError` if nothing does."""
+    """Return the entry of `choices` for the value of a key. Raises `UserError` if there is none."""
     if value not in choices:
         raise UserError(f"{key}: {value!r} is not one of {', '.join(map(str, choices))}")
     return choices[value]
