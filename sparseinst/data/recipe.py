@@ -26,7 +26,7 @@ from sparseinst.nested import commented_yaml, nest
 from sparseinst.overrides import load_config
 
 Size = Literal["small", "full"]
-"""`small` has a tenth of ResNet-50's parameters and trains on a CPU in an hour; `full` is the paper's model."""
+"""`small` has a tenth of ResNet-50's parameters and trains on a CPU in one to three hours; `full` is the paper's model."""
 
 _MOST_MASKS = 5000  # masks whose area is measured; a random sample of a larger set
 _CELL = 4
@@ -299,7 +299,7 @@ def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping
         names = ", ".join(facts.rare[:5]) + (", ..." if len(facts.rare) > 5 else "")
         chosen.warnings.append(f"{len(facts.rare)} of {facts.classes} categories have fewer than 20 instances: {names}.")
     if size == "full" and start is None:
-        chosen.warnings.append("the full model takes days on a CPU; --size small takes an hour or two.")
+        chosen.warnings.append("the full model takes days on a CPU; --size small takes one to three hours.")
 
 
 def write_recipe(
