@@ -19,7 +19,9 @@ def init(
     output: Annotated[Path, typer.Option(help="The config file to write.")] = Path("config.yaml"),
     size: Annotated[
         Literal["auto", "small", "full"],
-        typer.Option(help="small trains on a CPU in one to three hours; full is the paper's model; auto: full if there is a GPU."),
+        typer.Option(
+            help="small trains on a CPU in one to three hours; full is the paper's model; auto: full if there is a GPU."
+        ),
     ] = "auto",
     weights: Annotated[
         Path | None, typer.Option(help="Trained weights to start from: imported ones, a run, or demo (the package's own).")
