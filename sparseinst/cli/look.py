@@ -168,20 +168,20 @@ def failures(
     import json
 
     from sparseinst.data.coco import val_split
-    from sparseinst.device import pick_device
-    from sparseinst.evaluation.weights import evaluate_weights
+    from sparseinst.evaluation.weights import evaluate_weights, open_for_evaluation
     from sparseinst.files import make_folder
     from sparseinst.inference.checkpoints import find_weights
-    from sparseinst.inference.weights import load_weights
+    from sparseinst.inference.engine_network import device_for
     from sparseinst.overrides import parse_override
     from sparseinst.visualize.failures import find_failures, write_failures
 
     overrides = {} if data is None else {"data.root": str(data), "data.source": "coco"}
     overrides |= dict(map(parse_override, override))
     weights = find_weights(weights, checkpoint)
-    split = val_split(load_weights(weights)[1].replace(overrides).data)
+    _, config = open_for_evaluation(weights, overrides)
+    split = val_split(config.data)
     predictions = make_folder(output) / "predictions.json"
-    evaluation = evaluate_weights(weights, overrides, device=pick_device(device), predictions=predictions)
+    evaluation = evaluate_weights(weights, overrides, device=device_for(config, device), predictions=predictions)
     results = json.loads(predictions.read_text(encoding="utf-8"))
     images = [image.id for image in split.images if image.id not in evaluation.skipped_images]
     found = find_failures(split.file, results, images, score)

@@ -72,6 +72,7 @@ def train(
         settings = settings.replace(_data_overrides(settings, in_file.keys() | overrides.keys()))
     from sparseinst.device import pick_device
     from sparseinst.evaluation.weights import evaluate_run
+    from sparseinst.inference.engine_network import device_for
     from sparseinst.paths import RunPaths
     from sparseinst.training.loggers import log_evaluation
     from sparseinst.training.train import train as run
@@ -81,7 +82,7 @@ def train(
         _preflight(settings, output, chosen)
         return
     trained = run(settings, output, device=chosen, from_scratch=from_scratch)
-    evaluation = evaluate_run(output, settings, device=chosen)
+    evaluation = evaluate_run(output, settings, device=device_for(settings, device))
     if settings.train.loggers:
         log_evaluation(settings, RunPaths(output), {**evaluation.figures, **evaluation.mechanism})
     _print_metrics(evaluation)

@@ -106,6 +106,8 @@ def _small(config: Config, annotations: Path) -> Config:
             "data.val_limit": None,
             "data.short_sides": [config.inference.short_side],
             **{f"data.{name}": value for name, value in WITHOUT_AUGMENTATION.items()},
+            "inference.engine": "torch",  # the check is of the training
+            "inference.precision": config.inference.precision if config.inference.engine == "torch" else "fp32",
             "model.backbone.frozen_norm": frozen,
             "pretrain.enabled": False,
             "train.iterations": STEPS,
