@@ -136,7 +136,8 @@ def _export_network(weights: Path, output: Path, overrides: dict[str, Any], chec
     check_writable(output)
     prepared = prepare_network(source, config, device=device_for(config, None))
     assert prepared.artifact is not None
-    copy_artifact(prepared.artifact, output)
+    assert prepared.about is not None
+    copy_artifact(prepared.artifact, output, prepared.about)
     facts, recipe = prepared.facts, prepared.recipe
     print(f"{output}: {facts.bytes / 1e6:.1f} MB, {facts.engine} {facts.version}, {facts.precision}, digest {facts.artifact}")
     if recipe is not None:

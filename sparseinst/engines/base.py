@@ -6,18 +6,15 @@ engines (`data.network_input`, `postprocess`). Shapes: B images, H W padded heig
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from sparseinst.config import EngineName, NetworkPrecision
 from sparseinst.errors import UserError
-from sparseinst.files import check_is_file
 from sparseinst.models.decoder import Predictions
 
 INPUT = "images"
@@ -34,9 +31,9 @@ class Facts:
     version: str
     """The version of the engine's package."""
     precision: NetworkPrecision
-    """The precision in which most convolutions of the compiled network run."""
+    """The precision in which most convolutions of the compiled network run; `int8` if any of them does."""
     artifact: str
-    """16 hexadecimal digits of the SHA-256 of the artifact: the file, or a torch model's tensors."""
+    """16 hexadecimal digits of a SHA-256: of the network in the artifact's files, or of a torch model's tensors."""
     bytes: int
     """The size of the artifact."""
     threads: int
@@ -71,32 +68,12 @@ def used_precision(layers: Counter[str]) -> str:
 
 def check_precision(engine: str, asked: NetworkPrecision, used: str, layers: Counter[str]) -> None:
     """Raise `UserError` if an engine compiled another precision than the one that was asked for."""
-    if used != asked:
+    if used != asked and not (asked == "int8" and layers["int8"]):  # int8 may leave most of a small network in float
         counted = ", ".join(f"{count} in {name}" for name, count in layers.most_common())
         raise UserError(
             f"engine {engine} compiled {used} although {asked} was asked for (convolutions: {counted}): this device does "
             f"not offer {asked}; use --precision {used}"
         )
-
-
-def artifact_files(artifact: Path) -> list[Path]:
-    """Return the files of an artifact: OpenVINO keeps the weights of `NAME.xml` in `NAME.bin` beside it."""
-    return [artifact, artifact.with_suffix(".bin")] if artifact.suffix == ".xml" else [artifact]
-
-
-def artifact_identity(artifact: Path) -> tuple[str, int]:
-    """Return the digest of an artifact, 16 hexadecimal digits of a SHA-256, and its size in bytes.
-
-    Raises:
-        UserError: a file of the artifact is missing.
-    """
-    digest, size = hashlib.sha256(), 0
-    for path in artifact_files(artifact):
-        check_is_file(path)
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-        size += path.stat().st_size
-    return digest.hexdigest()[:16], size
 
 
 def as_predictions(outputs: Sequence[Tensor]) -> Predictions:

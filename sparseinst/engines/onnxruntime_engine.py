@@ -10,16 +10,8 @@ import torch
 from torch import Tensor
 
 from sparseinst.config import NetworkPrecision
-from sparseinst.engines.base import (
-    INPUT,
-    OUTPUTS,
-    Facts,
-    artifact_identity,
-    as_predictions,
-    check_precision,
-    missing_package,
-    used_precision,
-)
+from sparseinst.engines.artifact import artifact_identity, read_onnx
+from sparseinst.engines.base import INPUT, OUTPUTS, Facts, as_predictions, check_precision, missing_package, used_precision
 from sparseinst.errors import UserError
 from sparseinst.models.decoder import Predictions
 from sparseinst.words import shorten
@@ -59,6 +51,8 @@ def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors only: it warns about shapes that the exporter leaves open
+    # By default its threads spin for some 30 ms after each image, which slows down whatever runs next on the same cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(artifact, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 (its errors have no common class but RuntimeError and Exception)
@@ -72,11 +66,9 @@ def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None
 
 def _count_layers(artifact: Path) -> Counter[str]:
     """Count the layers with weights in each precision. The CPU provider computes in the types of the file."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise missing_package("onnxruntime", error) from None
-    graph = onnx.load(artifact, load_external_data=False).graph
+    import onnx
+
+    graph = read_onnx(artifact).graph
     types = {
         tensor.name: onnx.helper.tensor_dtype_to_string(tensor.data_type).removeprefix("TensorProto.")
         for tensor in graph.initializer

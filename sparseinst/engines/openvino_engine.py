@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,15 @@ import torch
 from torch import Tensor
 
 from sparseinst.config import NetworkPrecision
-from sparseinst.engines.base import (
-    OUTPUTS,
-    Facts,
-    artifact_identity,
-    as_predictions,
-    check_precision,
-    missing_package,
-    used_precision,
-)
-from sparseinst.errors import UserError
+from sparseinst.engines.artifact import artifact_identity
+from sparseinst.engines.base import OUTPUTS, Facts, as_predictions, check_precision, missing_package, used_precision
+from sparseinst.errors import RunFailed, UserError
+from sparseinst.files import check_writable
 from sparseinst.machine import multiplies_bfloat16
 from sparseinst.models.decoder import Predictions
 from sparseinst.words import shorten
+
+_log = logging.getLogger(__name__)
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "u8": "int8", "i8": "int8"}
@@ -50,7 +47,8 @@ def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None
 
     Args:
         threads: the number of threads; None takes torch's.
-        cache: a folder in which OpenVINO keeps compiled models; None keeps none.
+        cache: a folder in which OpenVINO keeps compiled models; None keeps none. If nothing can be written there, a warning says
+            so, and none is kept.
 
     Raises:
         UserError: OpenVINO is not installed, the file cannot be loaded, or another precision was compiled.
@@ -66,7 +64,7 @@ def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None
         "INFERENCE_PRECISION_HINT": hint,
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
-        **({"CACHE_DIR": str(cache)} if cache is not None else {}),
+        **(_cache_settings(cache / digest) if cache is not None else {}),
     }
     try:
         compiled = openvino.Core().compile_model(artifact, "CPU", settings)
@@ -76,6 +74,20 @@ def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None
     check_precision("openvino", precision, used_precision(convolutions), convolutions)
     facts = Facts("openvino", openvino.__version__, precision, digest, size, threads, dict(layers))
     return OpenVinoEngine(compiled.create_infer_request(), facts)
+
+
+def _cache_settings(folder: Path) -> dict[str, str]:
+    """Return the setting that keeps the compiled model of one artifact in this folder.
+
+    Each artifact needs a folder of its own. OpenVINO recognises a compiled model by the path, the time and the size of its `.xml`
+    file, and would still use it after the `.bin` file got other weights.
+    """
+    try:
+        check_writable(folder / "compiled")
+    except (UserError, RunFailed) as error:
+        _log.warning("the compiled network is not kept, so that each start compiles it again: %s", error)
+        return {}
+    return {"CACHE_DIR": str(folder)}
 
 
 def _count_layers(compiled: Any) -> tuple[Counter[str], Counter[str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ import torch
 
 from sparseinst.config import Config, EngineName
 from sparseinst.data.coco import Category, read_categories
-from sparseinst.engines.base import artifact_files, missing_package
-from sparseinst.errors import UserError
-from sparseinst.files import atomic, check_is_file, make_folder
+from sparseinst.engines import artifact as files
+from sparseinst.engines.artifact import ABOUT, artifact_files, with_about
+from sparseinst.engines.base import missing_package
+from sparseinst.errors import RunFailed, UserError
+from sparseinst.files import atomic, file_digest, make_folder
 from sparseinst.inference.export import OPSET, export_network
 from sparseinst.inference.weights import tensors_digest
 from sparseinst.models.layers import DeformableConv2d
@@ -32,10 +34,8 @@ from sparseinst.words import shorten
 
 ARTIFACT_SUFFIXES: dict[EngineName, str] = {"onnxruntime": ".onnx", "openvino": ".xml"}
 """The suffix of each engine's artifacts. The suffix of a given artifact therefore names its engine."""
-_VERSION = 1
+_VERSION = 2
 """Goes up when the same weights give another artifact, so that older ones are made again."""
-_ABOUT = "sparseinst"
-"""The name of the entry that describes an artifact in its own metadata."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,15 @@ class About:
     recipe: dict[str, Any] | None = None
     """How it was quantised, and what stayed in float; None if nothing was quantised."""
 
-    def to_json(self) -> str:
+    def to_json(self, weights_file: Path | None = None) -> str:
+        """Return the text for the artifact's metadata.
+
+        Args:
+            weights_file: OpenVINO's file `.bin`, which the text identifies by its content; None if there is only one file.
+        """
         categories = [asdict(category) for category in self.categories]
         fields = {"weights": self.weights, "pixel_mean": self.pixel_mean, "pixel_std": self.pixel_std, "recipe": self.recipe}
+        fields |= {"weights_file": file_digest(weights_file)} if weights_file is not None else {}
         return json.dumps({"config": self.config.model_dump(mode="json"), "categories": categories, **fields})
 
     @classmethod
@@ -62,18 +68,25 @@ class About:
             data = json.loads(text)
             categories = read_categories(data["categories"])
             mean, std = tuple(data["pixel_mean"]), tuple(data["pixel_std"])
-            return cls(parse_config(data["config"]), categories, data["weights"], mean, std, data["recipe"])
+            about = cls(parse_config(data["config"]), categories, data["weights"], mean, std, data["recipe"])
+            beside = data.get("weights_file")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: its metadata are damaged ({shorten(str(error))}); export it again") from None
+        if beside is not None and file_digest(path.with_suffix(".bin")) != beside:
+            raise UserError(
+                f"{path.with_suffix('.bin')}: holds other weights than those that {path.name} was exported with: copy both files "
+                "of the same export"
+            )
+        return about
 
 
 def describe(model: SparseInst, config: Config, categories: tuple[Category, ...]) -> About:
     """Return what an artifact of this model says about itself."""
     mean, std = (tuple(map(float, buffer.flatten().cpu())) for buffer in (model.pixel_mean, model.pixel_std))
-    return About(config, categories, tensors_digest(_state(model)), mean, std)
+    return About(config, categories, tensors_digest(state_on_cpu(model)), mean, std)
 
 
-def _state(model: SparseInst) -> dict[str, torch.Tensor]:
+def state_on_cpu(model: SparseInst) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
@@ -86,7 +99,11 @@ def artifacts_folder() -> Path:
 
 
 def network_folder(about: About) -> Path:
-    """Return the folder of one network's artifacts. It depends on the weights, the model's settings and the exporter."""
+    """Return the folder of one network's artifacts. It depends on the weights, the model's settings and the exporter.
+
+    It does not depend on the settings of `data` and `inference`, so an artifact there may name those of an earlier use.
+    `copy_artifact` replaces them.
+    """
     content = {
         "version": _VERSION,
         "weights": about.weights,
@@ -97,7 +114,7 @@ def network_folder(about: About) -> Path:
 
 
 def compiled_folder() -> Path:
-    """Return the folder in which OpenVINO keeps compiled models. It names them by their content and its settings."""
+    """Return the folder in which OpenVINO keeps compiled models, in a subfolder for each artifact."""
     return artifacts_folder() / "compiled"
 
 
@@ -114,7 +131,7 @@ def float_artifact(model: SparseInst, about: About, engine: EngineName) -> Path:
     if not onnx.exists():
         make_folder(folder)
         with atomic(onnx) as temporary:
-            export_network(model, temporary, {_ABOUT: about.to_json()})
+            export_network(model, temporary)
     if engine == "onnxruntime":
         return onnx
     converted = folder / f"network-{_openvino().__version__.split('-')[0]}.xml"
@@ -142,34 +159,46 @@ def _openvino() -> Any:
 
 
 def write_openvino(model: Any, path: Path, about: About) -> None:
-    """Write an OpenVINO model with what it says about itself. The weights in `.bin` come first, so that `.xml` means complete."""
-    model.set_rt_info(about.to_json(), [_ABOUT])
-    with atomic(path) as temporary:
-        # OpenVINO wants the suffix .xml.
-        written = temporary.with_name(f"{temporary.name}.xml")
-        weights = written.with_suffix(".bin")
+    """Write an OpenVINO model with what it says about itself.
+
+    Raises:
+        UserError, RunFailed: the files cannot be written.
+    """
+    model.set_rt_info("", [ABOUT])
+    with tempfile.TemporaryDirectory(dir=make_folder(path.parent), prefix=".", suffix=".tmp") as folder:
+        saved = Path(folder) / "network.xml"
         try:
-            _openvino().save_model(model, written, compress_to_fp16=False)
-            weights.replace(path.with_suffix(".bin"))
-            written.replace(temporary)
-        finally:
-            for part in (written, weights):
-                part.unlink(missing_ok=True)
+            _openvino().save_model(model, saved, compress_to_fp16=False)
+        except RuntimeError as error:  # it does not say why
+            free = shutil.disk_usage(folder).free
+            raise RunFailed(
+                f"{path}: OpenVINO cannot write it ({shorten(str(error).strip().splitlines()[-1])}); "
+                f"{free / 1e6:.1f} MB are free on this disk"
+            ) from None
+        copy_artifact(saved, path, about)
 
 
-def copy_artifact(artifact: Path, output: Path) -> None:
-    """Copy an artifact, with its weights beside it.
+def copy_artifact(artifact: Path, output: Path, about: About) -> None:
+    """Copy an artifact, with its weights beside it, and let the copy say this about itself.
 
     Raises:
         UserError: `output` has another suffix than the artifact.
+        UserError, RunFailed: the files cannot be written.
     """
     if output.suffix != artifact.suffix:
         raise UserError(
             f"{output}: the artifact of this engine is a file {artifact.suffix}: name it {output.stem}{artifact.suffix}"
         )
-    for source, target in zip(artifact_files(artifact), artifact_files(output), strict=True):
-        with atomic(target) as temporary:
-            shutil.copyfile(source, temporary)
+    if artifact.suffix == ".onnx":
+        with atomic(output) as temporary:
+            temporary.write_bytes(with_about(artifact, about.to_json()))
+        return
+    [_, weights], [_, new_weights] = artifact_files(artifact), artifact_files(output)
+    with atomic(output) as temporary:
+        temporary.write_bytes(with_about(artifact, about.to_json(weights)))
+        # The weights come first, and an older `.xml` is removed before, so that `.xml` means that both files are complete.
+        with atomic(new_weights, lambda: output.unlink(missing_ok=True)) as copied:
+            shutil.copyfile(weights, copied)
 
 
 def engine_of(path: Path) -> EngineName | None:
@@ -181,33 +210,9 @@ def read_about(path: Path) -> About:
     """Return what an artifact says about itself.
 
     Raises:
-        UserError: the file cannot be read, or it was not made by this package.
+        UserError: the file cannot be read, it was not made by this package, or the weights beside it are those of another one.
     """
-    check_is_file(path)
-    text = _read_onnx(path) if path.suffix == ".onnx" else _read_xml(path)
+    text = files.read_about(path)
     if text is None:
         raise UserError(f"{path}: is not a network of this package; make one with sparseinst export --engine")
     return About.from_json(text, path)
-
-
-def _read_onnx(path: Path) -> str | None:
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError
-    except ImportError as error:
-        raise missing_package("onnxruntime", error) from None
-    try:
-        entries: Mapping[str, str] = {
-            entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props
-        }
-    except DecodeError:
-        raise UserError(f"{path}: is not an ONNX file, or it is damaged") from None
-    return entries.get(_ABOUT)
-
-
-def _read_xml(path: Path) -> str | None:
-    try:
-        model = _openvino().Core().read_model(path)
-    except RuntimeError as error:
-        raise UserError(f"{path}: OpenVINO cannot read it ({shorten(str(error).strip().splitlines()[-1])})") from None
-    return str(model.get_rt_info([_ABOUT]).astype(str)) if model.has_rt_info([_ABOUT]) else None

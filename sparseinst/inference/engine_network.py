@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,15 @@ from sparseinst.engines.base import Engine, Facts
 from sparseinst.engines.names import check_engine
 from sparseinst.errors import UserError
 from sparseinst.inference import optimize as optimizing
-from sparseinst.inference.artifacts import About, compiled_folder, describe, engine_of, float_artifact, read_about
+from sparseinst.inference.artifacts import (
+    About,
+    compiled_folder,
+    describe,
+    engine_of,
+    float_artifact,
+    read_about,
+    state_on_cpu,
+)
 from sparseinst.inference.quantization import Score, int8_artifact
 from sparseinst.inference.weights import load_weights, tensors_digest
 from sparseinst.models.decoder import Predictions
@@ -48,10 +56,15 @@ class Prepared:
 
     network: SparseInst
     facts: Facts
-    recipe: dict[str, Any] | None = None
-    """How the network was quantised, and what stayed in float; None if nothing was."""
     artifact: Path | None = None
     """The file that runs; None for torch."""
+    about: About | None = None
+    """The settings and the classes of an artifact; None for torch. The file can name the settings of an earlier use."""
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """How the network was quantised, and what stayed in float; None if nothing was quantised."""
+        return self.about.recipe if self.about is not None else None
 
     def as_json(self) -> dict[str, Any]:
         """Return the facts, with the recipe if there is one."""
@@ -84,7 +97,7 @@ def prepare(
     about = describe(model, config, categories)
     if inference.precision == "int8":
         artifact = int8_artifact(model, about, score)
-        about = read_about(artifact)
+        about = replace(about, recipe=read_about(artifact).recipe)
     else:
         artifact = float_artifact(model, about, inference.engine)
     return load_artifact(artifact, about, inference.precision)
@@ -108,7 +121,7 @@ def load_artifact(artifact: Path, about: About, precision: NetworkPrecision, *, 
         from sparseinst.engines import openvino_engine
 
         engine = openvino_engine.load(artifact, precision, cache=compiled_folder() if keep_compiled else None)
-    return Prepared(EngineNetwork(engine, about).eval(), engine.facts, about.recipe, artifact)
+    return Prepared(EngineNetwork(engine, about).eval(), engine.facts, artifact, about)
 
 
 def check_device(engine: EngineName, device: torch.device, optimize: Optimize = None) -> None:
@@ -127,7 +140,7 @@ def device_for(config: Config, name: str | None) -> torch.device:
 def _prepare_torch(model: SparseInst, config: Config, device: torch.device, optimize: Optimize) -> Prepared:
     from sparseinst.engines import torch_engine
 
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state = state_on_cpu(model)
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     network = model.to(device).eval()
     if optimize is not None:
@@ -185,7 +198,8 @@ class Source:
         ):
             raise UserError(
                 f"{self.path}: is a network for the engine {own.engine} in {own.precision}; it does not run with the engine "
-                f"{inference.engine} in {inference.precision}: give the weights that it was exported from"
+                f"{inference.engine} in {inference.precision}: use --engine {own.engine} --precision {own.precision}, or give "
+                "the weights that it was made of"
             )
         check_device(inference.engine, device, optimize)
         return load_artifact(self.path, self.about, inference.precision)
@@ -202,6 +216,7 @@ def open_source(path: Path) -> Source:
         model, config, categories = load_weights(path)
         return Source(path, config, categories, model)
     about = read_about(path)
-    precision = "int8" if about.recipe is not None else "fp32"
+    own, quantised = about.config.inference, about.recipe is not None
+    precision = "int8" if quantised else own.precision if own.engine == engine and own.precision != "int8" else "fp32"
     config = about.config.replace({"inference.engine": engine, "inference.precision": precision})
     return Source(path, config, about.categories, None, about)

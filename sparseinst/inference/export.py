@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,11 +179,8 @@ class Network(nn.Module):
         return tuple(self.model(images))
 
 
-def export_network(model: SparseInst, output: Path, about: Mapping[str, str]) -> None:
+def export_network(model: SparseInst, output: Path) -> None:
     """Write the network as ONNX in float32, for any number of images whose sides are multiples of 32.
-
-    Args:
-        about: entries for the file's metadata.
 
     Raises:
         UserError: the extra `export` is not installed.
@@ -205,7 +201,6 @@ def export_network(model: SparseInst, output: Path, about: Mapping[str, str]) ->
             dynamic_shapes=dynamic,
             verbose=False,
         )
-        program.model.metadata_props.update(about)
         program.save(output)
 
 

@@ -22,7 +22,7 @@ from sparseinst.errors import DataError, UserError
 from sparseinst.inference import optimize as optimizing
 from sparseinst.inference.checkpoints import find_weights
 from sparseinst.inference.compact import CompactMasks, Strip
-from sparseinst.inference.engine_network import device_for, open_source, torch_precision, with_engine
+from sparseinst.inference.engine_network import check_device, device_for, open_source, torch_precision, with_engine
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.paste import paste_strips
@@ -134,7 +134,12 @@ class Predictor:
 
         Args:
             precision: the copy's precision; None takes the config's `inference.precision`.
+
+        Raises:
+            UserError: the network runs in another engine than torch.
         """
+        if self.config.inference.engine != "torch":
+            check_device(self.config.inference.engine, self.device, mode)
         chosen = precision or torch_precision(self.config)
         self.config = self.config.replace({"inference.precision": chosen})
         self.model = optimizing.optimize(self.model, device=self.device, mode=mode, precision=chosen)
@@ -246,7 +251,7 @@ def load_model(
     """Load a model from a weights file, the folder of a run, or an engine's artifact (.onnx, .xml), ready for `predict`.
 
     Args:
-        device: `cpu`, `cuda` or `cuda:1`, for example; None takes a GPU if there is one.
+        device: `cpu`, `cuda` or `cuda:1`, for example; None takes a GPU if there is one and the engine is torch.
         engine: `torch`, `onnxruntime` or `openvino`, see docs/performance.md; None takes the artifact's or the config's.
         optimize: for torch: `folded`, `compiled`, `graph` or `best` for speed (see `inference.optimize`); None leaves the model
             as it is.

@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 
 from sparseinst import load_model
+from sparseinst.bench.engines import agreement
 from sparseinst.cli import run_cli
 from sparseinst.config import ENGINE_PRECISIONS, Config
-from sparseinst.engines.base import artifact_identity, check_precision
+from sparseinst.engines.artifact import artifact_identity
+from sparseinst.engines.base import check_precision
 from sparseinst.engines.names import ENGINES, check_engine
 from sparseinst.errors import UserError
+from sparseinst.evaluation.predictions import read_predictions
 from sparseinst.evaluation.weights import evaluate_weights
 from sparseinst.inference import artifacts as keeping
 from sparseinst.inference.engine_network import prepare
+from sparseinst.inference.predict import Predictor
+from sparseinst.inference.weights import load_weights
 from sparseinst.machine import multiplies_bfloat16
 from sparseinst.models.sparseinst import build_model
 from tests.conftest import CPU
@@ -66,26 +71,17 @@ def test_an_evaluation_by_another_engine_has_another_key_and_default_keys_stay()
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_a_missing_package_is_one_line_that_names_the_extra(
-    engine: str, artifacts: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    engine: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = keeping.network_folder(keeping.describe(*_opened(trained)))
-    folder.mkdir(parents=True, exist_ok=True)
-    made = folder / "network.onnx"
-    existed = made.exists()
-    made.touch()
+    monkeypatch.setenv("SPARSEINST_CACHE", str(tmp_path))
+    made = keeping.network_folder(keeping.describe(*load_weights(trained / "model.safetensors"))) / "network.onnx"
+    made.parent.mkdir(parents=True)
+    made.touch()  # so that nothing is exported
     monkeypatch.setitem(sys.modules, engine, None)
     assert run_cli(["evaluate", "--weights", str(trained), "--engine", engine]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"engine {engine} needs the extra `{engine}`" in error
     assert f"pip install 'sparseinst[{engine}]'" in error
-    if not existed:
-        made.unlink()
-
-
-def _opened(run: Path) -> tuple[Any, Any, Any]:
-    from sparseinst.inference.weights import load_weights
-
-    return load_weights(run / "model.safetensors")
 
 
 def test_another_compiled_precision_is_an_error() -> None:
@@ -93,6 +89,12 @@ def test_another_compiled_precision_is_an_error() -> None:
     check_precision("openvino", "bf16", "bf16", layers)
     with pytest.raises(UserError, match="compiled bf16 although fp16 was asked for .*5 in bf16, 1 in fp32"):
         check_precision("openvino", "fp16", "bf16", layers)
+
+
+def test_int8_may_leave_most_of_a_network_in_float() -> None:
+    check_precision("openvino", "int8", "bf16", Counter({"bf16": 5, "int8": 1}))
+    with pytest.raises(UserError, match="compiled bf16 although int8 was asked for"):
+        check_precision("openvino", "int8", "bf16", Counter({"bf16": 5}))
 
 
 def test_torch_says_what_ran(trained: Path) -> None:
@@ -113,6 +115,7 @@ def test_an_engine_finds_what_torch_finds_at_all_sizes(engine: Any, artifacts: P
     expected, ours = load_model(trained, "cpu"), load_model(trained, engine=engine)
     for size in SIZES:
         theirs, found = expected.predict(photo(size)), ours.predict(photo(size))
+        assert len(found.scores) == len(theirs.scores) > 0
         np.testing.assert_allclose(found.scores, theirs.scores, atol=1e-4)
         np.testing.assert_array_equal(np.sort(found.maps), np.sort(theirs.maps))
         by_map = dict(zip(theirs.maps, theirs.masks, strict=True))
@@ -129,15 +132,16 @@ def test_an_exported_network_is_evaluated_like_its_weights(
     assert run_cli(["export", "--weights", str(trained), "--engine", engine, "--output", str(output)]) == 0
     digest = artifact_identity(output)[0]
     assert f"digest {digest}" in capsys.readouterr().out
-    figures = []
+    ran, found = [], []
     for command in (["--weights", str(output)], ["--weights", str(trained), "--engine", engine], ["--weights", str(trained)]):
-        assert run_cli(["evaluate", *command, "--json"]) == 0
-        figures.append(json.loads(capsys.readouterr().out))
-    assert figures[0]["figures"] == figures[1]["figures"]
-    assert figures[0]["engine"]["artifact"] == figures[1]["engine"]["artifact"] == digest
-    assert figures[2]["engine"]["engine"] == "torch"
-    for name, value in figures[2]["figures"].items():
-        assert figures[0]["figures"][name] == pytest.approx(value, abs=0.1)
+        assert run_cli(["evaluate", *command, "--json", "--predictions", str(tmp_path / "found.json")]) == 0
+        ran.append(json.loads(capsys.readouterr().out)["engine"])
+        found.append(read_predictions(tmp_path / "found.json"))
+    assert ran[0]["artifact"] == ran[1]["artifact"] == digest
+    assert [each["engine"] for each in ran] == [engine, engine, "torch"]
+    assert found[0] == found[1]
+    same = agreement(found[2], found[0])  # the AP of this model is 0 in every engine
+    assert same["equal_images"] == same["images"] > 0
 
 
 @pytest.mark.slow
@@ -159,6 +163,36 @@ def test_openvino_compiles_what_is_asked_for(artifacts: Path, trained: Path) -> 
     assert (found["precision"], max(found["layers"], key=found["layers"].get)) == ("bf16", "bf16")
     with pytest.raises(UserError, match="compiled bf16 although fp16 was asked for"):
         evaluate_weights(weights, {"inference.engine": "openvino", "inference.precision": "fp16"}, device=CPU)
+
+
+def test_an_engine_has_no_optimisation_of_torch(tiny: Config) -> None:
+    predictor = Predictor(build_model(tiny.model), tiny.replace({"inference.engine": "onnxruntime"}), (), CPU)
+    with pytest.raises(UserError, match="engine onnxruntime optimises the network itself"):
+        predictor.optimize("folded")
+
+
+@pytest.mark.slow
+def test_threads_of_onnxruntime_do_not_spin_between_images(artifacts: Path, trained: Path) -> None:
+    """They would slow down the engine that is timed next."""
+    require("onnxruntime")
+    session = load_model(trained, engine="onnxruntime").model.engine._session
+    assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+def test_after_a_training_on_a_gpu_another_engine_evaluates_on_the_processor(
+    trained: Path, tmp_path: Path, shapes_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[Any] = []
+
+    def evaluate(_: Path, __: Config, *, device: Any) -> Any:
+        devices.append(device)
+        raise UserError("stop here")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("sparseinst.training.train.train", lambda _, output, *, device, **__: devices.append(device) or output)
+    monkeypatch.setattr("sparseinst.evaluation.weights.evaluate_run", evaluate)
+    run_cli(["train", "--output", str(tmp_path), "-o", f"data.root={shapes_root}", "-o", "inference.engine=openvino"])
+    assert [device.type for device in devices] == ["cuda", "cpu"]
 
 
 def test_openvino_refuses_deformable_convolutions(artifacts: Path, tiny: Config) -> None:
