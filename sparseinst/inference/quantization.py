@@ -12,7 +12,8 @@ import contextlib
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sparseinst.config import Config, NetworkPrecision
-from sparseinst.data.coco import train_split
+from sparseinst.config import NetworkPrecision
+from sparseinst.data.coco import train_annotations, train_split, val_annotations
 from sparseinst.data.images import read_image
 from sparseinst.data.network_input import at_test_size, pad
+from sparseinst.engines.artifact import read_onnx
 from sparseinst.engines.base import OUTPUTS, missing_package
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import file_digest
@@ -37,8 +39,8 @@ _log.setLevel(logging.INFO)  # this takes minutes, and its steps are what a user
 
 Score = Callable[[Path, NetworkPrecision], float | None]
 """Returns the AP in percent, on the validation data, of an OpenVINO artifact in a precision; None if that is unknown."""
-Images = Sequence[NDArray[np.float32]]
-"""Normalised, padded images, each (1, 3, H, W)."""
+Picture = Path | Image.Image
+"""An image for the calibration, or its file. 300 normalised images at once would fill two gigabytes."""
 
 PARTS: dict[str, tuple[str, ...]] = {
     "activation maps": ("decoder.instance_branch.iam",),
@@ -64,22 +66,14 @@ _NOISE = 16
 def int8_artifact(model: SparseInst, about: About, score: Score | None) -> Path:
     """Return the int8 artifact of a network for OpenVINO, which is made unless an earlier call has made it.
 
-    It depends on the weights, the training images that set the ranges, the validation images and the allowed loss of AP.
-
     Args:
         score: returns the AP of an artifact. Without it an artifact that does not exist is not made.
 
     Raises:
-        UserError: the extra `int8` or the training data are missing, there is no artifact and no score, or AP drops too much.
+        UserError, DataError: the extra `int8` or the data are missing, or there is no artifact and no score.
+        RunFailed: AP drops too much.
     """
-    inference, data = about.config.inference, about.config.data
-    train = _annotations(about.config)
-    wanted = {
-        "train": file_digest(train) if train is not None else "noise",
-        "validation": data.content("evaluate"),
-        "inference": inference.content("evaluate"),
-    }
-    path = network_folder(about) / f"int8-{content_hash(wanted)}.xml"
+    path = int8_file(about)
     if path.exists():
         return path
     if score is None:
@@ -87,29 +81,39 @@ def int8_artifact(model: SparseInst, about: About, score: Score | None) -> Path:
             "there is no int8 network of these weights and settings yet: make one, with its AP checked, by "
             "sparseinst export --engine openvino --precision int8 --weights ... --output model.xml; then load model.xml"
         )
-    return quantise(model, about, path, score, from_noise=train is None)
+    return quantise(model, about, path, score)
 
 
-def _annotations(config: Config) -> Path | None:
-    """Return the annotation file of the training data; None if there are no data, so that noise is used."""
-    root = Path(config.data.root)
-    if config.data.source == "coco" and not (root / config.data.train_annotations).exists():
-        return None
-    return train_split(config.data).file
+def int8_file(about: About) -> Path:
+    """Return where the int8 artifact of a network is kept.
+
+    The name depends on the weights, the inference settings, the training images that set the ranges, and the validation images
+    that decide what stays in float. A network without categories has random weights; its ranges come from noise.
+
+    Raises:
+        DataError: an annotation file is missing.
+    """
+    data = about.config.data
+    wanted: dict[str, Any] = {"inference": about.config.inference.content("evaluate"), "calibration": "noise"}
+    if about.categories:
+        wanted["calibration"] = [file_digest(train_annotations(data)), data.train_images, data.train_limit]
+        wanted["validation"] = [file_digest(val_annotations(data)), data.content("evaluate")]
+    return network_folder(about) / f"int8-{content_hash(wanted)}.xml"
 
 
-def quantise(model: SparseInst, about: About, output: Path, score: Score, *, from_noise: bool = False) -> Path:
+def quantise(model: SparseInst, about: About, output: Path, score: Score) -> Path:
     """Quantise a network until it loses at most `inference.max_drop` of AP, and write it with its recipe.
 
     Raises:
         RunFailed: it loses more AP even with every part in float that can be.
-        UserError: the extra `int8` is missing.
+        UserError, DataError: the extra `int8` is missing, or the training data cannot be read.
     """
     nncf, openvino = _packages()
     inference = about.config.inference
     source = float_artifact(model, about, "openvino")
-    images = list(_noise(about) if from_noise else _calibration_images(about))
-    network = Quantiser(nncf, openvino, source, images, _modules(float_artifact(model, about, "onnxruntime")))
+    images = _calibration_images(about) if about.categories else _noise()
+    modules = modules_of(float_artifact(model, about, "onnxruntime"))
+    network = Quantiser(nncf, openvino, source, modules, images, lambda picture: network_input(picture, about))
     before = score(source, "fp32")
     attempts: list[dict[str, Any]] = []
     order: list[str] | None = None
@@ -121,13 +125,13 @@ def quantise(model: SparseInst, about: About, output: Path, score: Score, *, fro
             recipe = {
                 "method": f"NNCF {nncf.__version__} post-training quantisation, preset mixed",
                 "calibration_images": len(images),
-                "calibrated_on": "noise" if from_noise else "training images",
+                "calibrated_on": "training images" if about.categories else "noise",
                 "float": kept,
                 "max_drop": inference.max_drop,
                 "AP_float": before,
                 "attempts": attempts,
             }
-            write_openvino(quantised, candidate, _with_recipe(about, recipe))
+            write_openvino(quantised, candidate, replace(about, recipe=recipe))
             after = score(candidate, "int8")
             attempts.append({"float": kept, "AP": after})
             drop = None if before is None or after is None else before - after
@@ -141,12 +145,8 @@ def quantise(model: SparseInst, about: About, output: Path, score: Score, *, fro
                     f"int8 loses {drop:.2f} AP even with {', '.join(kept)} in float; {inference.max_drop:g} are allowed: "
                     "allow more with --max-drop, use more --calibration-images, or use bf16"
                 )
-    write_openvino(quantised, output, _with_recipe(about, {**recipe, "AP": after}))
+    write_openvino(quantised, output, replace(about, recipe={**recipe, "AP": after}))
     return output
-
-
-def _with_recipe(about: About, recipe: dict[str, Any]) -> About:
-    return About(about.config, about.categories, about.weights, about.pixel_mean, about.pixel_std, recipe)
 
 
 def _packages() -> tuple[Any, Any]:
@@ -164,12 +164,22 @@ class Quantiser:
 
     Args:
         source: the network's OpenVINO artifact in float.
-        modules: the name of the module that each operator of the network belongs to.
+        modules: see `modules_of`.
+        pictures: the images for the calibration.
+        read: returns such an image as the network gets it, (1, 3, H, W).
     """
 
-    def __init__(self, nncf: Any, openvino: Any, source: Path, images: Images, modules: dict[str, str]) -> None:
-        self._nncf, self._openvino = nncf, openvino
-        self._source, self._images, self._modules = source, images, modules
+    def __init__(
+        self,
+        nncf: Any,
+        openvino: Any,
+        source: Path,
+        modules: Mapping[str, str],
+        pictures: Sequence[Picture],
+        read: Callable[[Picture], NDArray[np.float32]],
+    ) -> None:
+        self._nncf, self._openvino, self._source, self._modules = nncf, openvino, source, modules
+        self._pictures, self._read = pictures, read
 
     def quantise(self, kept: Sequence[str], most: int | None = None) -> Any:
         """Return the quantised OpenVINO model.
@@ -179,40 +189,40 @@ class Quantiser:
             most: use at most this many images.
         """
         model = self._openvino.Core().read_model(self._source)
-        present = {operator.get_friendly_name() for operator in model.get_ops()}
-        names = [name for part in kept for name in self._operators(part) if name in present]
-        images = self._images[:most]
+        names = [name for part in kept for name in operators_of(part, model, self._modules)]
+        pictures = self._pictures[:most]
         # NNCF prints its progress, but the output may be JSON for a script.
         with torch.random.fork_rng(), contextlib.redirect_stdout(sys.stderr):
             return self._nncf.quantize(
                 model,
-                self._nncf.Dataset(images),
+                self._nncf.Dataset(pictures, self._read),
                 preset=self._nncf.QuantizationPreset.MIXED,
-                subset_size=len(images),
+                subset_size=len(pictures),
                 ignored_scope=self._nncf.IgnoredScope(names=names) if names else None,
             )
 
-    def _operators(self, part: str) -> list[str]:
-        return [name for name, module in self._modules.items() if part_of(module) == part]
-
     def order_parts(self) -> list[str]:
         """Return the parts, sorted by the outputs' error if only this part stays in float; the lowest error comes first."""
-        images = self._images[:_RANKED_ON]
-        expected = self._outputs(self._openvino.Core().read_model(self._source), images)
+        model = self._openvino.Core().read_model(self._source)
+        expected = self._outputs(model)
         errors = {
-            part: self._error(self.quantise([part], _RANKED_ON), images, expected) for part in PARTS if self._operators(part)
+            part: self._error(self.quantise([part], _RANKED_ON), expected)
+            for part in PARTS
+            if operators_of(part, model, self._modules)
         }
         for part, error in sorted(errors.items(), key=lambda entry: entry[1]):
             _log.info("int8 with only %s in float: error %.4f", part, error)
         return sorted(errors, key=errors.__getitem__)
 
-    def _outputs(self, model: Any, images: Images) -> list[list[NDArray[np.float32]]]:
+    def _outputs(self, model: Any) -> list[list[NDArray[np.float32]]]:
+        """Return the outputs for the images on which the parts are ordered."""
         compiled = self._openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        images = map(self._read, self._pictures[:_RANKED_ON])
         return [[np.array(array) for array in compiled([image]).values()] for image in images]
 
-    def _error(self, model: Any, images: Images, expected: list[list[NDArray[np.float32]]]) -> float:
+    def _error(self, model: Any, expected: list[list[NDArray[np.float32]]]) -> float:
         """Return the mean difference of the scores and of the mask probabilities, where the float network finds something."""
-        found = self._outputs(model, images)
+        found = self._outputs(model)
         return float(np.mean([_difference(ours, theirs) for ours, theirs in zip(found, expected, strict=True)]))
 
 
@@ -244,12 +254,23 @@ def part_of(module: str) -> str | None:
     return None
 
 
-def _modules(onnx_file: Path) -> dict[str, str]:
-    """Return the module of each operator of an exported network, such as `decoder.projection`."""
-    import onnx
+def operators_of(part: str, model: Any, modules: Mapping[str, str]) -> list[str]:
+    """Return the names of an OpenVINO model's operators that belong to a part of the network.
 
+    One operator of the ONNX file can become several. OpenVINO then calls the last one `NAME` and the others `NAME/...`: a
+    convolution with a bias becomes the sum `NAME` and the convolution `NAME/WithoutBiases`.
+
+    Args:
+        modules: see `modules_of`.
+    """
+    names = (operator.get_friendly_name() for operator in model.get_ops())
+    return [name for name in names if part_of(modules.get(name.partition("/")[0], "")) == part]
+
+
+def modules_of(onnx_file: Path) -> dict[str, str]:
+    """Return the module of each operator of an exported network, such as `decoder.projection`."""
     found = {}
-    for node in onnx.load(onnx_file, load_external_data=False).graph.node:
+    for node in read_onnx(onnx_file).graph.node:
         scopes = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes")
         if scopes is not None:
             modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope.startswith("model.")]
@@ -257,24 +278,23 @@ def _modules(onnx_file: Path) -> dict[str, str]:
     return found
 
 
-def _calibration_images(about: About) -> Iterator[NDArray[np.float32]]:
-    """Yield the first training images, as the network gets them.
+def _calibration_images(about: About) -> list[Picture]:
+    """Return the files of the first training images."""
+    return [image.path for image in train_split(about.config.data).images[: about.config.inference.calibration_images]]
+
+
+def _noise() -> list[Picture]:
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (480, 640, 3), dtype=np.uint8)) for _ in range(_NOISE)]
+
+
+def network_input(picture: Picture, about: About) -> NDArray[np.float32]:
+    """Return an image as the network gets it: resized, padded and normalised, (1, 3, H, W).
 
     Raises:
-        DataError: a training image cannot be read.
+        DataError: the file cannot be read.
     """
-    for record in train_split(about.config.data).images[: about.config.inference.calibration_images]:
-        yield network_input(read_image(record.path), about)
-
-
-def _noise(about: About) -> Iterator[NDArray[np.float32]]:
-    random = np.random.default_rng(0)
-    for _ in range(_NOISE):
-        yield network_input(Image.fromarray(random.integers(0, 256, (480, 640, 3), dtype=np.uint8)), about)
-
-
-def network_input(picture: Image.Image, about: About) -> NDArray[np.float32]:
-    """Return an image as the network gets it: resized, padded and normalised, (1, 3, H, W)."""
+    picture = read_image(picture) if isinstance(picture, Path) else picture
     pixels = at_test_size(picture, about.config.inference)
     mean, std = (torch.tensor(values)[:, None, None] for values in (about.pixel_mean, about.pixel_std))
     return normalise(pad([pixels]), [(pixels.shape[1], pixels.shape[2])], mean, std).numpy()

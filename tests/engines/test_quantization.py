@@ -1,18 +1,33 @@
 """Check the quantisation to int8: what can stay in float, and that parts return to float until AP is kept."""
 
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from torch import nn
 
 from sparseinst import load_model
-from sparseinst.config import Config
-from sparseinst.errors import RunFailed, UserError
+from sparseinst.errors import DataError, RunFailed, UserError
 from sparseinst.inference import artifacts as keeping
-from sparseinst.inference.quantization import PARTS, int8_artifact, part_of
+from sparseinst.inference.engine_network import load_artifact
+from sparseinst.inference.quantization import (
+    PARTS,
+    Quantiser,
+    int8_artifact,
+    int8_file,
+    modules_of,
+    network_input,
+    operators_of,
+    part_of,
+)
 from sparseinst.inference.weights import load_weights
-from tests.engines.test_engines import photo
+from tests.engines.test_engines import photo, require
 
 INT8 = {"inference.engine": "openvino", "inference.precision": "int8", "inference.calibration_images": 8}
 
@@ -92,7 +107,60 @@ def test_too_large_a_drop_is_an_error_and_leaves_nothing(artifacts: Path, traine
     assert all(path.name.startswith("network") for path in made)
 
 
-def test_the_settings_of_int8_name_the_artifact(trained: Path) -> None:
-    """Another allowed drop gives another artifact; another engine setting of the weights' own config does not matter."""
-    config: Config = about(trained)[1].config
-    assert config.replace({"inference.max_drop": 1.0}).inference.content() != config.inference.content()
+def test_all_convolutions_of_a_part_stay_in_float(artifacts: Path, trained: Path) -> None:
+    require("openvino")
+    import openvino
+
+    model, described = about(trained)
+    read = openvino.Core().read_model(keeping.float_artifact(model, described, "openvino"))
+    modules = modules_of(keeping.float_artifact(model, described, "onnxruntime"))
+    kinds = {operator.get_friendly_name(): operator.get_type_name() for operator in read.get_ops()}
+    expected = Counter(part_of(name) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    found = {part: [kinds[name] for name in operators_of(part, read, modules)].count("Convolution") for part in PARTS}
+    assert found == {part: expected[part] for part in PARTS}
+    assert found["encoder"] > found["mask features"] == found["backbone stem"] == 1
+
+
+@pytest.mark.slow
+def test_what_is_kept_in_float_runs_in_float(artifacts: Path, trained: Path, tmp_path: Path) -> None:
+    nncf = pytest.importorskip("nncf", reason="needs the extra int8")
+    import openvino
+
+    model, described = about(trained)
+    source = keeping.float_artifact(model, described, "openvino")
+    modules = modules_of(keeping.float_artifact(model, described, "onnxruntime"))
+    pictures = [Image.fromarray(photo((64, 64)))]
+    network = Quantiser(nncf, openvino, source, modules, pictures, lambda picture: network_input(picture, described))
+    keeping.write_openvino(network.quantise(list(PARTS)), tmp_path / "model.xml", described)
+    layers = load_artifact(tmp_path / "model.xml", described, "int8", keep_compiled=False).facts.layers
+    backbone = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and part_of(name) is None]
+    assert layers["int8"] == len(backbone)
+    assert sum(layers.values()) > 2 * layers["int8"]
+
+
+def test_an_int8_network_is_kept_for_its_settings_and_data(trained: Path, shapes_root: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(shapes_root, data)
+    described = about(trained, **{"data.root": str(data)})[1]
+
+    def with_settings(**settings: Any) -> Path:
+        return int8_file(replace(described, config=described.config.replace(settings)))
+
+    files = [int8_file(described)]
+    for settings in ({"inference.max_drop": 1.0}, {"inference.short_side": 48}, {"data.train_limit": 4}, {"data.val_limit": 3}):
+        files.append(with_settings(**settings))
+    for split in ("train", "val"):
+        file = data / "annotations" / f"instances_{split}2017.json"
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({**content, "annotations": content["annotations"][1:]}))
+        files.append(int8_file(described))
+    assert len(set(files)) == len(files)
+    assert with_settings(**{"train.iterations": 9, "data.flip": 0.0}) == files[-1]
+
+
+def test_a_trained_network_is_never_calibrated_on_noise(trained: Path, shapes_root: Path, tmp_path: Path) -> None:
+    shutil.copytree(shapes_root, tmp_path / "data")
+    (tmp_path / "data" / "annotations" / "instances_train2017.json").unlink()
+    model, described = about(trained, **{"data.root": str(tmp_path / "data")})
+    with pytest.raises(DataError, match=r"instances_train2017.json: no such file"):
+        int8_artifact(model, described, Scores())
