@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,13 @@ def report_engines(results: dict[str, Any], output: Path | None, plot: Path | No
     for number, rows in enumerate(by_model.values(), start=1):
         if not as_json:
             print_engines(rows, results["device"])
-        figure = draw_engines(rows, results["device"]) if plot is not None else None
-        if plot is not None and figure is not None:
-            style.save(figure, plot if number == 1 else plot.with_stem(f"{plot.stem}-{number}"))
+        if plot is None:
+            continue
+        figure, file = draw_engines(rows, results["device"]), plot if number == 1 else plot.with_stem(f"{plot.stem}-{number}")
+        if figure is None:
+            print(f"{file}: not drawn, because {rows[0]['model']} has no AP", file=sys.stderr)
+        else:
+            style.save(figure, file)
 
 
 def print_engines(rows: Sequence[dict[str, Any]], device: str) -> None:
@@ -101,7 +106,9 @@ def draw_engines(rows: Sequence[dict[str, Any]], device: str) -> Figure | None:
         name = f"{row['precision']} {row['mode']}" if engine == "torch" else row["precision"]
         axes.annotate(name, (times["median"], lost["value"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
-    axes.set_xlabel("milliseconds an image (median; bars from the 5th to the 95th percentile)")
+    batch = rows[0]["batch"]
+    what = "an image" if batch == 1 else f"a batch of {batch} images"
+    axes.set_xlabel(f"milliseconds {what} (median; bars from the 5th to the 95th percentile)")
     axes.set_ylabel("AP lost against torch fp32")
     axes.grid(visible=True)
     style.finish(axes, f"{rows[0]['model']} at {rows[0]['size']}", [f"measured on {device}"], columns=3)

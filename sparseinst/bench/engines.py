@@ -29,6 +29,7 @@ from sparseinst.errors import RunFailed, UserError
 from sparseinst.evaluation.evaluate import Evaluation, evaluate
 from sparseinst.evaluation.predictions import read_predictions
 from sparseinst.evaluation.resampling import resampled_figures
+from sparseinst.machine import multiplies_bfloat16
 
 TORCH_PRECISIONS = ("fp32", "bf16")
 """The precisions of torch that are timed unless the user names some."""
@@ -41,7 +42,7 @@ _SAME_MASK = 0.99
 def engine_settings(
     base: Setting, engines: Sequence[str], precisions: Sequence[str] | None, modes: Sequence[str]
 ) -> tuple[list[Setting], list[str]]:
-    """Return the settings to time, and a line for each engine that is left out because its package is missing.
+    """Return the settings to time, and a line for each engine and precision that is left out.
 
     Args:
         base: the model, the size and the batch.
@@ -50,7 +51,7 @@ def engine_settings(
         modes: the modes of torch.
 
     Raises:
-        UserError: an engine is unknown, or it has none of the precisions.
+        UserError: an engine is unknown, or none of the precisions can be timed.
     """
     every = "all" in engines
     missing = []
@@ -63,6 +64,9 @@ def engine_settings(
         chosen = [name for name in offered if precisions is None or name in precisions]
         if precisions is None and engine == "openvino":
             chosen.remove("fp16")  # CPUs without fp16 instructions compile bf16 instead, which is an error
+            if not multiplies_bfloat16():
+                chosen.remove("bf16")
+                missing.append("openvino in bf16 is left out: this CPU has no bfloat16 instructions")
             if _missing_package("nncf") is not None:
                 chosen.remove("int8")
                 missing.append("int8 is left out: nncf is not installed; pip install 'sparseinst[int8]'")
@@ -174,12 +178,18 @@ class _Accuracy:
 
     def __init__(self, reference: _Scored) -> None:
         self._reference = reference
+        self._known: dict[Path, dict[str, Any]] = {}
         if reference.evaluation is not None:
             self._results = read_predictions(reference.predictions)
             self._resampled = _resample(self._results, reference)
 
     def of(self, scored: _Scored) -> dict[str, Any]:
         """Return `AP`, `AP_lost` and `agreement` of an evaluation; they are None for random weights."""
+        if scored.predictions not in self._known:  # several modes share an evaluation, and resampling takes long
+            self._known[scored.predictions] = self._compare(scored)
+        return self._known[scored.predictions]
+
+    def _compare(self, scored: _Scored) -> dict[str, Any]:
         before = self._reference.evaluation
         if scored.evaluation is None or before is None:
             return {"AP": None, "AP_lost": None, "agreement": None}

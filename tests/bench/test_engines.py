@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparseinst.bench import engines as comparing
-from sparseinst.bench.engine_report import draw_engines
+from sparseinst.bench.engine_report import draw_engines, report_engines
 from sparseinst.bench.engines import agreement, compare_engines, engine_settings
 from sparseinst.bench.isolated import Runner
 from sparseinst.bench.rows import Setting, Task, apply_changes, load_network
@@ -21,6 +21,7 @@ from tests.conftest import CPU
 
 def test_every_installed_engine_is_timed_in_its_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparing, "_missing_package", lambda name: name if name in ("onnxruntime", "nncf") else None)
+    monkeypatch.setattr(comparing, "multiplies_bfloat16", lambda: True)
     settings, missing = engine_settings(Setting(), ["all"], None, ["eager", "compiled"])
     assert [(each.engine, each.precision, each.mode) for each in settings] == [
         ("torch", "fp32", "eager"),
@@ -33,6 +34,10 @@ def test_every_installed_engine_is_timed_in_its_precisions(monkeypatch: pytest.M
     assert len(missing) == 2
     assert "sparseinst[onnxruntime]" in missing[0]
     assert "sparseinst[int8]" in missing[1]
+    monkeypatch.setattr(comparing, "multiplies_bfloat16", lambda: False)
+    settings, missing = engine_settings(Setting(), ["openvino"], None, ["eager"])
+    assert [each.precision for each in settings] == ["fp32"]
+    assert "openvino in bf16 is left out" in missing[0]
 
 
 def test_named_engines_and_precisions() -> None:
@@ -114,6 +119,17 @@ def test_the_command_gives_speed_and_accuracy_of_the_same_artifacts(
     assert rows[2]["facts"]["artifact"] in printed
 
 
+def test_the_plot_says_what_its_times_are_of() -> None:
+    row = {"model": "m", "size": 64, "engine": "torch", "precision": "fp32", "mode": "eager"}
+    row |= {"whole_ms": {"median": 8.0, "p5": 7.0, "p95": 9.0}, "AP_lost": {"value": 0.0, "low": 0.0, "high": 0.0}}
+    labels = []
+    for batch in (1, 4):
+        figure = draw_engines([{**row, "batch": batch}], "a processor")
+        assert figure is not None
+        labels.append(figure.axes[0].get_xlabel().partition(" (")[0])
+    assert labels == ["milliseconds an image", "milliseconds a batch of 4 images"]
+
+
 def test_the_same_images_decide_about_int8_where_it_is_scored_and_where_it_is_timed() -> None:
     config, _ = load_network(Setting("demo", 256), images=7)
     assert config.data.val_limit == 7
@@ -121,13 +137,18 @@ def test_the_same_images_decide_about_int8_where_it_is_scored_and_where_it_is_ti
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_random_weights_have_no_ap(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+def test_random_weights_have_no_ap(
+    monkeypatch: pytest.MonkeyPatch, tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(comparing, "load_network", lambda *_: (tiny, None))
     monkeypatch.setattr("sparseinst.bench.rows.load_network", lambda *_: (tiny, None))
     rows = compare_engines([Setting(size=64)], Task(), CPU, warmup=1, repetitions=2)
     assert [(row["AP"], row["AP_lost"], row["agreement"]) for row in rows] == [(None, None, None)] * 2
     assert rows[0]["facts"]["artifact"] == rows[1]["facts"]["artifact"], "random weights are the same each time"
-    assert draw_engines(rows, "a processor") is None
+    results = {"device": "a processor", "rows": rows}
+    report_engines(results, None, tmp_path / "plot.png", as_json=True)
+    assert "plot.png: not drawn, because r50-iam has no AP" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_artifact_than_the_scored_one_is_an_error(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
