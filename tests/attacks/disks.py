@@ -1,7 +1,8 @@
 """Fill the disk that a command writes to, or make it read-only. Only root can mount such disks.
 
 Each command first runs on a disk with enough space. It then runs on disks that hold only a part of what it wrote, and on one that
-is read-only, and must refuse in one line. What it leaves must be whole: it runs once more with enough space, which must succeed.
+is read-only, and must refuse in one line. What it leaves must be whole: it runs once more with enough space, which must succeed
+and write all files of the first run.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import os
 import random
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from xml.etree import ElementTree
 
+import onnx
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -32,7 +36,18 @@ READERS: dict[str, Callable[[Path], object]] = {
     ".safetensors": load_file,
     ".png": lambda path: Image.open(path).load(),
     ".jpg": lambda path: Image.open(path).load(),
+    ".svg": ElementTree.parse,
+    ".onnx": onnx.load,
+    ".pt": lambda path: _check_archive(path),
+    ".pt2": lambda path: _check_archive(path),
 }
+"""Reads each kind of file, and raises an error if it is not whole."""
+
+
+def _check_archive(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        if (broken := archive.testzip()) is not None:
+            raise ValueError(f"entry {broken} fails its checksum")
 
 
 @contextmanager
@@ -95,9 +110,14 @@ def used(folder: Path) -> int:
     return (found.f_blocks - found.f_bfree) * found.f_frsize
 
 
+def written(folder: Path) -> set[Path]:
+    """Return the paths in a folder, of the files of the kinds that can be checked."""
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.suffix in READERS and path.is_file()}
+
+
 def damaged(folder: Path) -> list[str]:
-    """Return the files that cannot be read, of the kinds that can be checked."""
-    found = []
+    """Return the temporary files that are left, and the files that cannot be read, of the kinds that can be checked."""
+    found = [f"{path.name}: left behind" for path in folder.rglob("*.tmp")]
     for path in sorted(folder.rglob("*")):
         if (reader := READERS.get(path.suffix)) and path.is_file():
             try:
@@ -120,21 +140,31 @@ def attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Outcome]
         with disk(folder / "disk", ROOMY) as place:
             ended = lab.call(name, place)
             assert ended.code == 0, f"{name}: {ended.errors}"
-            needed = used(place)
+            needed, whole = used(place), written(place)
         for number in range(max(1, count // 4)):
             chance = random.Random(f"{name} {seed} {number}")
-            yield f"a full disk: {name}", _full(lab, name, folder / "disk", chance, needed)
+            yield f"a full disk: {name}", _full(lab, name, folder / "disk", chance, needed, whole)
         yield f"a read-only disk: {name}", _read_only(lab, name, folder / "disk")
 
 
-def _full(lab: Lab, name: str, folder: Path, chance: random.Random, needed: int) -> Outcome:
-    """A disk may just suffice, because temporary files need no more space than the result: then the command succeeds."""
+def _full(lab: Lab, name: str, folder: Path, chance: random.Random, needed: int, whole: set[Path]) -> Outcome:
+    """Attack a command with a disk that has less space than it `needed`.
+
+    The disk may still suffice, because some of the needed space was for temporary files. Then the command must succeed.
+
+    Args:
+        whole: the files that the command writes.
+    """
     free = int(needed * chance.uniform(0.0, 0.95)) // PAGE * PAGE
     with disk(folder, free + PAGE) as place:
         filler = place / "filler"
         filler.write_bytes(bytes(PAGE))  # a disk has at least one page, and a small file would fit into it
         ended = lab.call(name, place)
-        outcome = judge(ended, lambda: not damaged(place), f"{free} of {needed} bytes")
+
+        def is_whole() -> bool:
+            return not damaged(place) and written(place) >= whole
+
+        outcome = judge(ended, is_whole, f"{free} of {needed} bytes")
         if outcome.word == "one line" and ended.code != 1:
             return Outcome("silent", f"exit code {ended.code}: {outcome.detail}")
         if outcome.word == "one line" and (broken := damaged(place)):
@@ -142,7 +172,7 @@ def _full(lab: Lab, name: str, folder: Path, chance: random.Random, needed: int)
         if outcome.word != "one line":
             return outcome
         remount(place, f"size={ROOMY}")
-        again = judge(lab.call(name, place), lambda: not damaged(place), "again, with enough space")
+        again = judge(lab.call(name, place), is_whole, "again, with enough space")
         return outcome if again.word == "survived" else Outcome("silent", f"{again.detail}; before: {outcome.detail}")
 
 

@@ -84,7 +84,8 @@ def _targets(lab: Lab, folder: Path) -> list[Target]:
 
 def _files(folder: Path) -> dict[str, str]:
     """Return the digest of each file of a folder; a temporary file that was left behind counts, too."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 def _result(path: Path) -> Any:
