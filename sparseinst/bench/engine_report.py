@@ -106,6 +106,7 @@ def draw_engines(rows: Sequence[dict[str, Any]], device: str) -> Figure | None:
         name = f"{row['precision']} {row['mode']}" if engine == "torch" else row["precision"]
         axes.annotate(name, (times["median"], lost["value"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
+    style.log_axis(axes.xaxis)
     batch = rows[0]["batch"]
     what = "an image" if batch == 1 else f"a batch of {batch} images"
     axes.set_xlabel(f"milliseconds {what} (median; bars from the 5th to the 95th percentile)")

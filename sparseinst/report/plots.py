@@ -67,9 +67,7 @@ def speed_accuracy(result: TableResult) -> Figure | None:
     data = f"on the images of {result.profile}" if at_scale else "on COCO"
     axes.set(xlabel="time of an image (ms, log scale); other devices and engines are no comparison", ylabel=f"mask AP {data} (%)")
     axes.set(xscale="log")
-    axes.xaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
-    axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 3, 5)))
-    axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    style.log_axis(axes.xaxis)
     axes.margins(x=0.12)
     axes.grid()
     style.finish(axes, _title(result), sources(result, quoted=not at_scale))

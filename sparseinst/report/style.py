@@ -14,8 +14,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
 import matplotlib.axes
+import matplotlib.axis
 from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from sparseinst.files import atomic
 
@@ -68,6 +70,13 @@ def new(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
 def signed(value: float, _position: float = 0) -> str:
     """Return a difference with its sign, for the tick of an axis."""
     return f"{value:+g}" if value else "0"
+
+
+def log_axis(axis: mpl.axis.Axis) -> None:
+    """Label a logarithmic axis with plain numbers at 1, 2, 3 and 5 times each power of ten."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def short(name: str, most: int = 32) -> str:
