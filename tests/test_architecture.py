@@ -103,6 +103,7 @@ WITHOUT_TORCH = [
     "report.figures",
     "engines.names",
     "inference.compact",
+    "report.grid",
     "report.tables",
     "report.plots",
     "report.pages",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -55,27 +58,46 @@ def report(
 
     --json prints every comparison with its interval and verdict. With --fidelity it prints the agreement with the paper.
     """
-    if fidelity:
-        _print_fidelity(tables or [], profile, results, as_json)
-        return
+    with _no_garbage_collection():
+        if fidelity:
+            _print_fidelity(tables or [], profile, results, as_json)
+        else:
+            _print_report(tables, profile, results, show=show, html=html, as_json=as_json)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Switch the collector of cyclic garbage off: a report is short, and there is almost nothing that it could free."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _print_report(tables: list[str] | None, profile: str, results: Path, *, show: bool, html: bool, as_json: bool) -> None:
     from sparseinst.launch.status import plan_status
     from sparseinst.report.collect import read_results
     from sparseinst.report.pages import page_file, write_report
     from sparseinst.report.tables import comparisons_json
-    from sparseinst.report.terminal import print_table
 
-    table_plan, _ = make_plan(tables, profile, 1, None, results, None)
+    names = tables or ["all"]
+    table_plan, _ = make_plan(names, profile, 1, None, results, None)
     states = {found.run.key: found.state for found in plan_status(table_plan)}
-    collected = read_results(tables or [], profile, results, states)
-    # The page holds every table, even if the command writes only some of them.
-    named = [name for name in tables or [] if name != "all"]
-    page = read_results(["all", *named], profile, results, states) if html else []
+    collected = read_results(names, profile, results, states)
+    page = []
+    if html:  # the page holds every table, even if the command writes only some of them
+        page = collected if "all" in names else read_results(["all", *names], profile, results, states)
     changed = write_report(collected, results, page=page)
     if as_json:
         comparisons = [line for result in collected for line in comparisons_json(result)]
         print(json.dumps({"profile": table_plan.profile.name, "comparisons": comparisons}))
         return
     if show:
+        from sparseinst.report.terminal import print_table
+
         for result in collected:
             print_table(result)
     if html:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from pydantic import model_validator
@@ -90,6 +90,20 @@ class Config(Section):
         """
         parts = {"inference": self.inference.content("evaluate"), "data": self.data.content("evaluate")}
         return content_hash({"stage": "evaluate", "train": train_key or self.train_key(), **parts})
+
+    def keys_of_seeds(self, seeds: Iterable[int]) -> dict[int, tuple[str, str]]:
+        """Return the keys of the training and of the evaluation with each seed, by seed; the config's own seed plays no part.
+
+        The contents are built once for all seeds, because a report asks for thousands of keys.
+        """
+        content = self.train_content()
+        parts = {"inference": self.inference.content("evaluate"), "data": self.data.content("evaluate")}
+        keys = {}
+        for seed in seeds:
+            content["train"]["seed"] = seed
+            training = content_hash(content)
+            keys[seed] = training, content_hash({"stage": "evaluate", "train": training, **parts})
+        return keys
 
     def latency_key(self, device: str, mode: str = "eager") -> str:
         """Return the key of the timing on the device with this name. It begins with `latency_prefix`."""

@@ -11,7 +11,6 @@ import matplotlib as mpl
 import matplotlib.axes
 import matplotlib.ticker
 import numpy as np
-from adjustText import adjust_text
 from matplotlib.figure import Figure
 
 from sparseinst.report import style
@@ -105,8 +104,8 @@ def _draw_points(axes: mpl.axes.Axes, points: list[Point], legend: str, **look: 
 
 def _separate_labels(axes: mpl.axes.Axes, labels: list[Any]) -> None:
     """Move labels off each other and off the points, and draw a thin line from each label to its point."""
-    # The axes must have their final size before labels are moved.
-    axes.figure.canvas.draw()
+    from adjustText import adjust_text  # it imports pyplot and scipy.spatial, which the other plots need not wait for
+
     points = np.concatenate([np.asarray(line.get_xydata()) for line in axes.lines])
     leader = {"arrowstyle": "-", "color": "0.6", "lw": 0.5}
     adjust_text(labels, points[:, 0], points[:, 1], ax=axes, expand=(1.15, 1.4), iter_lim=_LABEL_STEPS, arrowprops=leader)

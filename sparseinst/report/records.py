@@ -57,10 +57,7 @@ def find_records(table: Table, row: Row, profile: Profile, store: Store, states:
     base = row_config(table.spec, row, profile)
     entry = RowRecords({}, {}, [], "done")
     if "evaluate" in stages:
-        for seed in SEEDS:
-            config = base.model_copy(update={"train": base.train.model_copy(update={"seed": seed})})
-            training = config.train_key()
-            key = config.evaluate_key(training)
+        for seed, (training, key) in base.keys_of_seeds(SEEDS).items():
             record = store.load(key) if key in keys else None
             if training in keys:
                 entry.trainings.append(training)

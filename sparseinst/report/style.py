@@ -16,6 +16,8 @@ import matplotlib as mpl
 import matplotlib.axes
 import matplotlib.axis
 from cycler import cycler
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
@@ -44,7 +46,8 @@ _STYLE: Any = {
     "svg.hashsalt": "sparseinst",
     "svg.fonttype": "none",
 }
-
+_DPI = 150
+"""The pixels of a PNG per inch."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -102,6 +105,21 @@ def save(figure: Figure, path: Path) -> None:
     Args:
         path: its suffix is replaced.
     """
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        with atomic(path.with_suffix(suffix)) as temporary:
-            figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=metadata)
+    dpi, layout = figure.dpi, figure.get_layout_engine()
+    try:
+        for suffix, canvas, layout_dpi, metadata in (
+            (".png", FigureCanvasAgg, _DPI, {"Software": None}),
+            (".svg", FigureCanvasSVG, 72, {"Date": None}),  # an SVG is laid out in points
+        ):
+            canvas(figure)
+            if layout is not None:
+                # With a layout engine, `savefig` draws everything an extra time to lay the figure out. Here it has none.
+                figure.set_layout_engine(layout)
+                figure.dpi = layout_dpi
+                layout.execute(figure)
+                figure.set_layout_engine(None)
+            with atomic(path.with_suffix(suffix)) as temporary:
+                figure.savefig(temporary, format=suffix[1:], dpi=_DPI, metadata=metadata)
+    finally:
+        figure.set_layout_engine(layout)
+        figure.dpi = dpi

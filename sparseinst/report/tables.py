@@ -2,114 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import csv as csv_module
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from sparseinst.ablation.peers import PeerResult
-from sparseinst.ablation.statistics import Difference
-from sparseinst.ablation.study import Figure
 from sparseinst.report import escape
-from sparseinst.report.collect import Cell, TableResult
-from sparseinst.report.records import EVALUATED, Column
+from sparseinst.report.collect import TableResult
+from sparseinst.report.grid import IMAGES_ALONE, SEEDS_ALONE, grid
+from sparseinst.report.records import Column
 from sparseinst.words import counted
 
-IMAGES_ALONE = "†"
-"""This sign marks an interval that covers the noise of images alone, because too few rows have several seeds."""
-SEEDS_ALONE = "‡"
-"""This sign marks an interval that covers the noise of seeds alone, because an evaluation has no resamplings of the images."""
-DIFFERENCE, PAPER_DIFFERENCE, VERDICT = "difference in AP", "in the paper", "verdict"
-AS_RUN = "as run"
-"""The titles of the columns that a report adds to those of the spec."""
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def frame(result: TableResult) -> pd.DataFrame:
-    """Return the table as people read it: its cells are texts, and each row of the table is one row of the frame.
+    """Return the `grid` of a table as a frame of texts, for notebooks."""
+    import pandas as pd  # its import takes a fifth of a second, and a report works without it
 
-    The comparison with the reference row comes first, then the measured values, then the paper's in columns of their own.
-    """
-    spec = result.table.spec
-    compares = spec.reference is not None and Column("AP") in result.columns
-    sizes = {row.as_run for row in result.rows}
-    in_paper = [column for column in result.columns if any(row.cells[column].paper is not None for row in result.rows)]
-    papers = {paper_title(column): column for column in in_paper}
-    rows = []
-    for entry in result.rows:
-        cells = {name: str(entry.row.labels.get(name, "")) for name in spec.columns}
-        if result.profile != "coco" and len(sizes) > 1:
-            cells[AS_RUN] = entry.as_run
-        if compares:
-            ap = entry.cells[Column("AP")]
-            cells[DIFFERENCE] = _interval(ap.difference) if entry.row.name != spec.reference else "reference"
-            cells[PAPER_DIFFERENCE] = f"{entry.paper_difference:+.1f}" if entry.paper_difference is not None else ""
-            cells[VERDICT] = entry.verdict
-        cells |= {column.title: _cell(entry.cells[column], entry.state_of(column.metric), column) for column in result.columns}
-        cells |= {title: _paper_value(entry.cells[column].paper) for title, column in papers.items()}
-        rows.append(cells)
-    for peer in result.peers:
-        cells = {spec.columns[0]: peer.name, "size": str(peer.short_side)}
-        cells = {name: text for name, text in cells.items() if name in spec.columns}
-        cells |= {column.title: _peer_cell(peer, column) for column in result.columns}
-        rows.append(cells)
-    # At another scale than the paper's, no value of COCO may share a column with ours.
-    for quoted in spec.quoted if result.profile == "coco" else ():
-        cells = {name: str(quoted.labels.get(name, "")) for name in spec.columns}
-        for column in result.columns:
-            value = _quoted_value(quoted.figures, column.metric)
-            mark = f" [{quoted.protocol}]" if column.metric not in EVALUATED else ""
-            cells[column.title] = f"quoted {value:.1f}{mark}" if value is not None else ""
-        rows.append(cells)
-    return pd.DataFrame(rows).fillna("")
-
-
-def paper_title(column: Column) -> str:
-    """Return the title of the column with the paper's values of a metric."""
-    return f"paper: {column.metric}"
-
-
-def _paper_value(value: float | None) -> str:
-    return f"{value:.1f}" if value is not None else ""
-
-
-def _cell(cell: Cell, state: str, column: Column) -> str:
-    digits = 1 if column.metric in (*EVALUATED, "FPS") else 2
-    if cell.measured is None:
-        return "-" if state == "done" else state
-    measured = f"{cell.measured.mean:.{digits}f}"
-    if cell.measured.deviation is not None:
-        measured += f" ± {cell.measured.deviation:.{digits}f} ({len(cell.measured.values)})"
-    if cell.spread is not None:
-        measured += f" ({cell.spread[0]:.{digits}f}-{cell.spread[1]:.{digits}f})"
-    return measured
-
-
-def _peer_cell(peer: PeerResult, column: Column) -> str:
-    if column.metric in EVALUATED:
-        value = peer.figures.get(column.metric)
-    else:
-        median = peer.whole_ms.get(column.device or "")
-        value = {"ms": median, "FPS": 1000 / median if median else None}.get(column.metric)
-    return f"measured {value:.1f}" if value is not None else ""
-
-
-def _quoted_value(values: Mapping[Figure, float], metric: Figure) -> float | None:
-    """Return a quoted value; milliseconds and images per second are computed from each other. None if it is not quoted."""
-    known = dict(values)
-    if "ms" in values:
-        known.setdefault("FPS", 1000 / values["ms"])
-    if "FPS" in values:
-        known.setdefault("ms", 1000 / values["FPS"])
-    return known.get(metric)
-
-
-def _interval(difference: Difference | None) -> str:
-    if difference is None:
-        return ""
-    text = f"{difference.value:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
-    if not difference.seeds_known:
-        return f"{text} {IMAGES_ALONE}"
-    return text if difference.complete else f"{text} {SEEDS_ALONE}"
+    titles, rows = grid(result)
+    return pd.DataFrame([dict(zip(titles, row, strict=True)) for row in rows])
 
 
 def notes(result: TableResult) -> list[str]:
@@ -189,17 +102,13 @@ def _same_runs(result: TableResult) -> list[str]:
 
 def markdown(result: TableResult) -> str:
     """Return the table and its notes as Markdown."""
-    data = frame(result)
+    titles, rows = grid(result)
 
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(map(escape.markdown, cells)) + " |\n"
 
-    text = (
-        f"# {escape.markdown(result.table.spec.title)} ({result.profile})\n\n"
-        + line(list(data.columns))
-        + line(["---"] * len(data.columns))
-    )
-    text += "".join(line([str(value) for value in row]) for row in data.itertuples(index=False))
+    text = f"# {escape.markdown(result.table.spec.title)} ({result.profile})\n\n" + line(titles) + line(["---"] * len(titles))
+    text += "".join(map(line, rows))
     return text + "\n" + "".join(f"- {_plain_html(note)}\n" for note in notes(result))
 
 
@@ -239,9 +148,20 @@ def csv(result: TableResult) -> str:
                     "more_seeds": judgement.more_seeds if judgement else None,
                 }
             )
-    frame_of_lines = pd.DataFrame(lines)
-    frame_of_lines["more_seeds"] = frame_of_lines["more_seeds"].astype("Int64")
-    return frame_of_lines.to_csv(index=False, float_format="%.4f", lineterminator="\n")
+    texts = {name: _csv_texts([line[name] for line in lines]) for name in lines[0]}
+    written = io.StringIO()
+    writer = csv_module.writer(written, lineterminator="\n")
+    writer.writerow(texts)
+    writer.writerows(zip(*texts.values(), strict=True))
+    return written.getvalue()
+
+
+def _csv_texts(values: list[str | float | None]) -> list[str]:
+    """Return the texts of a column, with four decimals if it holds only numbers and they are not all integers."""
+    values = [None if value != value else value for value in values]  # NaN is no value, too
+    known = [value for value in values if value is not None]
+    decimals = any(isinstance(value, float) for value in known) and not any(isinstance(value, str) for value in known)
+    return ["" if value is None else f"{value:.4f}" if decimals else str(value) for value in values]
 
 
 def _csv_label(label: str | float) -> str | float:
@@ -278,28 +198,37 @@ def comparisons_json(result: TableResult) -> list[dict[str, Any]]:
 
 def latex(result: TableResult) -> str:
     """Return the table and its notes as a LaTeX table environment; it needs the package booktabs."""
-    data = frame(result)
-    data.columns = data.columns.map(escape.tex)
-    styled = data.map(escape.tex).style.hide(axis="index")
+    titles, rows = grid(result)
+
+    def line(cells: list[str]) -> str:
+        return " & ".join(map(escape.tex, cells)) + " \\\\\n"
+
     below = "".join(f"\\par {escape.tex(note)}\n" for note in notes(result))
-    table = styled.to_latex(
-        hrules=True, caption=escape.tex(f"{result.table.spec.title} ({result.profile})"), label=f"tab:{result.name}", position="t"
+    return (
+        f"\\begin{{table}}[t]\n\\caption{{{escape.tex(f'{result.table.spec.title} ({result.profile})')}}}\n"
+        f"\\label{{tab:{result.name}}}\n\\begin{{tabular}}{{{'l' * len(titles)}}}\n"
+        f"\\toprule\n{line(titles)}\\midrule\n{''.join(map(line, rows))}\\bottomrule\n"
+        f"\\end{{tabular}}\n\\footnotesize\n{below}\\end{{table}}\n"
     )
-    return table.replace("\\end{table}", f"\\footnotesize\n{below}\\end{{table}}")
 
 
 def html(result: TableResult) -> str:
     """Return an HTML page with this table and its notes alone."""
-    data = frame(result)
+    titles, rows = grid(result)
     title = escape.html(f"{result.table.spec.title} ({result.profile})")
     below = "".join(f"<li>{escape.html(note)}</li>\n" for note in notes(result))
+    head = "".join(f"      <th>{escape.html(text).strip()}</th>\n" for text in titles)
+    body = "".join(
+        "    <tr>\n" + "".join(f"      <td>{escape.html(text).strip()}</td>\n" for text in row) + "    </tr>\n" for row in rows
+    )
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>\n<style>\n'
         "body { font: 15px/1.45 sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em }\n"
         "table { border-collapse: collapse; border-top: 2px solid; border-bottom: 2px solid }\n"
         "th { border-bottom: 1px solid; text-align: left } th, td { padding: .25em .8em; white-space: nowrap }\n"
         "ul { color: #444; font-size: 13px; padding-left: 1.2em }\n</style></head>\n"
-        f"<body>\n<h1>{title}</h1>\n{data.to_html(index=False, border=0)}\n<ul>\n{below}</ul>\n</body>\n</html>\n"
+        f'<body>\n<h1>{title}</h1>\n<table class="dataframe">\n  <thead>\n    <tr style="text-align: right;">\n{head}'
+        f"    </tr>\n  </thead>\n  <tbody>\n{body}  </tbody>\n</table>\n<ul>\n{below}</ul>\n</body>\n</html>\n"
     )
 
 

@@ -6,7 +6,8 @@ import base64
 import json
 import math
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from sparseinst.config import Config
 from sparseinst.nested import flatten
 from sparseinst.report.collect import Cell, RowResult, TableResult
 from sparseinst.report.figures import figure_file, figure_texts, forest_file
+from sparseinst.report.grid import DIFFERENCE, VERDICT, grid
 from sparseinst.report.records import ACCURACY, Column
-from sparseinst.report.tables import DIFFERENCE, VERDICT, frame, notes
+from sparseinst.report.tables import notes
 from sparseinst.words import counted
 
 _CHIPS = {
@@ -98,11 +100,11 @@ def _short(result: TableResult) -> str:
 
 
 def _table(result: TableResult, figures: Path, loaded: Container[str]) -> dict[str, Any]:
-    data = frame(result)
+    titles, texts = grid(result)
     rows = []
-    for number, values in enumerate(data.itertuples(index=False)):
+    for number, values in enumerate(texts):
         entry = result.rows[number] if number < len(result.rows) else None
-        cells = [_cell(title, str(text), entry, result) for title, text in zip(data.columns, values, strict=True)]
+        cells = [_cell(title, text, entry, result) for title, text in zip(titles, values, strict=True)]
         peer = len(result.rows) <= number < len(result.rows) + len(result.peers)
         kind = "row" if entry is not None else "peer" if peer else "quoted"
         labels = " ".join(str(text) for text in values[: len(result.table.spec.columns)] if text)
@@ -114,7 +116,7 @@ def _table(result: TableResult, figures: Path, loaded: Container[str]) -> dict[s
         "name": result.table.name,
         "short": _short(result),
         "title": f"{result.table.spec.title} ({result.profile})",
-        "columns": list(data.columns),
+        "columns": titles,
         "rows": rows,
         "figures": [
             {
@@ -196,16 +198,22 @@ def _headline(record: Record) -> str:
 
 def _details(record: Record) -> dict[str, Any]:
     """Return a record's result, its provenance, and the settings that differ from the defaults."""
-    defaults = flatten(Config().model_dump(mode="json"))
-    changed = {path: value for path, value in flatten(record.config).items() if defaults.get(path) != value}
+    changed = {path: value for path, value in flatten(record.config).items() if _defaults().get(path) != value}
     content = {"result": record.result, "config": changed, "provenance": record.provenance}
     return {"kind": record.kind, **_rounded(content)}
 
 
+@cache
+def _defaults() -> dict[str, Any]:
+    """Return the default of each setting by its dotted path."""
+    return flatten(Config().model_dump(mode="json"))
+
+
 def _rounded(value: Any) -> Any:
     """Return a value with its floats rounded to four decimals; NaN and infinity become None, because JSON cannot express them."""
-    if isinstance(value, float):
+    kind = type(value)  # a value that JSON holds, so that no test of a base class is needed; pages hold millions of them
+    if kind is float:
         return round(value, 4) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
+    if kind is dict:
         return {name: _rounded(each) for name, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, list) else value
+    return [_rounded(each) for each in value] if kind is list else value

@@ -243,6 +243,7 @@ def test_seeds_change_nothing_else_in_a_rows_config() -> None:
         found = row_config(spec, spec.rows[0], profile, seed)
         assert found == Config.model_validate_json(json.dumps(expected))
         assert found.evaluate_key(found.train_key()) == found.evaluate_key()
+        assert config.keys_of_seeds([7, seed])[seed] == (found.train_key(), found.evaluate_key())
     settings = {**profile.settings, "loss": {"pixel_weight": 7.0}}
     other = Profile(name=profile.name, settings=settings, backbones=profile.backbones)
     assert row_config(spec, spec.rows[0], other).loss.pixel_weight == 7.0

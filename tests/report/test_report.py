@@ -1,12 +1,15 @@
 """Check tables and figures of made-up records, whose values are known."""
 
+import io
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pydantic_core
 import pytest
 
@@ -14,9 +17,12 @@ from sparseinst import overrides
 from sparseinst.ablation import store as store_module
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import Profile, Table, read_profile, read_spec, read_tables, row_config
+from sparseinst.report import escape
 from sparseinst.report.collect import TableResult, collect, read_results, seed_priors
 from sparseinst.report.pages import write_report
-from sparseinst.report.tables import FORMATS, comparisons_json, frame, notes
+from sparseinst.report.plots import differences
+from sparseinst.report.style import _STYLE, save
+from sparseinst.report.tables import FORMATS, _csv_texts, comparisons_json, frame, notes
 from sparseinst.report.terminal import print_table
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -148,6 +154,22 @@ def test_every_format_contains_values_notes_and_provenance(store: Store) -> None
     assert "95 \\%" in latex
 
 
+def test_csv_latex_and_html_are_those_of_pandas(store: Store) -> None:
+    """The formats are written without pandas, whose import takes a fifth of a second."""
+    result = table5(store)
+    data = frame(result)
+    assert data.to_html(index=False) in FORMATS["html"](result).replace(' class="dataframe"', ' border="1" class="dataframe"')
+    data.columns = data.columns.map(escape.tex)
+    rows = data.map(escape.tex).style.hide(axis="index").to_latex(hrules=True)
+    assert rows.partition("\\toprule")[2].partition("\\end{tabular}")[0] in FORMATS["tex"](result)
+    text = FORMATS["csv"](result)
+    read = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""]).astype({"more_seeds": "Int64"})
+    assert read.to_csv(index=False, float_format="%.4f", lineterminator="\n") == text
+    assert _csv_texts([1, None, 2]) == ["1", "", "2"]
+    assert _csv_texts([1, 0.5, float("nan")]) == ["1.0000", "0.5000", ""]
+    assert _csv_texts(["x", 0.5]) == ["x", "0.5"]
+
+
 def test_devices_never_share_a_column(tmp_path: Path) -> None:
     store = Store(tmp_path)
     [table] = read_tables(["table8"], EXPERIMENTS)
@@ -211,7 +233,7 @@ def test_a_report_without_new_records_imports_no_plots(tmp_path: Path) -> None:
     code = (
         "import sys; from sparseinst.cli import run_cli; "
         f"assert run_cli(['report', 'table5', '--profile', 'mini', '--results', {str(tmp_path)!r}]) == 0; "
-        "assert not {'matplotlib.figure', 'scipy.stats'} & set(sys.modules)"
+        "assert not {'matplotlib.figure', 'pandas', 'scipy.stats'} & set(sys.modules)"
     )
     (tmp_path / "figures").mkdir()
     write_report(read_results(["table5"], "mini", tmp_path), tmp_path)
@@ -224,6 +246,20 @@ def test_figures_are_the_same_bytes_each_time(store: Store, tmp_path: Path) -> N
         write_report([table5(store)], tmp_path / folder)
     for name in ("table5-mini-differences.png", "table5-mini-differences.svg"):
         assert (tmp_path / "a" / "figures" / name).read_bytes() == (tmp_path / "b" / "figures" / name).read_bytes()
+
+
+def test_a_saved_figure_is_laid_out_as_by_matplotlib(store: Store, tmp_path: Path) -> None:
+    """The layout is computed without an extra drawing; the files and the figure are those of plain calls of `savefig`."""
+    figure = differences(table5(store))
+    plain = differences(table5(store))
+    assert figure is not None
+    assert plain is not None
+    save(figure, tmp_path / "saved")
+    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+        with mpl.rc_context(_STYLE):
+            plain.savefig(tmp_path / f"plain{suffix}", dpi=150, metadata=metadata)
+        assert (tmp_path / f"saved{suffix}").read_bytes() == (tmp_path / f"plain{suffix}").read_bytes()
+    assert (figure.dpi, type(figure.get_layout_engine())) == (plain.dpi, type(plain.get_layout_engine()))
 
 
 @pytest.mark.slow
