@@ -80,3 +80,16 @@ def encode(masks: NDArray[np.bool_] | Mask) -> list[dict[str, Any]]:
     stack: Any = np.asfortranarray(masks.transpose(1, 2, 0).view(np.uint8))
     runs: Any = mask.encode(stack)
     return [{"size": list(run["size"]), "counts": run["counts"].decode("ascii")} for run in runs]
+
+
+def encode_runs(lengths: NDArray[np.int64], size: tuple[int, int]) -> dict[str, Any]:
+    """Return what `encode` returns for one mask.
+
+    Args:
+        lengths: of the runs down the columns, outside and inside the mask by turns; the first one is outside.
+        size: the height and width of the mask.
+    """
+    from hotcoco import mask
+
+    run: Any = mask.frPyObjects({"size": list(size), "counts": lengths.tolist()}, *size)
+    return {"size": list(run["size"]), "counts": run["counts"].decode("ascii")}

@@ -92,6 +92,45 @@ class CompactMasks:
             np.bitwise_xor.accumulate(changes, out=changes)  # from each run's first column to its last
         return changes.view(np.bool_).reshape(end - start, line)[:, :-1]
 
+    def window(self, index: int, box: tuple[int, int, int, int]) -> NDArray[np.bool_]:
+        """Return the part of one mask in a box (left, top, right, bottom), (bottom - top, right - left).
+
+        This is as fast as the box is small. The box must hold all the pixels that the mask has in its rows.
+        """
+        left, top, right, bottom = box
+        line, width = self.shape[2] + 1, right - left + 1
+        bounds = self._bounds[index]
+        first, last = np.searchsorted(bounds, (top * line, bottom * line))
+        rows, columns = np.divmod(bounds[first:last].astype(np.int64), line)
+        changes = np.zeros((bottom - top) * width, dtype=np.uint8)
+        changes[(rows - top) * width + columns - left] = 1
+        if last > first:
+            np.bitwise_xor.accumulate(changes, out=changes)  # from each run's first column to its last
+        return changes.view(np.bool_).reshape(bottom - top, width)[:, :-1]
+
+    def column_runs(self, index: int) -> NDArray[np.int64]:
+        """Return the lengths of one mask's runs down the columns, outside and inside by turns, as COCO counts them."""
+        height, width = self.shape[1:]
+        box = self.box(index) or (0, 0, 0, 0)
+        left, top, right, bottom = box
+        part = self.window(index, box)
+        step = strip_rows(max(1, bottom - top))
+        found = [np.zeros(1, dtype=np.int64)]
+        for start in range(0, right - left, step):
+            strip = part[:, start : start + step].T  # columns rows
+            changes = np.zeros((len(strip), bottom - top + 1), dtype=np.bool_)
+            changes[:, 0], changes[:, -1] = strip[:, 0], strip[:, -1]
+            np.not_equal(strip[:, 1:], strip[:, :-1], out=changes[:, 1:-1])
+            columns, rows = np.divmod(np.flatnonzero(changes), bottom - top + 1)
+            found.append((left + start + columns) * height + top + rows)
+        bounds = np.concatenate([*found, [height * width]])
+        lengths = np.diff(bounds)
+        # A run that reaches the bottom goes on at the top of the next column, so that no pixels lie between the two.
+        joined = np.flatnonzero(lengths[1:-1] == 0) + 1
+        bounds = np.delete(bounds, np.concatenate([joined, joined + 1]))
+        lengths = np.diff(bounds)
+        return lengths if lengths[-1] or len(lengths) == 1 else lengths[:-1]
+
     def runs(self, index: int) -> Runs:
         """Return the runs of one mask."""
         bounds = self._bounds[index].astype(np.int64)

@@ -75,7 +75,9 @@ def _tinted(
         for index, colour in drawn:
             box = boxes[index]
             if box is not None and box[1] < last and box[3] > first:
-                _tint(canvas, masks.rows(index, first, last), colour, line, opacity, above=start - first)
+                left, right = max(0, box[0] - room), min(image.width, box[2] + room)
+                part = masks.window(index, (left, first, right, last))
+                _tint(canvas[:, left:right], part, colour, line, opacity, above=start - first)
         whole.paste(Image.fromarray(canvas.round().astype(np.uint8)), (0, start))
     return whole
 
@@ -100,7 +102,8 @@ def _tint(
         return
     part, around, shown = canvas[first - above : last - above, across], mask[top:bottom, across], np.s_[first - top : last - top]
     inside = around[shown]
-    part[inside] = (1 - opacity) * part[inside] + opacity * np.array(colour, dtype=np.float32)
+    mixed = (1 - opacity) * part + opacity * np.array(colour, dtype=np.float32)
+    np.copyto(part, mixed, where=inside[..., None])  # several times as fast as `part[inside] = ...`
     part[outline(~around, max(1, line // 2), edge=True)[shown]] = 255
     part[outline(around, line)[shown]] = colour
 

@@ -122,7 +122,7 @@ def _integral(
         for index, box in enumerate(boxes):
             if box is not None and box[1] < end and box[3] > start:
                 first, last = max(box[1], start), min(box[3], end)
-                inside = masks.rows(index, first, last)[:, box[0] : box[2]]
+                inside = masks.window(index, (box[0], first, box[2], last))
                 shares[first - start + 1 : last - start + 1, box[0] + 1 : box[2] + 1] += inside / areas[index]
         sums = np.cumsum(shares, axis=0, out=shares)
         for row in np.unique(ordered[(ordered > start) & (ordered <= end)]):

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from sparseinst.data.images import IMAGE_SUFFIXES
-from sparseinst.data.masks import encode
+from sparseinst.data.masks import encode_runs
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import atomic, check_writable
 from sparseinst.inference.compact import CompactMasks
@@ -208,7 +208,7 @@ def as_annotations(
             "image_id": image_id,
             "category_id": predictor.categories[int(label)].id,
             "score": float(score),
-            "segmentation": encode(masks[index][None])[0],
+            "segmentation": encode_runs(masks.column_runs(index), masks.shape[1:]),
             "area": masks.area(index),
             "iscrowd": 0,
         }

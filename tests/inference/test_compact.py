@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from sparseinst import load_model
+from sparseinst.data.masks import encode, encode_runs
 from sparseinst.inference import compact
 from sparseinst.inference.compact import CompactMasks
 from sparseinst.inference.predict import FoundInstances
@@ -126,3 +127,26 @@ def test_a_large_photo_with_every_map_needs_little_memory(trained: Path, tmp_pat
     assert instances == 10
     assert len(json.loads((tmp_path / "out/predictions.json").read_text())["annotations"]) == 10
     assert megabytes < 220
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_runs_down_the_columns_are_those_of_the_whole_mask(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask is encoded from the box around it, with the same text as from all its pixels."""
+    monkeypatch.setattr(compact, "STRIP_PIXELS", 40)
+    random = np.random.default_rng(0)
+    masks = random.random((6, 13, 17)) < share
+    masks[4] = False
+    masks[4, :, 3:9] = True  # its runs go on in the next column
+    masks[5, :5] = masks[5, :, :4] = False
+    kept = CompactMasks.of(masks)
+    assert [encode_runs(kept.column_runs(index), (13, 17)) for index in range(6)] == encode(masks)
+
+
+def test_a_window_is_a_part_of_the_mask() -> None:
+    mask = np.zeros((9, 12), dtype=bool)
+    mask[2:7, 3:8] = np.random.default_rng(1).random((5, 5)) < 0.5
+    mask[4] = False
+    mask[4, 3], mask[4, 7] = True, True
+    kept = CompactMasks.of(mask[None])
+    for left, top, right, bottom in ((3, 2, 8, 7), (0, 0, 12, 9), (1, 4, 10, 5), (3, 8, 8, 9), (3, 3, 8, 3)):
+        assert np.array_equal(kept.window(0, (left, top, right, bottom)), mask[top:bottom, left:right])
