@@ -14,7 +14,6 @@ from sparseinst.ablation.statistics import (
     Prior,
     Sample,
     SeedNoise,
-    _adjusted,
     difference,
     estimate_prior,
     judge,
@@ -125,14 +124,6 @@ def test_the_comparisons_of_a_table_share_one_false_discovery_rate() -> None:
     wide = Comparison(Difference(found.value * 20, (SeedNoise(1.0, 1000.0, 1),), 0.0), 2.0, 0.6)
     assert judge([wide])[0].verdict != "undecided"
     assert judge([wide, *[nothing] * 9])[0].verdict == "undecided"
-
-
-def test_adjusted_p_values_have_the_bits_of_scipys() -> None:
-    random = np.random.default_rng(0)
-    assert _adjusted([]) == []
-    for count in (1, 2, 7, 40):
-        raw = random.uniform(0, 1, count).round(2).tolist()  # rounded, so that some are equal
-        assert _adjusted(raw) == np.maximum(stats.false_discovery_control(raw) / 2, raw).tolist()
 
 
 def test_seeds_to_settle_counts_what_power_needs() -> None:
