@@ -5,6 +5,7 @@ Shapes: N instance maps, H W the common height and width.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def write_mean_maps(means: NDArray[np.float32], output: Path) -> list[Path]:
         with atomic(output / name) as temporary:
             picture_grid(pictures, columns=min(columns, len(pictures))).save(temporary, format="PNG")
         written.append(output / name)
-    with atomic(output / "maps.npy") as temporary, temporary.open("wb") as file:
-        np.save(file, means)
+    content = io.BytesIO()  # np.save into a file does not say why a write fails
+    np.save(content, means)
+    with atomic(output / "maps.npy") as temporary:
+        temporary.write_bytes(content.getvalue())
     return [*written, output / "maps.npy"]

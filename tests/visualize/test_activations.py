@@ -12,7 +12,7 @@ from sparseinst import load_model
 from sparseinst.cli import run_cli
 from sparseinst.config import Config, IAMConfig
 from sparseinst.data.coco import Category
-from sparseinst.errors import UserError
+from sparseinst.errors import RunFailed, UserError
 from sparseinst.inference.predict import FoundInstances, Predictor, instance_responses
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import build_model
@@ -133,3 +133,13 @@ def test_the_predict_and_maps_commands(
     assert "maps-chosen.png: 2 images" in capsys.readouterr().out
     assert run_cli(["maps", *weights, "--output", str(tmp_path / "maps"), "--data", str(tmp_path / "nowhere")]) == 2
     assert len(load_model(tmp_path / "run", "cpu").predict(picture).maps) > 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no device that is always full")
+def test_a_full_disk_is_named_also_for_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The temporary file of maps.npy is a device without space. np.save alone would raise an error without a reason."""
+    full = "sparseinst.files._temporary"
+    monkeypatch.setattr(full, lambda path: Path("/dev/full") if path.suffix == ".npy" else path.with_suffix(".tmp"))
+    monkeypatch.setattr("sparseinst.files._remove", lambda path: None)
+    with pytest.raises(RunFailed, match=r"maps\.npy: cannot write: no space left"):
+        write_mean_maps(np.ones((2, 6, 8), dtype=np.float32), tmp_path)
