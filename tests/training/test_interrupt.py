@@ -48,7 +48,7 @@ def test_sigterm_raises_what_ctrl_c_raises_and_a_training_only_notes_it() -> Non
 
 
 def command(root: Path, run: Path) -> list[str]:
-    settings = small_settings(**{"train.iterations": 30, "train.checkpoint_every": 1000, "train.log_every": 3})
+    settings = small_settings(**{"train.iterations": 150, "train.checkpoint_every": 1000, "train.log_every": 3})
     return [sys.executable, "-m", "sparseinst", "train", "--data", str(root), "--output", str(run), "--device", "cpu", *settings]
 
 
@@ -68,7 +68,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_continues_to_the_same_bits(
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    [line] = re.findall(r"stopped after step (\d+) of 30 with a checkpoint; the same command continues there", errors)
+    [line] = re.findall(r"stopped after step (\d+) of 150 with a checkpoint; the same command continues there", errors)
     assert "Traceback" not in errors
     assert run.checkpoint(int(line)).exists()
     again = subprocess.run(command(shapes_root, run.root), env=environment, capture_output=True, text=True, check=True)
