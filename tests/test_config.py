@@ -145,6 +145,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "inference.calibration_images": {"inference.engine": "openvino", "inference.precision": "int8"},
     "loss.dice": {"loss.pixel": "bce"},
     "loss.objectness": {"inference.rescore": False},
+    "inference.tile_overlap": {"inference.tile": 64},
 }
 """For some settings, other settings that they need to be valid and to have an effect."""
 
@@ -167,7 +168,7 @@ def another(value: Any, annotation: Any) -> Any:
         return f"{value}x"
     inner = next(part for part in get_args(annotation) if part is not type(None))
     kind = get_args(inner)[0] if get_origin(inner) is Annotated else inner
-    return {int: 7, float: 0.5, str: "x"}[kind]
+    return {int: 70, float: 0.5, str: "x"}[kind]
 
 
 @pytest.mark.parametrize("path", sorted(leaf_paths(Config)))

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from sparseinst.bench.timed import PHOTO
 from sparseinst.config import Config, Precision
-from sparseinst.data.network_input import inference_size, padded_size
+from sparseinst.data.network_input import image_tiles, inference_size, padded_size
 from sparseinst.device import DTYPES, autocast
 from sparseinst.models.sparseinst import build_model
 
@@ -96,7 +96,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {**flop_registry, torch.ops.torchvisi
 def count_network_cost(config: Config, batch: int = 1) -> NetworkCost:
     """Return the cost of a forward pass of the config's model on photos of COCO's usual size."""
     network = build_model(config.model, load_pretrained=False).eval()
-    height, width = padded_size([inference_size(PHOTO, config.inference)])
+    height, width = padded_size([inference_size(image_tiles(PHOTO, config.inference)[0].size, config.inference)])
     counter = _CostCounter()
     with counter:
         network(torch.zeros(batch, 3, height, width))

@@ -19,7 +19,7 @@ from sparseinst.bench.baselines import paste_in_two_steps
 from sparseinst.bench.modes import InferenceMode
 from sparseinst.config import Config, InferenceConfig, OptimizeMode
 from sparseinst.data.images import read_image
-from sparseinst.data.network_input import at_test_size, inference_size, pad, padded_size
+from sparseinst.data.network_input import at_test_size, image_tiles, inference_size, middle_tile, pad, padded_size
 from sparseinst.data.transforms import Pixels
 from sparseinst.device import autocast
 from sparseinst.inference import optimize as optimizing
@@ -68,22 +68,25 @@ class InputBatch(NamedTuple):
 
 
 def random_inputs(inference: InferenceConfig, batch: int) -> list[InputBatch]:
-    """Return batches of noise, in the size of most COCO photos."""
-    size = inference_size(PHOTO, inference)
+    """Return batches of noise, in the size of most COCO photos, or of one tile of them."""
+    original = image_tiles(PHOTO, inference)[0].size
+    size = inference_size(original, inference)
     height, width = padded_size([size])
     pixels = torch.randint(0, 256, (RANDOM_BATCHES, batch, 3, height, width), dtype=torch.uint8)
-    return [InputBatch(each, [ImageSize(size, PHOTO)] * batch) for each in pixels]
+    return [InputBatch(each, [ImageSize(size, original)] * batch) for each in pixels]
 
 
 def photo_inputs(files: Sequence[Path], inference: InferenceConfig, batch: int) -> list[InputBatch]:
-    """Return photos in batches, each photo resized as in evaluation. The first photos also fill up the last batch.
+    """Return photos, or the tiles in their middle, in batches, each resized as in evaluation.
+
+    The first photos also fill up the last batch.
 
     Raises:
         DataError: a file is not a readable image.
     """
     inputs = []
     for first in range(0, len(files), batch):
-        photos = [read_image(files[index % len(files)]) for index in range(first, first + batch)]
+        photos = [middle_tile(read_image(files[index % len(files)]), inference) for index in range(first, first + batch)]
         originals = [(photo.height, photo.width) for photo in photos]
         sizes = [ImageSize(inference_size(original, inference), original) for original in originals]
         inputs.append(InputBatch(pad([at_test_size(photo, inference) for photo in photos]), sizes))

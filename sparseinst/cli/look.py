@@ -43,6 +43,15 @@ def predict(
             "[default: instance; in videos, one colour for each activation map]",
         ),
     ] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="PIXELS",
+            help="Segment each image in overlapping tiles of this side, for many small objects; 0: as a whole.  "
+            "[default: inference.tile of the weights]",
+        ),
+    ] = None,
     checkpoint: Checkpoint = None,
     engine: EngineChoice = None,
     precision: NetworkPrecisionChoice = None,
@@ -60,7 +69,7 @@ def predict(
         choice[setting.removeprefix("inference.")] = value
     if choice.get("precision") == "int8":
         _make_int8(find_weights(weights, checkpoint), engine_overrides(engine, precision))
-    model = load_model(weights, device, optimize=optimize, checkpoint=checkpoint, **choice)
+    model = load_model(weights, device, optimize=optimize, checkpoint=checkpoint, tile=tile, **choice)
     found = predict_files(model, files, output, score=score, top=top, maps=maps, sheet=sheet, colour=colour)
     done = len(files) - found.failed
     print(f"{counted(done, 'file')}: overlays and predictions.json in {output}")
@@ -75,7 +84,7 @@ def predict(
     if found.full:
         print(
             f"in {counted(found.full, 'image')} all maps of the model have such a score; it cannot find "
-            "more objects than it has maps (model.decoder.iam.num_maps)"
+            "more objects than it has maps (model.decoder.iam.num_maps), unless --tile cuts the image"
         )
     for path in found.sheets:
         print(f"contact sheet: {path}")

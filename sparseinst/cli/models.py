@@ -130,7 +130,7 @@ def _data_overrides(settings: Config, given: Container[str]) -> dict[str, Any]:
         names = ", ".join(category.name for category in split.categories[:5])
         print(f"{len(split.categories)} classes: {names}{', ...' if len(split.categories) > 5 else ''}")
     most, maps = max(split.instances_per_image()), settings.model.decoder.iam.num_maps
-    if most > maps and "model.decoder.iam.num_maps" not in given:
+    if most > maps and settings.data.tile is None and "model.decoder.iam.num_maps" not in given:
         wanted = -(-most // 50) * 50
         found["model.decoder.iam.num_maps"] = wanted
         print(f"images hold up to {most} instances, so model.decoder.iam.num_maps is {wanted} instead of {maps}")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sparseinst.config.types import SHAPES_VERSION, Fraction, NonNegative, Positive, PositiveInt, Side
+from sparseinst.config.types import SHAPES_VERSION, Fraction, NonNegative, Positive, PositiveInt, Side, TileSide
 from sparseinst.section import Neutral, Only, Operational, Section, Stage
 
 
@@ -44,6 +44,10 @@ class DataConfig(Section):
     """The lengths in pixels from which training draws the shorter side of an image."""
     long_side: Annotated[Side, Only("pretrain", "train")] = 853
     """The maximum of the longer side in pixels in training; the paper's text says 864."""
+    tile: Annotated[TileSide | None, Only("pretrain", "train"), Neutral(None)] = None
+    """Train on square tiles of this side in pixels of the original image, each at a random place of its image. The side becomes
+    the drawn one of `short_sides`, so that all tiles have one scale; of an image smaller than this, the whole is used. Evaluation
+    and prediction cut tiles if `inference.tile` is set. With None, whole images are used."""
     flip: Annotated[Fraction, Only("pretrain", "train")] = 0.5
     """The probability of a horizontal flip."""
     crop: Annotated[Fraction, Only("pretrain", "train")] = 0.0
@@ -89,6 +93,12 @@ class DataConfig(Section):
     def _crop_range(self) -> Self:
         if self.crop_sizes[0] > self.crop_sizes[1]:
             raise ValueError(f"crop_sizes={list(self.crop_sizes)}: the smaller value must come first")
+        return self
+
+    @model_validator(mode="after")
+    def _tile_or_crop(self) -> Self:
+        if self.tile is not None and self.crop > 0:
+            raise ValueError(f"tile={self.tile} and crop={self.crop:g} both cut the image: set one of them")
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from sparseinst.config.types import ENGINE_PRECISIONS, EngineName, Fraction, NetworkPrecision, PositiveInt, Side
+from sparseinst.config.types import ENGINE_PRECISIONS, EngineName, Fraction, NetworkPrecision, PositiveInt, Side, TileSide
 from sparseinst.section import Neutral, Section, Stage
 
 
@@ -17,6 +17,13 @@ class InferenceConfig(Section):
     """The maximum of the longer side in pixels."""
     size_factor: Annotated[float, Field(gt=0.0, le=64.0), Neutral(1.0)] = 1.0
     """Multiply both sides by this factor. In a small experiment, a side of 512 then means 4/5 of 640."""
+    tile: Annotated[TileSide | None, Neutral(None)] = None
+    """Cut an image into overlapping square tiles of this side in pixels of the original image, segment each by itself, resized so
+    that this side becomes `short_side`, and join the results. It is for images with many small objects. With None, the image is
+    segmented as a whole."""
+    tile_overlap: Annotated[float, Field(ge=0.0, le=0.75), Neutral(0.25)] = 0.25
+    """The least overlap of two neighbouring tiles, as a fraction of `tile`. An object that is larger than the overlap may not lie
+    in any tile as a whole; it is then found in pieces."""
     score_threshold: Fraction = 0.005
     """Instances with a lower score are left out."""
     mask_threshold: Fraction = 0.45
@@ -63,6 +70,8 @@ class InferenceConfig(Section):
         short, long = self.sides()
         resolved = self.model_copy(update={"short_side": short, "long_side": long, "size_factor": 1.0})
         content = super(InferenceConfig, resolved).content(stage)
+        if self.tile is None:
+            content.pop("tile_overlap", None)
         if self.precision != "int8":  # only quantisation reads these
             content = {name: value for name, value in content.items() if name not in ("max_drop", "calibration_images")}
         return content

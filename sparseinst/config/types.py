@@ -33,6 +33,8 @@ PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Channels = Annotated[int, Field(ge=1, le=16_384)]
 Side = Annotated[int, Field(ge=1, le=16_384)]
 """A length of an image in pixels."""
+TileSide = Annotated[int, Field(ge=32, le=16_384)]
+"""A side of a tile in pixels. A photo in smaller tiles would be segmented many thousand times."""
 Parts = Annotated[int, Field(ge=1, le=1024)]
 
 SHAPES_VERSION = "3"

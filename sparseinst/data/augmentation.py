@@ -13,13 +13,17 @@ import numpy as np
 
 from sparseinst.config import DataConfig
 from sparseinst.data.masks import Mask
+from sparseinst.data.tiles import tile_size
 from sparseinst.data.transforms import Sample, as_mask, crop, flip, rasterise, resize, short_side_size
 
 _PASTED = 0.5  # the chance of each instance to be pasted
 
 
 def augment(sample: Sample, config: DataConfig, random: np.random.Generator) -> Sample:
-    """Return the augmented training sample: random crop (Table 1 only), flip, size with its jitter, and colours."""
+    """Return the augmented training sample: random tile or crop (Table 1 only), flip, size with its jitter, and colours."""
+    if config.tile is not None:
+        height, width = sample.image.shape[:2]
+        sample = _random_part(sample, min(height, config.tile), min(width, config.tile), random)
     if random.random() < config.crop:
         limit = math.inf if config.crop_limit == "none" else config.long_side
         height, width = sample.image.shape[:2]
@@ -32,7 +36,11 @@ def augment(sample: Sample, config: DataConfig, random: np.random.Generator) -> 
     if random.random() < config.flip:
         sample = flip(sample)
     height, width = sample.image.shape[:2]
-    size = short_side_size(height, width, int(random.choice(config.short_sides)), config.long_side)
+    short = int(random.choice(config.short_sides))
+    if config.tile is None:
+        size = short_side_size(height, width, short, config.long_side)
+    else:
+        size = tile_size((height, width), config.tile, short)
     return jitter_colours(resize_with_jitter(sample, size, config, random), config, random)
 
 

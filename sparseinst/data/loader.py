@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -22,7 +23,8 @@ from sparseinst.data.augmentation import augment, paste
 from sparseinst.data.coco import CocoSplit, ImageRecord
 from sparseinst.data.images import read_image
 from sparseinst.data.masks import Mask
-from sparseinst.data.network_input import at_test_size, pad
+from sparseinst.data.network_input import at_test_size, cut, image_tiles, pad
+from sparseinst.data.tiles import Tile
 from sparseinst.data.transforms import Polygon, Sample, as_segment, rasterise
 from sparseinst.errors import DataError
 
@@ -53,6 +55,8 @@ class Example(NamedTuple):
     mask_stride: int = 1
     pasted: int = 0
     """The number of instances that were pasted from another image; they are the last ones."""
+    tile: Tile | None = None
+    """The part of the image that this is, in evaluation."""
 
 
 class Batch(NamedTuple):
@@ -68,6 +72,8 @@ class Batch(NamedTuple):
     skipped: list[str]
     mask_stride: int = 1
     """The factor by which the masks are smaller than the images."""
+    tiles: list[Tile] = []  # noqa: RUF012 (never changed)
+    """The part of the image that each input is; empty in training."""
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -128,7 +134,7 @@ class TrainSet(Dataset[Example]):
 
 
 class EvalSet(Dataset[Example]):
-    """Images at their test size, without instances.
+    """Images at their test size, without instances. An image that is segmented in tiles is as many items, one after the other.
 
     Args:
         part: which of the `parts` shares this is. The shares together hold every image once.
@@ -138,24 +144,38 @@ class EvalSet(Dataset[Example]):
         self, split: CocoSplit, config: DataConfig, inference: InferenceConfig, *, part: int = 0, parts: int = 1
     ) -> None:
         self.images = split.images[part::parts]
+        self.tiles = [
+            (index, tile)
+            for index, record in enumerate(self.images)
+            for tile in image_tiles((record.height, record.width), inference)
+        ]
+        self._read: tuple[int, Image.Image] | None = None
+        """The last image and its index: its other tiles come next."""
         self.on_bad_image = config.on_bad_image
         self.inference = inference
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.tiles)
 
     def __getitem__(self, index: int) -> Example:
-        record = self.images[index]
+        number, tile = self.tiles[index]
+        record = self.images[number]
         labels = torch.zeros(0, dtype=torch.int64)
         try:
-            image = read_image(record.path, (record.height, record.width))
+            image = self._image(number)
         except DataError as error:
             if self.on_bad_image == "error":
                 raise DataError(f"{error}; data.on_bad_image=skip leaves such images out") from None
             nothing = torch.zeros((3, 1, 1), dtype=torch.uint8)
-            return Example(nothing, labels, nothing[:0], record, (str(error),))
-        pixels = at_test_size(image, self.inference)
-        return Example(pixels, labels, torch.zeros((0, *pixels.shape[1:]), dtype=torch.uint8), record, ())
+            return Example(nothing, labels, nothing[:0], record, (str(error),), tile=tile)
+        pixels = at_test_size(cut(image, tile), self.inference)
+        return Example(pixels, labels, torch.zeros((0, *pixels.shape[1:]), dtype=torch.uint8), record, (), tile=tile)
+
+    def _image(self, number: int) -> Image.Image:
+        if self._read is None or self._read[0] != number:
+            record = self.images[number]
+            self._read = number, read_image(record.path, (record.height, record.width))
+        return self._read[1]
 
 
 def read_sample(record: ImageRecord, split: CocoSplit) -> Sample:
@@ -306,6 +326,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         [example.record for example in examples],
         [reason for example in examples for reason in example.skipped],
         examples[0].mask_stride,
+        [example.tile for example in examples if example.tile is not None],
     )
 
 
@@ -315,7 +336,7 @@ def train_loader(dataset: TrainSet, order: BatchOrder, *, pin_memory: bool) -> L
 
 
 def eval_loader(dataset: EvalSet, workers: int, *, pin_memory: bool) -> Loader:
-    """Load one image at a time, as the reference evaluates: the padding of a batch would change the network's input."""
+    """Load one image or tile at a time, as the reference evaluates: the padding of a batch would change the network's input."""
     return Loader(dataset, workers, pin_memory, batch_size=1)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import numpy as np
 from sparseinst.config import Config, DataConfig
 from sparseinst.data.check import MIRRORED, mirrored_categories
 from sparseinst.data.coco import CocoSplit, category_names, train_split, val_split
-from sparseinst.data.masks import decode
+from sparseinst.data.masks import decode_with_bounds
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import atomic
 from sparseinst.machine import multiplies_bfloat16
@@ -29,6 +29,16 @@ Size = Literal["small", "full"]
 """`small` has a tenth of ResNet-50's parameters and trains on a CPU in one to three hours; `full` is the paper's model."""
 
 _MOST_MASKS = 5000  # masks whose area is measured; a random sample of a larger set
+_MANY = 50
+"""Images with more instances are cut into tiles, if these are clearly smaller than the images."""
+_TILE_SPACINGS = 2.8
+"""The side of a tile, as a multiple of the spacing of the objects. A tile then holds about 8 objects, like an image of shapes."""
+_TILE_OVERLAP = 0.375
+"""The overlap of the tiles, as a fraction of their side. It must hold a large object."""
+_TILE_PART = 0.75
+"""The largest tile, as a part of the images' shorter side."""
+_CLUSTERS = 1.6
+"""How many times more instances the fullest tile of an image holds than a mean one."""
 _CELL = 4
 """The stride of the predicted masks with the default `mask_scale`."""
 
@@ -56,6 +66,14 @@ class Facts:
     small_object: float
     """The 10th percentile of the square roots of the objects' areas."""
     median_object: float
+    large_object: float
+    """The 95th percentile of the longer sides of the objects' boxes."""
+    spacing: float
+    """The median of the square root of image area / instances: the side of the square that an instance has for itself."""
+    densest: float
+    """The 99th percentile of instances / image area."""
+    unit: Literal["image", "tile"] = "image"
+    """What the numbers of instances, the side and the aspect describe."""
     mirrored: tuple[str, str] | None = None
     """Two categories that differ only in `left` and `right` by name, if there are any."""
 
@@ -99,8 +117,9 @@ def look_at(config: DataConfig) -> Facts:
     labels = [annotation.label for image in used.images for annotation in image.annotations if not annotation.crowd]
     by_class = np.bincount(labels, minlength=len(train.categories))
     sides = np.array([(min(image.height, image.width), max(image.height, image.width)) for image in used.images])
-    areas = np.fromiter(_areas(used), float)
-    roots = np.sqrt(areas[areas > 0])
+    measured = np.array(list(_measure(used)), dtype=float).reshape(-1, 2)
+    measured = measured[measured[:, 0] > 0]
+    roots = np.sqrt(measured[:, 0])
     if not len(roots):
         raise DataError(f"{train.file}: no instance has a pixel in its image, so there is nothing to learn")
     return Facts(
@@ -116,20 +135,24 @@ def look_at(config: DataConfig) -> Facts:
         math.ceil(np.percentile(counts, 99)),
         float(np.percentile(roots, 10)),
         float(np.median(roots)),
-        next(iter(mirrored_categories(category_names(train.categories))), None),
+        float(np.percentile(measured[:, 1], 95)),
+        float(np.median(np.sqrt(sides.prod(1) / counts))),
+        float(np.percentile(counts / sides.prod(1), 99)),
+        mirrored=next(iter(mirrored_categories(category_names(train.categories))), None),
     )
 
 
-def _areas(split: CocoSplit) -> Iterator[int]:
-    """Yield the areas of the masks, or of a random sample of them."""
+def _measure(split: CocoSplit) -> Iterator[tuple[int, int]]:
+    """Yield the area of each mask and the longer side of its box, for all masks or a random sample of them."""
     all_masks = [(image, annotation) for image in split.images for annotation in image.annotations if not annotation.crowd]
     chosen = np.random.default_rng(0).permutation(len(all_masks))[:_MOST_MASKS]
     for index in chosen.tolist():
         image, annotation = all_masks[index]
         try:
-            yield int(decode(annotation.segmentation, image.height, image.width).sum())
+            mask, box = decode_with_bounds(annotation.segmentation, image.height, image.width)
         except (ValueError, TypeError) as error:
             raise DataError(f"{split.file}: annotation {annotation.id}: segmentation: {error}") from None
+        yield int(mask.sum()), max(box.bottom - box.top, box.right - box.left)
 
 
 def recipe(
@@ -153,6 +176,7 @@ def recipe(
     chosen = Recipe(given)
     chosen.settings |= {"data.source": "coco", "data.root": str(data)}
     chosen.choose("model.num_classes", facts.classes, "The number of categories in the training annotations.")
+    facts = _choose_tiles(chosen, facts)
     scale = _choose_input(chosen, facts, size)
     _choose_maps(chosen, facts, size, start)
     _choose_model(chosen, facts, size, start)
@@ -167,6 +191,37 @@ def recipe(
     return chosen
 
 
+def _choose_tiles(chosen: Recipe, facts: Facts) -> Facts:
+    """Choose tiles if the images are crowded with objects that are small compared with them.
+
+    Returns:
+        What the training sees: the facts of the tiles, or those of the images.
+    """
+    side = 32 * math.ceil(max(_TILE_SPACINGS * facts.spacing, facts.large_object / _TILE_OVERLAP) / 32)
+    crowded = facts.usual_instances > _MANY and side <= _TILE_PART * facts.short_side
+    side = chosen.prefer("inference.tile", chosen.prefer("data.tile", side if crowded else None))
+    if side is None:
+        return facts
+    instances = max(1.0, (side / facts.spacing) ** 2)
+    usual = math.ceil(_CLUSTERS * facts.densest * side**2)
+    chosen.choose(
+        "data.tile",
+        side,
+        f"99 % of the images hold at most {facts.usual_instances} instances, and the maps cannot tell so many similar objects "
+        f"apart. A square tile of {side} pixels holds about {instances:.0f}.",
+    )
+    chosen.choose("inference.tile", side, "As in training. The instances of all tiles are joined.")
+    chosen.choose(
+        "inference.tile_overlap",
+        _TILE_OVERLAP,
+        f"95 % of the objects are at most {facts.large_object:.0f} pixels long, so that a tile shows them as a whole.",
+    )
+    return replace(
+        facts, short_side=side, aspect=1.0, instances=instances, most_instances=min(usual, facts.most_instances),
+        usual_instances=min(usual, facts.usual_instances), unit="tile",
+    )  # fmt: skip
+
+
 def _choose_input(chosen: Recipe, facts: Facts, size: Size) -> float:
     """Choose the sizes of the input and of the masks. Return the factor from original pixels to input pixels."""
     usual, most = (256, 512) if size == "small" else (640, 800)
@@ -176,16 +231,18 @@ def _choose_input(chosen: Recipe, facts: Facts, size: Size) -> float:
         short = usual
     short = chosen.prefer("inference.short_side", short)
     scale = short / facts.short_side
-    long = math.ceil(short * max(4 / 3, min(facts.aspect, 2.0)) / 32) * 32
+    what = "A tile has a" if facts.unit == "tile" else "The median image has a shorter"
     why = (
-        f"The median image has a shorter side of {facts.short_side:.0f} pixels, and a tenth of the objects are smaller than "
+        f"{what} side of {facts.short_side:.0f} pixels, and a tenth of the objects are smaller than "
         f"{facts.small_object:.0f} x {facts.small_object:.0f} pixels, which become {scale * facts.small_object:.0f} pixels here."
     )
     chosen.choose("inference.short_side", short, why)
-    chosen.choose("inference.long_side", long, f"95 % of the images have an aspect ratio of at most {facts.aspect:.2f}.")
+    if facts.unit == "image":
+        long = math.ceil(short * max(4 / 3, min(facts.aspect, 2.0)) / 32) * 32
+        chosen.choose("inference.long_side", long, f"95 % of the images have an aspect ratio of at most {facts.aspect:.2f}.")
+        chosen.settings["data.long_side"] = long
     shorts = [short] if size == "small" else list(range(max(32, round(0.65 * short / 32) * 32), short + 1, 32))
     chosen.choose("data.short_sides", shorts, "As in inference; the full model also sees smaller images, as in the paper.")
-    chosen.settings["data.long_side"] = long
     cells = scale * facts.small_object / _CELL
     if cells < 3:
         chosen.choose(
@@ -200,7 +257,10 @@ def _choose_maps(chosen: Recipe, facts: Facts, size: Size, start: Mapping[str, A
     has = start["model.decoder.iam.num_maps"] if start is not None else None
     least = 100 if size == "full" else 20
     wanted = max(least, math.ceil(facts.usual_instances / 10) * 10)
-    holds = f"An image holds up to {facts.most_instances} instances; 99 % of the images hold at most {facts.usual_instances}."
+    if facts.unit == "tile":
+        holds = f"A tile of the fullest images may hold about {facts.usual_instances} instances."
+    else:
+        holds = f"An image holds up to {facts.most_instances} instances; 99 % of the images hold at most {facts.usual_instances}."
     if has is not None and has >= facts.usual_instances:
         chosen.choose(
             "model.decoder.iam.num_maps", has, f"{holds} The {has} maps of the weights are kept, because they are trained."
@@ -240,15 +300,16 @@ def _choose_steps(chosen: Recipe, facts: Facts, size: Size, *, fine: bool) -> No
         steps = min(30_000, max(7000, 700_000 / (batch * facts.instances)))
     else:
         steps = min(90_000, max(7000, 150 * facts.train_images / batch))
+    epochs, which = ("times one tile", "A tile") if facts.unit == "tile" else ("epochs", "An image")
     batch = chosen.prefer("train.batch_size", batch)
     steps = chosen.prefer("train.iterations", round(steps / (3 if fine else 1) / 500) * 500)
     chosen.choose(
         "train.iterations",
         steps,
-        f"{steps * batch * facts.instances:,.0f} objects, or {steps * batch / facts.train_images:.0f} epochs of "
+        f"{steps * batch * facts.instances:,.0f} objects, or {steps * batch / facts.train_images:.0f} {epochs} of "
         f"{facts.train_images} images. The maps find their objects late, so a short schedule costs much AP.",
     )
-    chosen.choose("train.batch_size", batch, f"An image holds {facts.instances:.0f} instances on average.")
+    chosen.choose("train.batch_size", batch, f"{which} holds {facts.instances:.0f} instances on average.")
     rate = 4e-4 if size == "small" else 5e-5 * batch / 64
     source = "as in the profile small" if size == "small" else "the paper's 5e-5 for a batch of 64, in proportion to the batch"
     chosen.choose(
@@ -288,12 +349,13 @@ def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping
     if scale * facts.small_object < 2 * cell:
         chosen.warnings.append(
             f"a tenth of the objects are smaller than two mask cells ({2 * cell:.0f} input pixels) and will hardly be found: cut "
-            "the images into tiles."
+            "the images into tiles with data.tile and inference.tile."
         )
-    if facts.most_instances > maps:
+    if facts.unit == "image" and facts.most_instances > maps:
         chosen.warnings.append(
             f"an image holds up to {facts.most_instances} instances, more than the {maps} maps: the others are not "
-            "learned and never found. Cut such images into tiles, or raise model.decoder.iam.num_maps."
+            "learned and never found. Cut the images into tiles with data.tile and inference.tile, or raise "
+            "model.decoder.iam.num_maps."
         )
     if facts.rare:
         names = ", ".join(facts.rare[:5]) + (", ..." if len(facts.rare) > 5 else "")

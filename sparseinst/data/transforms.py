@@ -110,12 +110,17 @@ def flip(sample: Sample) -> Sample:
 
 def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
     """Return the part of the sample inside a box, which is given in pixels."""
+    segments = crop_segments(sample.segments, top, left, height, width)
+    return Sample(sample.image[top : top + height, left : left + width], segments, sample.labels)
+
+
+def crop_segments(
+    segments: Sequence[list[Polygon] | Mask], top: int, left: int, height: int, width: int
+) -> list[list[Polygon] | Mask]:
+    """Return the parts of the segments inside a box; polygons are not cut at its sides, and may lie outside."""
     offset = np.array([left, top], dtype=np.float64)
     inside = (slice(top, top + height), slice(left, left + width))
-    segments: list[list[Polygon] | Mask] = [
-        [points - offset for points in segment] if isinstance(segment, list) else segment[inside] for segment in sample.segments
-    ]
-    return Sample(sample.image[inside], segments, sample.labels)
+    return [[points - offset for points in segment] if isinstance(segment, list) else segment[inside] for segment in segments]
 
 
 def rasterise(sample: Sample, stride: int = 1) -> tuple[NDArray[np.int64], Mask]:

@@ -9,22 +9,21 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from sparseinst.attempts import Attempt
 from sparseinst.config import Config
 from sparseinst.data.coco import CocoSplit
-from sparseinst.data.loader import Batch, EvalSet, eval_loader, read_segments
-from sparseinst.data.masks import overlaps
-from sparseinst.data.transforms import as_mask, resize_segments
+from sparseinst.data.loader import Batch, EvalSet, eval_loader
 from sparseinst.device import autocast
 from sparseinst.distributed import gather, rank, same_for_all, world_size
 from sparseinst.errors import DataError, memory_explained
 from sparseinst.evaluation.coco_metrics import Evaluator, coco_figures, figures_by_limit
-from sparseinst.evaluation.mechanism import Matches, Pairs, observe, summarise
-from sparseinst.evaluation.predictions import in_coco_format, write_predictions
+from sparseinst.evaluation.examine import SegmentedImage, TiledImage, examine
+from sparseinst.evaluation.mechanism import Matches, summarise
+from sparseinst.evaluation.predictions import write_predictions
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.paste import paste_by_column
@@ -52,7 +51,8 @@ class Evaluation:
     by_limit: dict[str, float | None] = field(default_factory=dict)
     """AP at several numbers of predictions, see `figures_by_limit`; empty if no image has over 100 objects of a category."""
     maps: int | None = None
-    """The number of the model's maps, if `by_limit` is not empty: a model predicts at most this many instances in an image."""
+    """The number of the model's maps, if `by_limit` is not empty and there are no tiles: a model predicts at most this many
+    instances in an image."""
     matches: Matches = field(default_factory=dict, repr=False, compare=False)
     """The map that the matching of the training assigns to each object."""
     engine: dict[str, Any] | None = field(default=None, compare=False)
@@ -96,25 +96,39 @@ def evaluate(
     began = time.perf_counter()
     dataset = EvalSet(split, config.data, config.inference, part=rank(), parts=world_size())
     loader = eval_loader(dataset, config.data.workers, pin_memory=device.type == "cuda")
-    own: list[_SegmentedImage] = []
-    pending: deque[Future[_SegmentedImage]] = deque()
+    own: list[SegmentedImage] = []
+    pending: deque[Future[SegmentedImage | None]] = deque()
+    tiled: TiledImage | None = None
 
-    # A second thread encodes the masks while the network works on the next image; at most `_MOST_WAITING` images wait for it.
-    with progress_bar("images", visible=progress and rank() == 0) as bar, ThreadPoolExecutor(1) as encoder:
+    # A second thread encodes the masks while the network works on the next input; at most `_MOST_WAITING` inputs wait for it.
+    with (
+        progress_bar("images" if config.inference.tile is None else "tiles", visible=progress and rank() == 0) as bar,
+        ThreadPoolExecutor(1) as encoder,
+    ):
         for number, batch in enumerate(bar.track(loader, total=len(dataset), description="evaluate")):
             if attempt is not None:
                 attempt.at("image", number)
+            [record], [tile] = batch.records, batch.tiles
             if batch.skipped:
-                pending.append(encoder.submit(_SegmentedImage, batch.records[0].id, [], batch.skipped, None))
+                if (tile.top, tile.left) == (0, 0):  # once an image
+                    pending.append(encoder.submit(SegmentedImage, record.id, [], batch.skipped, None))
             else:
                 raw = forward_batch(model, batch, config, device)
                 [found] = segment(raw, batch, config)
                 # Copy the outputs: a CUDA graph writes those of the next image into the same memory.
                 raw = Predictions(*(tensor.cpu() if tensor.is_cuda else tensor for tensor in raw))
-                pending.append(encoder.submit(_examine, raw, batch, found, split, config, model.mask_size(batch.padded)))
-            if len(pending) > _MOST_WAITING:
-                own.append(pending.popleft().result())
-        own.extend(future.result() for future in pending)
+                mask_size = model.mask_size(batch.padded)
+                if tile.size == (record.height, record.width):
+                    pending.append(encoder.submit(examine, raw, batch, found, split, config, mask_size))
+                else:
+                    if (tile.top, tile.left) == (0, 0):
+                        tiled = TiledImage(record, split, config)
+                    assert tiled is not None
+                    pending.append(encoder.submit(tiled.add, raw, batch, found, mask_size))
+            while len(pending) > _MOST_WAITING or (pending and number == len(dataset) - 1):
+                segmented = pending.popleft().result()
+                if segmented is not None:
+                    own.append(segmented)
     if attempt is not None:
         attempt.at("wait")
     shares = gather(own)
@@ -127,18 +141,8 @@ def evaluate(
 _MOST_WAITING = 4
 
 
-class _SegmentedImage(NamedTuple):
-    """The instances of one image and its activation maps' metrics."""
-
-    id: int
-    instances: list[dict[str, Any]]
-    skipped: list[str]
-    pairs: Pairs | None
-    """None if the image has no object, or if the image or its annotations cannot be read."""
-
-
 def _compare(
-    shares: list[list[_SegmentedImage]],
+    shares: list[list[SegmentedImage]],
     split: CocoSplit,
     config: Config,
     predictions: Path | None,
@@ -165,7 +169,7 @@ def _compare(
         skipped_images=[image.id for image in images if image.skipped],
         mechanism=summarise([pairs for _, pairs in observed]),
         by_limit=by_limit,
-        maps=config.model.decoder.iam.num_maps if by_limit else None,
+        maps=config.model.decoder.iam.num_maps if by_limit and config.inference.tile is None else None,
         matches={f"{image}-{number}": index for image, pairs in observed for number, index in pairs.matched.items()},
     )
 
@@ -179,37 +183,9 @@ def forward_batch(model: SparseInst, batch: Batch, config: Config, device: torch
 
 
 def segment(raw: Predictions, batch: Batch, config: Config) -> list[Instances]:
-    """Return the instances of each image. Masks are stored column by column, because `encode` is fastest with that layout."""
-    sizes = [ImageSize(size, (record.height, record.width)) for size, record in zip(batch.sizes, batch.records, strict=True)]
-    return postprocess(raw, batch.padded, sizes, config.inference, paste_by_column)
+    """Return the instances of each image or tile.
 
-
-def _examine(
-    raw: Predictions, batch: Batch, found: Instances, split: CocoSplit, config: Config, mask_size: tuple[int, int]
-) -> _SegmentedImage:
-    """Return one image's instances in COCO's result format and the metrics of its activation maps.
-
-    Args:
-        raw: the model's output for this image, on the CPU.
-        found: the instances of the image.
-        mask_size: height and width of the predicted masks.
-
-    Raises:
-        DataError: an annotation cannot be read and `data.on_bad_image` is `error`.
+    Masks are stored column by column, because `encode` is fastest with that layout.
     """
-    [record], [size] = batch.records, batch.sizes
-    results = in_coco_format(record.id, found, [category.id for category in split.categories])
-    try:
-        segments, labels = read_segments(record, split)
-    except DataError:
-        if config.data.on_bad_image == "error":
-            raise
-        return _SegmentedImage(record.id, results, batch.skipped, None)
-    whole = (record.height, record.width)
-    labels_and_scores = found.labels.cpu().numpy(), found.scores.cpu().numpy()
-    truth = [annotation.segmentation for annotation in record.annotations if not annotation.crowd]
-    iou = overlaps([result["segmentation"] for result in results], truth, *whole)
-    small = [as_mask(segment, size) for segment in resize_segments(segments, whole, size)]
-    originals = [as_mask(segment, whole) for segment in segments]
-    pairs = observe(raw, batch.padded, labels, small, iou, labels_and_scores, originals, config, mask_size)
-    return _SegmentedImage(record.id, results, batch.skipped, pairs)
+    sizes = [ImageSize(size, tile.size) for size, tile in zip(batch.sizes, batch.tiles, strict=True)]
+    return postprocess(raw, batch.padded, sizes, config.inference, paste_by_column)

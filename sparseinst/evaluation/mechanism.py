@@ -131,12 +131,43 @@ def observe(
     """
     if not len(labels):
         return None
+    return with_found(observe_maps(raw, padded, labels, masks, config, mask_size), labels, overlaps, found, originals)
+
+
+def observe_maps(
+    raw: Predictions,
+    padded: tuple[int, int],
+    labels: NDArray[np.int64],
+    masks: Sequence[Mask],
+    config: Config,
+    mask_size: tuple[int, int],
+) -> Pairs:
+    """Return the values that need only the maps, and the matched pairs. The arguments are those of `look`."""
     matches = look(raw, padded, labels, masks, config, mask_size)
-    pairs = of_maps(matches.responses, matches.covered, matches.objects)
+    matched = dict(zip(matches.objects.tolist(), matches.maps.tolist(), strict=True))
+    return of_maps(matches.responses, matches.covered, matches.objects)._replace(matched=matched)
+
+
+def with_found(
+    pairs: Pairs,
+    labels: NDArray[np.int64],
+    overlaps: Any,
+    found: tuple[NDArray[np.int64], NDArray[np.float32]],
+    originals: Sequence[Mask],
+) -> Pairs:
+    """Return the values of one image with those that need its kept instances. The arguments are those of `observe`."""
     recalled = _recalled(labels, overlaps, found[0])
     neighbours = [bool(recalled[a] and recalled[b]) for a, b in touching(labels, originals)]
-    matched = dict(zip(matches.objects.tolist(), matches.maps.tolist(), strict=True))
-    return pairs._replace(duplicates=_duplicates(overlaps, found[1]), neighbours=neighbours, matched=matched)
+    return pairs._replace(duplicates=_duplicates(overlaps, found[1]), neighbours=neighbours)
+
+
+def of_tiles(parts: Sequence[Pairs]) -> Pairs:
+    """Return the values of an image from those of its tiles. An object in two tiles counts in both, and has no one map."""
+    every: dict[str, list[Any]] = {name: [] for name in Pairs._fields if name != "matched"}
+    for part in parts:
+        for name, values in every.items():
+            values += getattr(part, name)
+    return Pairs(**every, matched={})
 
 
 def _on_cpu(raw: Predictions) -> Predictions:

@@ -86,7 +86,8 @@ def evaluate_weights(
     source, config = open_for_evaluation(weights, overrides)
     split = val_split(config.data)
     check_categories(split, source.categories, f"{weights}")
-    _warn_of_few_maps(split, config.model.decoder.iam.num_maps)
+    if config.inference.tile is None:
+        _warn_of_few_maps(split, config.model.decoder.iam.num_maps)
     prepared = prepare_network(source, config, device=device, optimize=optimize)
     result = evaluate(prepared.network, split, config, device=device, predictions=predictions, evaluator=evaluator)
     return replace(result, engine=prepared.as_json())

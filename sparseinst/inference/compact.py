@@ -74,6 +74,26 @@ class CompactMasks:
                     found.append(at.astype(np.int32) if small else at)
         return cls(shape, [np.concatenate(found) if found else np.zeros(0, dtype=np.int32) for found in bounds])
 
+    @classmethod
+    def from_parts(cls, parts: Iterable[tuple[int, int, NDArray[np.bool_]]], shape: tuple[int, int, int]) -> Self:
+        """Return the masks of this shape (K, H, W), each from the top and the left of a part that holds all its pixels, and the
+        part itself (h, w)."""
+        line = shape[2] + 1
+        kind = np.int32 if shape[1] * line < 2**31 else np.int64
+        bounds: list[NDArray[np.signedinteger]] = []
+        for top, left, part in parts:
+            bordered = np.pad(part, ((0, 0), (1, 1)))
+            rows, columns = np.nonzero(bordered[:, 1:] != bordered[:, :-1])
+            bounds.append(((rows + top) * line + columns + left).astype(kind))
+        return cls(shape, bounds)
+
+    def expand(self) -> NDArray[np.bool_]:
+        """Return all the masks as an array (K, H, W)."""
+        masks = np.zeros(self.shape, dtype=np.bool_)
+        for index in range(len(self)):
+            masks[index] = self[index]
+        return masks
+
     def __len__(self) -> int:
         return self.shape[0]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,17 +16,19 @@ from torch import Tensor
 from sparseinst.config import STRIDES, Config, EngineName, NetworkPrecision, OptimizeMode, Precision
 from sparseinst.data.coco import Category
 from sparseinst.data.images import read_image
-from sparseinst.data.network_input import at_test_size, pad
+from sparseinst.data.network_input import at_test_size, cut, image_tiles, inference_size, pad
+from sparseinst.data.tiles import Size, Tile
 from sparseinst.device import autocast
 from sparseinst.errors import DataError, UserError
 from sparseinst.inference import optimize as optimizing
 from sparseinst.inference.checkpoints import find_weights
 from sparseinst.inference.compact import CompactMasks, Strip
 from sparseinst.inference.engine_network import check_device, device_for, open_source, torch_precision, with_engine
+from sparseinst.inference.join import Placed, join, place
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.paste import paste_strips
-from sparseinst.postprocess import ImageSize, score_maps
+from sparseinst.postprocess import ImageSize, postprocess, score_maps
 
 if TYPE_CHECKING:
     from supervision import Detections
@@ -56,6 +58,8 @@ class Found(Generic[M]):
     """The highest score in the image, also if it was left out; None if no map has a score above `inference.score_threshold`."""
     before_top: int = 0
     """The number of instances at the requested score, before `top` left some out."""
+    full: bool = False
+    """Whether every map found an instance at the requested score, in the image or in one of its tiles. There may be more."""
 
 
 class FoundInstances(Found[NDArray[np.bool_]]):
@@ -95,8 +99,12 @@ class CompactInstances(Found[CompactMasks]):
     """Instances whose masks are kept as runs, which need little memory."""
 
 
-_Gather = Callable[[Iterable[Strip], tuple[int, int, int]], M]
-"""A function that makes the masks, of the given shape (K, H, W), from their strips."""
+class _Form(NamedTuple, Generic[M]):
+    """How the masks are kept."""
+
+    from_strips: Callable[[Iterable[Strip], tuple[int, int, int]], M]
+    """Makes the masks, of the given shape (K, H, W), from their strips."""
+    from_compact: Callable[[CompactMasks], M]
 
 
 def _selected(strips: Iterable[tuple[int, Tensor]], order: list[int]) -> Iterator[Strip]:
@@ -112,6 +120,10 @@ def _as_array(strips: Iterable[Strip], shape: tuple[int, int, int]) -> NDArray[n
         for mask, part in zip(masks, parts, strict=True):
             mask[start : start + len(part)] = part
     return masks
+
+
+_ARRAY = _Form(_as_array, CompactMasks.expand)
+_COMPACT = _Form(CompactMasks.from_strips, CompactMasks.of)
 
 
 class Predictor:
@@ -163,7 +175,7 @@ class Predictor:
         Raises:
             DataError: the file is no readable image, or the array has another shape or type.
         """
-        return FoundInstances(**self._find(as_image(image), score, top, activations, _as_array))
+        return FoundInstances(**self._find(as_image(image), score, top, activations, _ARRAY))
 
     def predict_compact(
         self,
@@ -174,15 +186,14 @@ class Predictor:
         activations: bool = False,
     ) -> CompactInstances:
         """Segment one image as `predict` does, with the same masks, but never hold all their pixels in memory."""
-        return CompactInstances(**self._find(as_image(image), score, top, activations, CompactMasks.from_strips))
+        return CompactInstances(**self._find(as_image(image), score, top, activations, _COMPACT))
 
     @torch.no_grad()
-    def _find(self, picture: Image.Image, score: float, top: int | None, activations: bool, gather: _Gather[M]) -> dict[str, Any]:
-        """Return the fields of `Found`.
-
-        Args:
-            gather: makes the masks from their strips.
-        """
+    def _find(self, picture: Image.Image, score: float, top: int | None, activations: bool, form: _Form[M]) -> dict[str, Any]:
+        """Return the fields of `Found`."""
+        tiles = image_tiles((picture.height, picture.width), self.config.inference)
+        if len(tiles) > 1:
+            return self._find_in_tiles(picture, tiles, score, top, activations, form)
         raw, size, padded = self.forward(picture)
         inference = self.config.inference
         whole: tuple[int, int] = (picture.height, picture.width)
@@ -193,7 +204,7 @@ class Predictor:
             order = order[found.scores[order] >= score]
             before_top, order = len(order), order[:top]
             strips = paste_strips(found.probabilities, padded, ImageSize(size, whole), inference.mask_threshold)
-            masks = gather(_selected(strips, order.tolist()), (len(order), *whole))
+            masks = form.from_strips(_selected(strips, order.tolist()), (len(order), *whole))
         labels = found.labels[order].cpu().numpy()
         return {
             "scores": found.scores[order].cpu().numpy(),
@@ -204,10 +215,58 @@ class Predictor:
             "activations": self._activations(raw, size, found.maps[order]).cpu().numpy() if activations else None,
             "highest": highest,
             "before_top": before_top,
+            "full": before_top == raw.mask_logits.shape[1],
         }
 
+    def _find_in_tiles(
+        self,
+        picture: Image.Image,
+        tiles: Sequence[Tile],
+        score: float,
+        top: int | None,
+        activations: bool,
+        form: _Form[M],
+    ) -> dict[str, Any]:
+        """Segment each tile by itself, and return the fields of `Found` for the joined instances."""
+        whole: Size = (picture.height, picture.width)
+        placed: list[Placed] = []
+        full = False
+        for number, tile in enumerate(tiles):
+            raw, size, padded = self.forward(cut(picture, tile))
+            [found] = postprocess(raw, padded, [ImageSize(size, tile.size)], self.config.inference)
+            responses = self._activations(raw, size, found.maps).cpu().numpy() if activations else None
+            full |= int((found.scores >= score).sum()) == raw.mask_logits.shape[1]
+            placed += place(found, tile, number, whole, responses)
+        joined = join(placed)
+        chosen = [one for one in joined if one.score >= score]
+        before_top, chosen = len(chosen), chosen[:top]
+        masks = CompactMasks.from_parts(((one.top, one.left, one.mask) for one in chosen), (len(chosen), *whole))
+        return {
+            "scores": np.array([one.score for one in chosen], dtype=np.float32),
+            "labels": np.array([one.label for one in chosen], dtype=np.int64),
+            "masks": form.from_compact(masks),
+            "names": [self.categories[one.label].name for one in chosen],
+            "maps": np.array([one.map for one in chosen], dtype=np.int64),
+            "activations": self._joined_activations(chosen, tiles, whole) if activations else None,
+            "highest": joined[0].score if joined else None,
+            "before_top": before_top,
+            "full": full,
+        }
+
+    def _joined_activations(self, chosen: Sequence[Placed], tiles: Sequence[Tile], whole: Size) -> NDArray[np.float32]:
+        """Return the responses over the whole image, (K, h, w): those of each instance in its tile, and zeros elsewhere."""
+        height, width = (-(-side // STRIDES[0]) for side in inference_size(whole, self.config.inference))
+        responses = np.zeros((len(chosen), height, width), dtype=np.float32)
+        for target, one in zip(responses, chosen, strict=True):
+            assert one.response is not None
+            tile = tiles[one.tile]
+            top, left = round(tile.top * height / whole[0]), round(tile.left * width / whole[1])
+            part = target[top : top + one.response.shape[0], left : left + one.response.shape[1]]
+            part[:] = one.response[: part.shape[0], : part.shape[1]]
+        return responses
+
     def forward(self, picture: Image.Image) -> tuple[Predictions, tuple[int, int], tuple[int, int]]:
-        """Run the network on one image.
+        """Run the network on one image or tile.
 
         Returns:
             The raw output, and the image's (height, width) in the network, first without and then with padding.
@@ -247,6 +306,7 @@ def load_model(
     optimize: OptimizeMode | None = None,
     precision: NetworkPrecision | None = None,
     checkpoint: str | None = None,
+    tile: int | None = None,
 ) -> Predictor:
     """Load a model from a weights file, the folder of a run, or an engine's artifact (.onnx, .xml), ready for `predict`.
 
@@ -258,6 +318,8 @@ def load_model(
         precision: `fp32`, `tf32`, `bf16`, `fp16` or `int8`; None takes the config's `inference.precision`. An int8 network has to
             be made first, with its AP checked, by `sparseinst export` or `sparseinst evaluate`.
         checkpoint: `last`, `best` or the number of a step, for the folder of a run; see `find_weights`.
+        tile: segment images in overlapping tiles of this side in pixels, see `inference.tile`; 0 segments them as a whole, and
+            None takes the config's setting.
 
     Raises:
         UserError: there is no such file or checkpoint, or it is not a weights file of this package. The engine is not installed,
@@ -265,6 +327,8 @@ def load_model(
     """
     source = open_source(find_weights(Path(path), checkpoint))
     config = with_engine(source.config, engine, precision)
+    if tile is not None:
+        config = config.replace({"inference.tile": tile or None})
     chosen = device_for(config, device)
     prepared = source.prepare(config, device=chosen, optimize=optimize)
     return Predictor(prepared.network, config, source.categories, chosen)

@@ -25,7 +25,7 @@ from PIL import Image
 from sparseinst.config import NetworkPrecision
 from sparseinst.data.coco import train_annotations, train_split, val_annotations
 from sparseinst.data.images import read_image
-from sparseinst.data.network_input import at_test_size, pad
+from sparseinst.data.network_input import at_test_size, middle_tile, pad
 from sparseinst.engines.artifact import read_onnx
 from sparseinst.engines.base import OUTPUTS, missing_package
 from sparseinst.errors import RunFailed, UserError
@@ -289,12 +289,12 @@ def _noise() -> list[Picture]:
 
 
 def network_input(picture: Picture, about: About) -> NDArray[np.float32]:
-    """Return an image as the network gets it: resized, padded and normalised, (1, 3, H, W).
+    """Return an image, or the tile in its middle, as the network gets it: resized, padded and normalised, (1, 3, H, W).
 
     Raises:
         DataError: the file cannot be read.
     """
     picture = read_image(picture) if isinstance(picture, Path) else picture
-    pixels = at_test_size(picture, about.config.inference)
+    pixels = at_test_size(middle_tile(picture, about.config.inference), about.config.inference)
     mean, std = (torch.tensor(values)[:, None, None] for values in (about.pixel_mean, about.pixel_std))
     return normalise(pad([pixels]), [(pixels.shape[1], pixels.shape[2])], mean, std).numpy()

@@ -308,7 +308,7 @@ def _check_instances(config: Config, split: CocoSplit) -> None:
     """Warn if images have more instances than the model has maps, which it cannot learn, and if flips give wrong labels."""
     maps = config.model.decoder.iam.num_maps
     counts = [count for count in split.instances_per_image() if count > maps]
-    if counts:
+    if counts and config.data.tile is None:  # a tile holds fewer
         _log.warning(
             "%d of %d training images have more than model.decoder.iam.num_maps=%d instances, up to %d; %d of them take no part",
             len(counts), len(split.images), maps, max(counts), sum(counts) - maps * len(counts),

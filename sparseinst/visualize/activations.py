@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from sparseinst.data.network_input import middle_tile
 from sparseinst.errors import UserError
 from sparseinst.files import atomic, make_folder
 from sparseinst.inference.predict import Predictor, as_image, instance_responses
@@ -28,6 +29,8 @@ CHOSEN = 12
 def mean_responses(predictor: Predictor, images: Sequence[Path], size: tuple[int, int] = SIZE) -> NDArray[np.float32]:
     """Return the mean response of each map over these images, (N, H, W). In each image, a map's responses sum to 1.
 
+    Of an image that is segmented in tiles, the tile in the middle is used.
+
     Raises:
         DataError: an image cannot be read.
         UserError: there is no image.
@@ -38,7 +41,7 @@ def mean_responses(predictor: Predictor, images: Sequence[Path], size: tuple[int
     total = np.zeros((num_maps, *size), dtype=np.float64)
     with progress_bar("images") as bar:
         for path in bar.track(images, description="maps"):
-            raw, image_size, _ = predictor.forward(as_image(path))
+            raw, image_size, _ = predictor.forward(middle_tile(as_image(path), predictor.config.inference))
             responses = instance_responses(raw, num_maps, image_size)[None]  # 1 N h w
             resized = F.interpolate(responses, size=size, mode="bilinear", align_corners=False)[0].cpu().numpy()
             total += resized / resized.sum((1, 2), keepdims=True).clip(min=1e-12)

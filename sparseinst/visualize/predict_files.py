@@ -74,7 +74,7 @@ class _CocoResult:
         """
         self.empty += not len(found.scores)
         self.left_out += found.before_top - len(found.scores)
-        self.full += found.before_top == self.predictor.config.model.decoder.iam.num_maps
+        self.full += found.full
         self.highest = max((value for value in (self.highest, found.highest) if value is not None), default=None)
         images, annotations = self.data["images"], self.data["annotations"]
         images.append({"id": len(images) + 1, **about, "height": size[1], "width": size[0]})
@@ -108,7 +108,8 @@ class Prediction:
     left_out: int = 0
     """The number of instances at the score that `top` left out."""
     full: int = 0
-    """The number of images and frames in which every map of the model found an instance, so that there may be more objects."""
+    """The number of images and frames in which every map of the model found an instance, in the image or in one of its tiles, so
+    that there may be more objects."""
     sheets: tuple[Path, ...] = ()
     """The files of the contact sheets."""
 

@@ -28,8 +28,14 @@ FACTS = Facts(
     usual_instances=18,
     small_object=30.0,
     median_object=80.0,
+    large_object=300.0,
+    spacing=220.0,
+    densest=6e-5,
 )
-NUCLEI = replace(FACTS, short_side=256, instances=44.0, most_instances=375, usual_instances=260, small_object=8.0, classes=1)
+NUCLEI = replace(
+    FACTS, short_side=256, instances=44.0, most_instances=375, usual_instances=260, small_object=8.0, large_object=58.0,
+    spacing=62.6, densest=1.4e-3, classes=1,
+)  # fmt: skip
 
 
 def test_what_a_folder_holds(tmp_path: Path) -> None:
@@ -71,7 +77,7 @@ def test_ordinary_photos_keep_the_usual_sizes() -> None:
 
 
 def test_small_objects_enlarge_the_input_or_the_masks() -> None:
-    nuclei = recipe(NUCLEI, Path("d"), "small")
+    nuclei = recipe(NUCLEI, Path("d"), "small", given={"data.tile": None, "inference.tile": None})
     assert nuclei.settings["inference.short_side"] == 512, "twice the images' size"
     tiny_objects = recipe(replace(FACTS, short_side=2000, small_object=10.0), Path("d"), "small")
     assert tiny_objects.settings["inference.short_side"] == 512
@@ -80,10 +86,22 @@ def test_small_objects_enlarge_the_input_or_the_masks() -> None:
 
 
 def test_each_instance_has_a_map() -> None:
-    chosen = recipe(NUCLEI, Path("d"), "small")
+    chosen = recipe(NUCLEI, Path("d"), "small", given={"data.tile": None, "inference.tile": None})
     assert chosen.settings["model.decoder.iam.num_maps"] == 260
     assert any("more than the 260 maps" in warning for warning in chosen.warnings)
     assert recipe(FACTS, Path("d"), "small").settings["model.decoder.iam.num_maps"] == 20
+
+
+def test_crowded_images_are_cut_into_tiles() -> None:
+    chosen = recipe(NUCLEI, Path("d"), "small").settings
+    assert chosen["data.tile"] == chosen["inference.tile"] == 192
+    assert chosen["inference.tile_overlap"] * 192 >= NUCLEI.large_object
+    assert chosen["inference.short_side"] == 384, "a nucleus of 8 pixels becomes 16 pixels"
+    assert 50 <= chosen["model.decoder.iam.num_maps"] <= 100
+    assert "data.tile" not in recipe(FACTS, Path("d"), "small").settings
+    large = recipe(replace(NUCLEI, large_object=150.0), Path("d"), "small").settings
+    assert "data.tile" not in large, "no tile is clearly smaller than the images and shows a large object as a whole"
+    assert recipe(NUCLEI, Path("d"), "small", given={"inference.tile": 96}).settings["data.tile"] == 96
 
 
 def test_given_settings_stay_and_the_others_fit_them() -> None:
@@ -135,7 +153,8 @@ def test_trained_weights_keep_their_maps() -> None:
     assert chosen.settings["model.decoder.iam.num_maps"] == 100
     assert chosen.settings["model.num_classes"] == 3
     assert chosen.settings["train.iterations"] < recipe(FACTS, Path("d"), "full").settings["train.iterations"]
-    assert recipe(NUCLEI, Path("d"), "full", start).settings["model.decoder.iam.num_maps"] == 260
+    whole = {"data.tile": None, "inference.tile": None}
+    assert recipe(NUCLEI, Path("d"), "full", start, given=whole).settings["model.decoder.iam.num_maps"] == 260
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,140 @@
+"""From a network's raw output to what an evaluation keeps of an image: its instances, and the metrics of its activation maps."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparseinst.config import Config
+from sparseinst.data.coco import CocoSplit, ImageRecord
+from sparseinst.data.loader import Batch, read_segments
+from sparseinst.data.masks import Mask, encode_runs, overlaps
+from sparseinst.data.network_input import image_tiles
+from sparseinst.data.tiles import Tile
+from sparseinst.data.transforms import Polygon, as_mask, crop_segments, resize_segments
+from sparseinst.errors import DataError
+from sparseinst.evaluation.mechanism import Pairs, observe, observe_maps, of_tiles, with_found
+from sparseinst.evaluation.predictions import in_coco_format
+from sparseinst.inference.compact import CompactMasks
+from sparseinst.inference.join import Placed, join, place
+from sparseinst.models.decoder import Predictions
+from sparseinst.postprocess import Instances
+
+
+class SegmentedImage(NamedTuple):
+    """The instances of one image and its activation maps' metrics."""
+
+    id: int
+    instances: list[dict[str, Any]]
+    """In COCO's result format."""
+    skipped: list[str]
+    pairs: Pairs | None
+    """None if the image has no object, or if the image or its annotations cannot be read."""
+
+
+def examine(
+    raw: Predictions, batch: Batch, found: Instances, split: CocoSplit, config: Config, mask_size: tuple[int, int]
+) -> SegmentedImage:
+    """Return what an evaluation keeps of an image that was segmented as a whole.
+
+    Args:
+        raw: the model's output for this image, on the CPU.
+        found: the instances of the image.
+        mask_size: height and width of the predicted masks.
+
+    Raises:
+        DataError: an annotation cannot be read and `data.on_bad_image` is `error`.
+    """
+    [record], [size] = batch.records, batch.sizes
+    results = in_coco_format(record.id, found, [category.id for category in split.categories])
+    truth = _read_truth(record, split, config)
+    if truth is None:
+        return SegmentedImage(record.id, results, batch.skipped, None)
+    segments, labels = truth
+    whole = (record.height, record.width)
+    labels_and_scores = found.labels.cpu().numpy(), found.scores.cpu().numpy()
+    iou = overlaps([result["segmentation"] for result in results], _true_segmentations(record), *whole)
+    small = [as_mask(segment, size) for segment in resize_segments(segments, whole, size)]
+    originals = [as_mask(segment, whole) for segment in segments]
+    pairs = observe(raw, batch.padded, labels, small, iou, labels_and_scores, originals, config, mask_size)
+    return SegmentedImage(record.id, results, batch.skipped, pairs)
+
+
+class TiledImage:
+    """An image that is segmented tile by tile. `add` takes its tiles in order, and returns the image after the last one.
+
+    The maps are compared with the objects within each tile. `duplicates` and `neighbours_recall` come from the joined instances.
+    """
+
+    def __init__(self, record: ImageRecord, split: CocoSplit, config: Config) -> None:
+        self.record = record
+        self._split, self._config = split, config
+        self._size = record.height, record.width
+        self._count = len(image_tiles(self._size, config.inference))
+        self._added = 0
+        self._placed: list[Placed] = []
+        self._pairs: list[Pairs] = []
+        self._truth: tuple[list[list[Polygon] | Mask], NDArray[np.int64]] | None = None
+
+    def add(self, raw: Predictions, batch: Batch, found: Instances, mask_size: tuple[int, int]) -> SegmentedImage | None:
+        """Add the next tile. The arguments, and errors, are those of `examine`."""
+        if not self._added:
+            self._truth = _read_truth(self.record, self._split, self._config)
+        [tile], [size] = batch.tiles, batch.sizes
+        self._placed += place(found, tile, self._added, self._size)
+        self._added += 1
+        if self._truth is not None:
+            self._observe(raw, batch.padded, tile, size, mask_size)
+        return self._joined() if self._added == self._count else None
+
+    def _observe(
+        self, raw: Predictions, padded: tuple[int, int], tile: Tile, size: tuple[int, int], mask_size: tuple[int, int]
+    ) -> None:
+        assert self._truth is not None
+        segments, labels = self._truth
+        parts = resize_segments(crop_segments(segments, *tile), tile.size, size)
+        masks = [as_mask(part, size) for part in parts]
+        inside = [index for index, mask in enumerate(masks) if mask.any()]
+        if inside:
+            seen = [masks[index] for index in inside]
+            self._pairs.append(observe_maps(raw, padded, labels[inside], seen, self._config, mask_size))
+
+    def _joined(self) -> SegmentedImage:
+        ids = [category.id for category in self._split.categories]
+        joined = [one for one in join(self._placed) if ids[one.label] is not None]
+        masks = CompactMasks.from_parts(((one.top, one.left, one.mask) for one in joined), (len(joined), *self._size))
+        results: list[dict[str, Any]] = [
+            {
+                "image_id": self.record.id,
+                "category_id": ids[one.label],
+                "score": one.score,
+                "segmentation": encode_runs(masks.column_runs(index), self._size),
+            }
+            for index, one in enumerate(joined)
+        ]
+        pairs = None
+        if self._truth is not None and len(self._truth[1]):
+            segments, labels = self._truth
+            iou = overlaps([result["segmentation"] for result in results], _true_segmentations(self.record), *self._size)
+            found = np.array([one.label for one in joined], np.int64), np.array([one.score for one in joined], np.float32)
+            originals = [as_mask(segment, self._size) for segment in segments]
+            pairs = with_found(of_tiles(self._pairs), labels, iou, found, originals)
+        return SegmentedImage(self.record.id, results, [], pairs)
+
+
+def _read_truth(
+    record: ImageRecord, split: CocoSplit, config: Config
+) -> tuple[list[list[Polygon] | Mask], NDArray[np.int64]] | None:
+    """Return the objects of an image and their labels; None if they cannot be read and may be left out."""
+    try:
+        return read_segments(record, split)
+    except DataError:
+        if config.data.on_bad_image == "error":
+            raise
+        return None
+
+
+def _true_segmentations(record: ImageRecord) -> list[Any]:
+    return [annotation.segmentation for annotation in record.annotations if not annotation.crowd]

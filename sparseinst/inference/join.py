@@ -1,0 +1,117 @@
+"""Join the instances of overlapping tiles into those of the whole image.
+
+Within a tile nothing is suppressed, as in the paper. An object in the overlap of two tiles, however, is found twice, and only one
+of the two instances may stay. The rule is that of SAHI (Akyon et al., ICIP 2022), but without its merging: in the order of their
+scores, an instance is dropped if it shares more than half of the smaller mask with an instance of another tile that was kept.
+
+K instances, h w height and width of a mask's box, H W height and width of the image or tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparseinst.data.tiles import Size, Tile
+from sparseinst.postprocess import Instances
+
+SAME = 0.5
+"""Two instances of different tiles are the same object if they share more than this fraction of the smaller mask."""
+CUT = 0.5
+"""When the instances are ordered, the score of an instance at a side of its tile is multiplied by this: another tile may show the
+object as a whole."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An instance of a tile at its place in the whole image."""
+
+    score: float
+    label: int
+    map: int
+    """The index of its instance activation map, below N."""
+    tile: int
+    """The index of its tile."""
+    top: int
+    left: int
+    mask: NDArray[np.bool_]
+    """(h, w): the mask in its bounding box, whose corner is at `top` and `left`."""
+    cut: bool
+    """Whether the mask touches a side of its tile that lies inside the image."""
+    response: NDArray[np.float32] | None = None
+    """The response of its map over the tile, if requested."""
+
+    @property
+    def bottom(self) -> int:
+        return self.top + self.mask.shape[0]
+
+    @property
+    def right(self) -> int:
+        return self.left + self.mask.shape[1]
+
+
+def place(found: Instances, tile: Tile, number: int, image: Size, responses: NDArray[np.float32] | None = None) -> list[Placed]:
+    """Return the instances of a tile, placed in the image; those without a pixel are left out.
+
+    Args:
+        number: the index of the tile.
+        responses: the response of each instance's map.
+    """
+    scores, labels, maps = (values.cpu().numpy() for values in (found.scores, found.labels, found.maps))
+    placed = []
+    for index, mask in enumerate(found.masks.cpu().numpy()):
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if not len(rows):
+            continue
+        top, left, bottom, right = int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+        cut = (
+            (top == 0 and tile.top > 0)
+            or (left == 0 and tile.left > 0)
+            or (bottom == tile.height and tile.top + tile.height < image[0])
+            or (right == tile.width and tile.left + tile.width < image[1])
+        )
+        inside = mask[top:bottom, left:right].copy()  # a view would keep the masks of the whole tile
+        response = responses[index] if responses is not None else None
+        place = tile.top + top, tile.left + left
+        about = float(scores[index]), int(labels[index]), int(maps[index])
+        placed.append(Placed(*about, number, *place, inside, cut, response))
+    return placed
+
+
+def join(placed: Sequence[Placed]) -> list[Placed]:
+    """Return the instances of the image, best score first: of the instances of one object in several tiles, one is kept.
+
+    Only instances of the same category and of different tiles are compared.
+    """
+    order = sorted(range(len(placed)), key=lambda index: (-placed[index].score * (CUT if placed[index].cut else 1), index))
+    boxes = np.array([(one.top, one.left, one.bottom, one.right) for one in placed], dtype=np.int64).reshape(-1, 4)
+    tiles = np.array([one.tile for one in placed], dtype=np.int64)
+    labels = np.array([one.label for one in placed], dtype=np.int64)
+    areas = [int(one.mask.sum()) for one in placed]
+    kept = np.zeros(len(placed), dtype=np.int64)
+    count = 0
+    for index in order:
+        before = kept[:count]
+        box, others = boxes[index], boxes[before]
+        near = (
+            (tiles[before] != tiles[index])
+            & (labels[before] == labels[index])
+            & (others[:, :2] < box[2:]).all(1)
+            & (box[:2] < others[:, 2:]).all(1)
+        )
+        same = (_shared(placed[index], placed[other]) > SAME * min(areas[index], areas[other]) for other in before[near].tolist())
+        if not any(same):
+            kept[count] = index
+            count += 1
+    return sorted((placed[index] for index in kept[:count].tolist()), key=lambda one: -one.score)
+
+
+def _shared(one: Placed, other: Placed) -> int:
+    """Return the number of pixels that two masks share, whose boxes overlap."""
+    top, left = max(one.top, other.top), max(one.left, other.left)
+    bottom, right = min(one.bottom, other.bottom), min(one.right, other.right)
+    first, second = (each.mask[top - each.top : bottom - each.top, left - each.left : right - each.left] for each in (one, other))
+    return int(np.count_nonzero(first & second))

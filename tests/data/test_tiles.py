@@ -1,0 +1,97 @@
+"""Check that tiles cover their image, and that training and evaluation cut the same tiles."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparseinst.config import Config, DataConfig, InferenceConfig
+from sparseinst.data.augmentation import augment
+from sparseinst.data.coco import val_split
+from sparseinst.data.loader import EvalSet
+from sparseinst.data.network_input import image_tiles, inference_size
+from sparseinst.data.tiles import Tile, tile_size, tiles_of
+from sparseinst.data.transforms import Sample
+from sparseinst.errors import UserError
+from sparseinst.overrides import load_config
+
+SIDES = st.integers(1, 400)
+
+
+@given(SIDES, SIDES, st.integers(16, 300), st.floats(0, 0.75))
+def test_tiles_cover_the_image_and_overlap(height: int, width: int, side: int, overlap: float) -> None:
+    tiles = tiles_of((height, width), side, overlap)
+    for length, starts, tile_side in (
+        (height, sorted({tile.top for tile in tiles}), min(side, height)),
+        (width, sorted({tile.left for tile in tiles}), min(side, width)),
+    ):
+        assert starts[0] == 0
+        assert starts[-1] + tile_side == length
+        steps = np.diff(starts)
+        assert (steps <= max(1, np.ceil(side * (1 - overlap)))).all(), "neighbours share at least the overlap, but for rounding"
+    assert all(tile.size == (min(side, height), min(side, width)) for tile in tiles)
+    assert len(tiles) == len({tile.top for tile in tiles}) * len({tile.left for tile in tiles})
+
+
+def test_an_image_without_tiles_is_one_tile() -> None:
+    assert tiles_of((30, 50), None) == [Tile(0, 0, 30, 50)] == tiles_of((30, 50), 64, 0.5)
+
+
+def test_all_tiles_have_one_scale() -> None:
+    assert tile_size((128, 128), 128, 256) == (256, 256)
+    assert tile_size((40, 128), 128, 256) == (80, 256), "the short side of a flat image is not enlarged further"
+    inference = InferenceConfig(tile=100, short_side=200)
+    assert {inference_size(tile.size, inference) for tile in image_tiles((90, 350), inference)} == {(180, 200)}
+
+
+def test_training_cuts_a_tile_of_the_original_image() -> None:
+    """Each pixel's colour is its place, so that the tile's place and scale can be read from its pixels."""
+    rows, columns = np.mgrid[:200, :240]
+    image = np.stack([rows, columns, np.zeros_like(rows)], axis=2).astype(np.uint8)
+    mask = np.zeros((200, 240), np.uint8)
+    mask[90:110, 100:130] = 1
+    config = DataConfig(tile=64, short_sides=(128,), flip=0.0)
+    places = set()
+    for seed in range(20):
+        found = augment(Sample(image, [mask], np.array([0])), config, np.random.default_rng(seed))
+        assert found.image.shape == (128, 128, 3)
+        top, left = int(found.image[0, 0, 0]), int(found.image[0, 0, 1])
+        places.add((top, left))
+        assert int(found.image[-1, 0, 0]) - top == 63
+        assert np.array_equal(found.segments[0][::2, ::2], mask[top : top + 64, left : left + 64])
+    assert len(places) > 15
+    whole = augment(Sample(image, [mask], np.array([0])), config.model_copy(update={"tile": 400}), np.random.default_rng(0))
+    assert whole.image.shape[:2] == (64, 77), "a smaller image has the scale of all tiles"
+
+
+def test_evaluation_reads_every_tile_once(tiny: Config) -> None:
+    split = val_split(tiny.data)
+    whole = EvalSet(split, tiny.data, tiny.inference)
+    inference = tiny.inference.model_copy(update={"tile": 32, "tile_overlap": 0.25})
+    tiled = EvalSet(split, tiny.data, inference)
+    assert len(whole) == len(split.images)
+    assert len(tiled) == sum(len(image_tiles((image.height, image.width), inference)) for image in split.images) > len(whole)
+    first = split.images[0]
+    assert [tiled[index].tile for index in range(len(image_tiles((first.height, first.width), inference)))] == image_tiles(
+        (first.height, first.width), inference
+    )
+
+
+def test_settings_that_contradict_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tile=64 and crop=0.5 both cut the image"):
+        load_config(overrides={"data.tile": 64, "data.crop": 0.5})
+    with pytest.raises(UserError, match="tile_overlap"):
+        load_config(overrides={"inference.tile": 64, "inference.tile_overlap": 0.9})
+    with pytest.raises(UserError, match="tile"):
+        load_config(overrides={"inference.tile": 3})
+
+
+def test_tiles_do_not_change_the_keys_of_other_configs() -> None:
+    plain = Config()
+    assert "tile" not in str(plain.data.content()) + str(plain.inference.content())
+    assert plain.replace({"inference.tile_overlap": 0.5}).evaluate_key() == plain.evaluate_key(), "no tile, no overlap"
+    assert plain.replace({"inference.tile": 64}).evaluate_key() != plain.evaluate_key()
+    assert plain.replace({"inference.tile": 64}).train_key() == plain.train_key()
+    assert plain.replace({"data.tile": 64}).train_key() != plain.train_key()
