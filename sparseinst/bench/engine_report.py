@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -89,6 +90,7 @@ def draw_engines(rows: Sequence[dict[str, Any]], device: str) -> Figure | None:
     figure, axes = style.new(6.5, 4.2)
     axes.axhline(0.0, color="0.7", lw=0.8)
     labelled: set[str] = set()
+    labels = []
     for row in rows:
         lost, times, engine = row["AP_lost"], row["whole_ms"], row["engine"]
         axes.errorbar(
@@ -104,7 +106,7 @@ def draw_engines(rows: Sequence[dict[str, Any]], device: str) -> Figure | None:
         )
         labelled.add(engine)
         name = f"{row['precision']} {row['mode']}" if engine == "torch" else row["precision"]
-        axes.annotate(name, (times["median"], lost["value"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        labels.append(axes.text(times["median"], lost["value"], name, fontsize=8))
     axes.set_xscale("log")
     style.log_axis(axes.xaxis)
     batch = rows[0]["batch"]
@@ -113,4 +115,6 @@ def draw_engines(rows: Sequence[dict[str, Any]], device: str) -> Figure | None:
     axes.set_ylabel("AP lost against torch fp32")
     axes.grid(visible=True)
     style.finish(axes, f"{rows[0]['model']} at {rows[0]['size']}", [f"measured on {device}"], columns=3)
+    points = np.array([(row["whole_ms"]["median"], row["AP_lost"]["value"]) for row in rows])
+    style.separate_labels(axes, labels, points)
     return figure

@@ -24,9 +24,6 @@ _DEVICE_LOOKS: tuple[dict[str, Any], ...] = ({}, {"fillstyle": "left"}, {"fillst
 """One look for each device, added to the look of the system."""
 _THE_PAPER = "The paper: SparseInst, CVPR 2022"
 
-_LABEL_STEPS = 300
-"""The number of steps that move labels apart. With a time limit instead, a slow machine would draw another plot."""
-
 Point = tuple[float, float, str]
 """x, y and a label."""
 
@@ -70,7 +67,7 @@ def speed_accuracy(result: TableResult) -> Figure | None:
     axes.margins(x=0.12)
     axes.grid()
     style.finish(axes, _title(result), sources(result, quoted=not at_scale))
-    _separate_labels(axes, labels)
+    style.separate_labels(axes, labels, np.concatenate([np.asarray(line.get_xydata()) for line in axes.lines]))
     return figure
 
 
@@ -100,15 +97,6 @@ def _draw_points(axes: mpl.axes.Axes, points: list[Point], legend: str, **look: 
     """
     axes.plot([x for x, _, _ in points], [y for _, y, _ in points], label=legend, **look)
     return [axes.text(x, y, text, fontsize=6.5 if look.get("ls") == "" else 8) for x, y, text in points]
-
-
-def _separate_labels(axes: mpl.axes.Axes, labels: list[Any]) -> None:
-    """Move labels off each other and off the points, and draw a thin line from each label to its point."""
-    from adjustText import adjust_text  # it imports pyplot and scipy.spatial, which the other plots need not wait for
-
-    points = np.concatenate([np.asarray(line.get_xydata()) for line in axes.lines])
-    leader = {"arrowstyle": "-", "color": "0.6", "lw": 0.5}
-    adjust_text(labels, points[:, 0], points[:, 1], ax=axes, expand=(1.15, 1.4), iter_lim=_LABEL_STEPS, arrowprops=leader)
 
 
 @style.styled

@@ -15,11 +15,13 @@ from typing import Any, ParamSpec, TypeVar
 import matplotlib as mpl
 import matplotlib.axes
 import matplotlib.axis
+import numpy as np
 from cycler import cycler
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from numpy.typing import NDArray
 
 from sparseinst.files import atomic
 
@@ -48,6 +50,8 @@ _STYLE: Any = {
 }
 _DPI = 150
 """The pixels of a PNG per inch."""
+_LABEL_STEPS = 300
+"""The number of steps that move labels apart. With a time limit instead, a slow machine would draw another plot."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -85,6 +89,19 @@ def log_axis(axis: mpl.axis.Axis) -> None:
 def short(name: str, most: int = 32) -> str:
     """Return a name for an axis, cut off if it is so long that it would leave no room for the plot."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def separate_labels(axes: mpl.axes.Axes, labels: Sequence[Any], points: NDArray[np.float64]) -> None:
+    """Move labels off each other and off the points, and draw a thin line from each label to its point.
+
+    Args:
+        labels: matplotlib's texts.
+        points: (points, 2) x and y.
+    """
+    from adjustText import adjust_text  # it imports pyplot and scipy.spatial, which the other plots need not wait for
+
+    leader = {"arrowstyle": "-", "color": "0.6", "lw": 0.5}
+    adjust_text(list(labels), points[:, 0], points[:, 1], ax=axes, expand=(1.15, 1.4), iter_lim=_LABEL_STEPS, arrowprops=leader)
 
 
 def finish(axes: mpl.axes.Axes, title: str, sources: Sequence[str], *, columns: int = 1) -> None:
