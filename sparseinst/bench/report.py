@@ -46,7 +46,7 @@ def write_json(results: dict[str, Any], output: Path | None, *, as_json: bool) -
 
 def _print_rows(results: dict[str, Any]) -> None:
     rows, train = results["rows"], results["rows"][0]["train"]
-    Console(width=max(Console().width, 160)).print(_latency_table(rows, train, results["device"]))
+    Console(width=max(Console().width, 220)).print(_latency_table(rows, train, results["device"]))
     for row in rows:
         if row.get("roofline"):
             _print_roofline(row)

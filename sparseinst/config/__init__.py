@@ -9,7 +9,7 @@ from sparseinst.config.experiment import Config
 from sparseinst.config.inference import InferenceConfig
 from sparseinst.config.loss import LossConfig, MatcherConfig
 from sparseinst.config.model import BackboneConfig, DecoderConfig, EncoderConfig, IAMConfig, ModelConfig
-from sparseinst.config.presets import MODELS, PRESETS
+from sparseinst.config.presets import MODELS, PRESETS, RELEASED_MODELS, SMALL_MODELS
 from sparseinst.config.training import OptimizerConfig, PretrainConfig, TrainConfig
 from sparseinst.config.types import (
     ENGINE_PRECISIONS,
@@ -36,8 +36,10 @@ __all__ = [
     "MODELS",
     "PRESETS",
     "REFERENCE_BATCH",
+    "RELEASED_MODELS",
     "SHAPES_VERSION",
     "SIZE_DIVISOR",
+    "SMALL_MODELS",
     "STRIDES",
     "WITHOUT_AUGMENTATION",
     "Activation",

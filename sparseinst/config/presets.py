@@ -15,7 +15,7 @@ _SOFTMAX = {"model.decoder.iam.activation": "softmax"}
 _DCN = {"model.backbone.deformable_stages": [4, 5]}
 _TRAINED_NORMS = {"model.backbone.frozen_norm": False}
 _DROP_PATH = {"model.backbone.drop_path": 0.1}
-MODELS: dict[str, dict[str, Any]] = {
+RELEASED_MODELS: dict[str, dict[str, Any]] = {
     "r50-iam": {},
     "r50-giam": _GIAM,
     "r50-giam-softmax": {**_GIAM, **_SOFTMAX},
@@ -38,3 +38,16 @@ MODELS: dict[str, dict[str, Any]] = {
 """The overrides of each released model, by its name. `cspdarknet53-giam` has sigmoid maps; the released one has softmax maps.
 
 As in the reference, DarkNet53 starts from random weights."""
+
+_HALF = {"model.width_factor": 0.5}
+SMALL_MODELS: dict[str, dict[str, Any]] = {
+    "r18-giam": {**_GIAM, "model.backbone.name": "resnet18.tv_in1k"},
+    "r34-giam": {**_GIAM, "model.backbone.name": "resnet34.tv_in1k"},
+    "mobilenetv3-giam": {**_GIAM, **_TRAINED_NORMS, **_HALF, "model.backbone.name": "mobilenetv3_large_100.ra_in1k"},
+    "lite0-giam": {**_GIAM, **_TRAINED_NORMS, **_HALF, "model.backbone.name": "tf_efficientnet_lite0.in1k"},
+}
+"""The overrides of models for processors, by name. The last two have half of the paper's channels in encoder and decoder. The
+paper has no such models, and nobody has released weights for them."""
+
+MODELS: dict[str, dict[str, Any]] = {**RELEASED_MODELS, **SMALL_MODELS}
+"""The overrides of all named models."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparseinst.config import MODELS, PRESETS, Config
+from sparseinst.config import PRESETS, RELEASED_MODELS, Config
 from sparseinst.data.coco import Category
 from sparseinst.errors import UserError
 from sparseinst.models.backbone import read_tensors
@@ -76,7 +76,7 @@ class Imported:
     config: Config
     categories: tuple[Category, ...]
     name: str
-    """The model's name in `sparseinst.config.MODELS`, or the backbone's name if the model is not there."""
+    """The model's name in `sparseinst.config.RELEASED_MODELS`, or the backbone's name if the model is not there."""
     renamed: dict[str, str]
     """Our name for each of their names."""
     dropped: list[str] = field(default_factory=list)
@@ -151,7 +151,7 @@ def import_released(path: Path) -> Imported:
 def training_settings(backbone: str) -> dict[str, Any]:
     """Return the settings below `model.backbone` that the tensors of a released model do not show: how it is trained."""
     names = ("frozen_norm", "drop_path")
-    for settings in MODELS.values():
+    for settings in RELEASED_MODELS.values():
         if settings.get("model.backbone.name") == backbone:
             return {name: settings[key] for name in names if (key := f"model.backbone.{name}") in settings}
     return {}
@@ -332,7 +332,7 @@ def _check_fit(state: Mapping[str, Tensor], config: Config, theirs: Mapping[str,
 
 def _name_of(config: Config) -> str:
     """Return the name of the released model with these settings, or else the backbone's name."""
-    for name, settings in MODELS.items():
+    for name, settings in RELEASED_MODELS.items():
         named = Config().replace(settings).model
         if named.content("latency") == config.model.content("latency"):
             return name

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from sparseinst import load_model
 from sparseinst.cli import run_cli
-from sparseinst.config import MODELS, PRESETS, Config
+from sparseinst.config import PRESETS, RELEASED_MODELS, Config
 from sparseinst.data.coco import category_names
 from sparseinst.errors import UserError
 from sparseinst.integrations.released import import_backbone, import_released, to_our_names, to_reference_names
 from sparseinst.models.sparseinst import build_model
 
-RELEASED = sorted(MODELS)
+RELEASED = sorted(RELEASED_MODELS)
 NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -86,7 +86,7 @@ def head_name(ours: str) -> str:
 
 
 def model_config(name: str) -> Config:
-    return Config().replace({**PRESETS["release"], **MODELS[name], "model.backbone.pretrained": False})
+    return Config().replace({**PRESETS["release"], **RELEASED_MODELS[name], "model.backbone.pretrained": False})
 
 
 def checkpoint(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
