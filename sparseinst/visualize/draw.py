@@ -18,6 +18,7 @@ from sparseinst.inference.compact import CompactMasks, Runs, strip_rows
 from sparseinst.inference.predict import CompactInstances, FoundInstances
 from sparseinst.visualize.labels import Box, place_labels
 
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 ColourBy = Literal["instance", "class", "map"]
 Colour = tuple[int, int, int]
 """Red, green and blue, 0 to 255."""
@@ -36,6 +37,9 @@ def overlay(
     The best instances are drawn last. The outline is a line of the instance's colour and a white line around it, so that it is
     visible on objects of any colour.
 
+    Many labels would hide the image. If they would cover more than a tenth of it and all objects have one name, the name is left
+    out. If that is not enough, there is no label.
+
     Args:
         colour: what has a colour of its own: each `instance` of the image by its rank, each `class`, or each instance activation
             `map`. Those of classes and maps are the same in every image.
@@ -49,13 +53,35 @@ def overlay(
     drawn = _tinted(image, masks, [(index, colours[index]) for index in order], line, opacity)
     pen = ImageDraw.Draw(drawn)
     font = ImageFont.load_default(size=max(9, min(image.size) / 32))
-    texts = [name + (f" {score:.2f}" if scores else "") for name, score in zip(found.names, found.scores, strict=True)]
-    plates = [pen.textbbox((0, 0), text, font=font) for text in texts]
-    sizes = [(box[2] - box[0] + 4, box[3] - box[1] + 4) for box in plates]
+    numbers = [f"{score:.2f}" if scores else "" for score in found.scores]
+    texts = [f"{name} {number}".strip() for name, number in zip(found.names, numbers, strict=True)]
+    sizes = _plate_sizes(pen, font, texts)
+    if _crowded(sizes, image.size) and len(set(found.names)) == 1:
+        texts = numbers
+        sizes = _plate_sizes(pen, font, texts)
+    if _crowded(sizes, image.size):
+        return drawn
     for index, place in enumerate(place_labels(masks, sizes)):
         if place is not None and texts[index]:
             _label(pen, font, texts[index], place, colours[index], _nearest_pixel(masks.runs(index), place))
     return drawn
+
+
+_FEW = 10
+"""So many labels are drawn in any case."""
+_MOST_LABELLED = 0.1
+"""The largest part of the image that all labels together may cover."""
+
+
+def _plate_sizes(pen: ImageDraw.ImageDraw, font: _Font, texts: Sequence[str]) -> list[tuple[float, float]]:
+    """Return the width and height of each label."""
+    boxes = [pen.textbbox((0, 0), text, font=font) for text in texts]
+    return [(box[2] - box[0] + 4, box[3] - box[1] + 4) for box in boxes]
+
+
+def _crowded(plates: Sequence[tuple[float, float]], size: tuple[int, int]) -> bool:
+    """Tell whether labels of these sizes would cover too much of an image of this size."""
+    return len(plates) > _FEW and sum(width * height for width, height in plates) > _MOST_LABELLED * size[0] * size[1]
 
 
 def _tinted(
@@ -190,7 +216,7 @@ def picture_grid(pictures: Sequence[tuple[str, Image.Image]], *, columns: int) -
     return whole
 
 
-def _cut(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _cut(text: str, width: int, font: _Font) -> str:
     """Return a title that is at most `width` pixels wide: the middle of its first word (a file's name), then its end, is cut."""
     name, separator, rest = text.partition(":")
     while font.getlength(text) > width and len(name) > 16:
@@ -232,7 +258,7 @@ def _nearest_pixel(runs: Runs, place: Box) -> tuple[float, float] | None:
 
 def _label(
     pen: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: _Font,
     text: str,
     place: Box,
     colour: Colour,

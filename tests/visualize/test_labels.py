@@ -1,9 +1,11 @@
 """Check the labels, the colours and the contact sheets of predictions."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from sparseinst import load_model
@@ -77,3 +79,27 @@ def test_predict_writes_sheets_and_says_what_is_left_out(
     again = ["predict", str(inside), "--weights", str(trained), "--device", "cpu", "--sheet", "--output", str(inside.parent)]
     assert run_cli(again) == 2
     assert "would be overwritten" in capsys.readouterr().err
+
+
+def test_labels_do_not_hide_a_crowded_image() -> None:
+    """Sixty equal objects get their scores alone; two hundred get no label; with two names, the names are needed."""
+    image = Image.new("RGB", (640, 480))
+
+    def drawn(count: int, names: list[str]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        masks = np.zeros((count, 480, 640), bool)
+        for index, mask in enumerate(masks):
+            top, left = divmod(index, 20)
+            mask[4 + 40 * top : 20 + 40 * top, 4 + 30 * left : 20 + 30 * left] = True
+        about = np.full(count, 0.5, np.float32), np.zeros(count, np.int64), masks
+        chosen = [names[index % len(names)] for index in range(count)]
+        found = FoundInstances(*about, chosen, np.zeros(count, np.int64))
+        nameless = replace(found, names=[""] * count)
+        return np.asarray(overlay(image, found)), np.asarray(overlay(image, nameless, scores=False))
+
+    labelled, bare = drawn(8, ["cell"])
+    few = int((labelled != bare).any(2).sum())
+    labelled, bare = drawn(60, ["cell"])
+    numbers = int((labelled != bare).any(2).sum())
+    assert 0 < numbers < 60 * few / 8 * 0.7, "the scores are much shorter"
+    assert np.array_equal(*drawn(200, ["cell"]))
+    assert np.array_equal(*drawn(60, ["cell", "nucleus"]))
