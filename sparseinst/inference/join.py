@@ -9,6 +9,7 @@ K instances, h w height and width of a mask's box, H W height and width of the i
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparseinst.data.tiles import Size, Tile
+from sparseinst.inference.compact import CompactMasks, PackedMask
 from sparseinst.postprocess import Instances
 
 SAME = 0.5
@@ -37,8 +39,9 @@ class Placed:
     """The index of its tile."""
     top: int
     left: int
-    mask: NDArray[np.bool_]
-    """(h, w): the mask in its bounding box, whose corner is at `top` and `left`."""
+    mask: PackedMask
+    """(h, w): the mask in its bounding box, whose corner is at `top` and `left`. A large image has thousands of masks, of which
+    weak ones may fill a tile, so they are packed."""
     cut: bool
     """Whether the mask touches a side of its tile that lies inside the image."""
     response: NDArray[np.float32] | None = None
@@ -53,16 +56,28 @@ class Placed:
         return self.left + self.mask.shape[1]
 
 
-def place(found: Instances, tile: Tile, number: int, image: Size, responses: NDArray[np.float32] | None = None) -> list[Placed]:
+def place(
+    found: Instances,
+    tile: Tile,
+    number: int,
+    image: Size,
+    responses: NDArray[np.float32] | None = None,
+    *,
+    score: float = 0.0,
+) -> list[Placed]:
     """Return the instances of a tile, placed in the image; those without a pixel are left out.
 
     Args:
         number: the index of the tile.
         responses: the response of each instance's map.
+        score: of the joined instances, only those with this score or more will be used. Instances that are so weak that they
+            cannot suppress one of these are left out.
     """
     scores, labels, maps = (values.cpu().numpy() for values in (found.scores, found.labels, found.maps))
     placed = []
     for index, mask in enumerate(found.masks.cpu().numpy()):
+        if scores[index] < CUT * score:
+            continue
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if not len(rows):
             continue
@@ -73,7 +88,7 @@ def place(found: Instances, tile: Tile, number: int, image: Size, responses: NDA
             or (bottom == tile.height and tile.top + tile.height < image[0])
             or (right == tile.width and tile.left + tile.width < image[1])
         )
-        inside = mask[top:bottom, left:right].copy()  # a view would keep the masks of the whole tile
+        inside = PackedMask.of(mask[top:bottom, left:right])
         response = responses[index] if responses is not None else None
         place = tile.top + top, tile.left + left
         about = float(scores[index]), int(labels[index]), int(maps[index])
@@ -89,29 +104,37 @@ def join(placed: Sequence[Placed]) -> list[Placed]:
     order = sorted(range(len(placed)), key=lambda index: (-placed[index].score * (CUT if placed[index].cut else 1), index))
     boxes = np.array([(one.top, one.left, one.bottom, one.right) for one in placed], dtype=np.int64).reshape(-1, 4)
     tiles = np.array([one.tile for one in placed], dtype=np.int64)
-    labels = np.array([one.label for one in placed], dtype=np.int64)
-    areas = [int(one.mask.sum()) for one in placed]
-    kept = np.zeros(len(placed), dtype=np.int64)
-    count = 0
+    areas = [int(np.bitwise_count(one.mask.bits).sum()) for one in placed]
+    # The corners of two boxes that overlap lie in the same square of this side, or in adjacent ones.
+    side = int((boxes[:, 2:] - boxes[:, :2]).max(initial=1))
+    kept: list[Placed] = []
+    by_square: defaultdict[tuple[int, int, int], list[int]] = defaultdict(list)
+    """The indices of the kept instances, by category and by the square in which their corner lies."""
     for index in order:
-        before = kept[:count]
-        box, others = boxes[index], boxes[before]
-        near = (
-            (tiles[before] != tiles[index])
-            & (labels[before] == labels[index])
-            & (others[:, :2] < box[2:]).all(1)
-            & (box[:2] < others[:, 2:]).all(1)
-        )
-        same = (_shared(placed[index], placed[other]) > SAME * min(areas[index], areas[other]) for other in before[near].tolist())
+        one, box = placed[index], boxes[index]
+        row, column = one.top // side, one.left // side
+        squares = ((one.label, row + down, column + right) for down in (-1, 0, 1) for right in (-1, 0, 1))
+        others = np.array([other for square in squares for other in by_square.get(square, ())], dtype=np.int64)
+        overlap = (boxes[others, :2] < box[2:]).all(1) & (box[:2] < boxes[others, 2:]).all(1)
+        near = others[overlap & (tiles[others] != one.tile)]
+        same = (_shared(one, placed[other]) > SAME * min(areas[index], areas[other]) for other in near.tolist())
         if not any(same):
-            kept[count] = index
-            count += 1
-    return sorted((placed[index] for index in kept[:count].tolist()), key=lambda one: -one.score)
+            kept.append(one)
+            by_square[one.label, row, column].append(index)
+    return sorted(kept, key=lambda one: -one.score)
+
+
+def as_masks(instances: Sequence[Placed], image: Size) -> CompactMasks:
+    """Return the masks of instances, in the size of their image."""
+    parts = ((one.top, one.left, one.mask.expand()) for one in instances)
+    return CompactMasks.from_parts(parts, (len(instances), *image))
 
 
 def _shared(one: Placed, other: Placed) -> int:
     """Return the number of pixels that two masks share, whose boxes overlap."""
     top, left = max(one.top, other.top), max(one.left, other.left)
     bottom, right = min(one.bottom, other.bottom), min(one.right, other.right)
-    first, second = (each.mask[top - each.top : bottom - each.top, left - each.left : right - each.left] for each in (one, other))
+    first, second = (
+        each.mask.expand(top - each.top, bottom - each.top)[:, left - each.left : right - each.left] for each in (one, other)
+    )
     return int(np.count_nonzero(first & second))

@@ -24,7 +24,7 @@ from sparseinst.inference import optimize as optimizing
 from sparseinst.inference.checkpoints import find_weights
 from sparseinst.inference.compact import CompactMasks, Strip
 from sparseinst.inference.engine_network import check_device, device_for, open_source, torch_precision, with_engine
-from sparseinst.inference.join import Placed, join, place
+from sparseinst.inference.join import Placed, as_masks, join, place
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.paste import paste_strips
@@ -53,7 +53,8 @@ class Found(Generic[M]):
     """(K,), the index of the instance activation map, out of N, that found each instance."""
     activations: NDArray[np.float32] | None = None
     """(K, h, w), in [0, 1]: the response of each instance's map over the image without its padding, averaged over the map's
-    groups. None unless it was requested."""
+    groups; zeros outside the instance's tile. None unless it was requested. If the maps of fewer instances were requested, the
+    array holds only these."""
     highest: float | None = None
     """The highest score in the image, also if it was left out; None if no map has a score above `inference.score_threshold`."""
     before_top: int = 0
@@ -162,7 +163,7 @@ class Predictor:
         score: float = 0.0,
         *,
         top: int | None = None,
-        activations: bool = False,
+        activations: bool | int = False,
     ) -> FoundInstances:
         """Segment one image. For an image of many megapixels, `predict_compact` needs far less memory.
 
@@ -170,7 +171,8 @@ class Predictor:
             image: a file, a Pillow image, or (H, W, 3) RGB or (H, W) grey uint8.
             score: instances below this score are left out.
             top: return only this many instances, those with the highest scores.
-            activations: also return each instance's activation map.
+            activations: also return the activation map of each instance, or of so many of the best ones. An image in many tiles
+                has large maps.
 
         Raises:
             DataError: the file is no readable image, or the array has another shape or type.
@@ -183,13 +185,15 @@ class Predictor:
         score: float = 0.0,
         *,
         top: int | None = None,
-        activations: bool = False,
+        activations: bool | int = False,
     ) -> CompactInstances:
         """Segment one image as `predict` does, with the same masks, but never hold all their pixels in memory."""
         return CompactInstances(**self._find(as_image(image), score, top, activations, _COMPACT))
 
     @torch.no_grad()
-    def _find(self, picture: Image.Image, score: float, top: int | None, activations: bool, form: _Form[M]) -> dict[str, Any]:
+    def _find(
+        self, picture: Image.Image, score: float, top: int | None, activations: bool | int, form: _Form[M]
+    ) -> dict[str, Any]:
         """Return the fields of `Found`."""
         tiles = image_tiles((picture.height, picture.width), self.config.inference)
         if len(tiles) > 1:
@@ -206,13 +210,14 @@ class Predictor:
             strips = paste_strips(found.probabilities, padded, ImageSize(size, whole), inference.mask_threshold)
             masks = form.from_strips(_selected(strips, order.tolist()), (len(order), *whole))
         labels = found.labels[order].cpu().numpy()
+        shown = found.maps[order[: None if activations is True else activations]]
         return {
             "scores": found.scores[order].cpu().numpy(),
             "labels": labels,
             "masks": masks,
             "names": [self.categories[label].name for label in labels],
             "maps": found.maps[order].cpu().numpy(),
-            "activations": self._activations(raw, size, found.maps[order]).cpu().numpy() if activations else None,
+            "activations": self._activations(raw, size, shown).cpu().numpy() if activations else None,
             "highest": highest,
             "before_top": before_top,
             "full": before_top == raw.mask_logits.shape[1],
@@ -224,31 +229,32 @@ class Predictor:
         tiles: Sequence[Tile],
         score: float,
         top: int | None,
-        activations: bool,
+        activations: bool | int,
         form: _Form[M],
     ) -> dict[str, Any]:
         """Segment each tile by itself, and return the fields of `Found` for the joined instances."""
         whole: Size = (picture.height, picture.width)
         placed: list[Placed] = []
+        best: list[float] = []
         full = False
         for number, tile in enumerate(tiles):
             raw, size, padded = self.forward(cut(picture, tile))
             [found] = postprocess(raw, padded, [ImageSize(size, tile.size)], self.config.inference)
             responses = self._activations(raw, size, found.maps).cpu().numpy() if activations else None
             full |= int((found.scores >= score).sum()) == raw.mask_logits.shape[1]
-            placed += place(found, tile, number, whole, responses)
-        joined = join(placed)
-        chosen = [one for one in joined if one.score >= score]
+            best += found.scores.sort(descending=True).values[:1].tolist()
+            placed += place(found, tile, number, whole, responses, score=score)
+        chosen = [one for one in join(placed) if one.score >= score]
         before_top, chosen = len(chosen), chosen[:top]
-        masks = CompactMasks.from_parts(((one.top, one.left, one.mask) for one in chosen), (len(chosen), *whole))
+        shown = chosen[: None if activations is True else activations]
         return {
             "scores": np.array([one.score for one in chosen], dtype=np.float32),
             "labels": np.array([one.label for one in chosen], dtype=np.int64),
-            "masks": form.from_compact(masks),
+            "masks": form.from_compact(as_masks(chosen, whole)),
             "names": [self.categories[one.label].name for one in chosen],
             "maps": np.array([one.map for one in chosen], dtype=np.int64),
-            "activations": self._joined_activations(chosen, tiles, whole) if activations else None,
-            "highest": joined[0].score if joined else None,
+            "activations": self._joined_activations(shown, tiles, whole) if activations else None,
+            "highest": max(best, default=None),
             "before_top": before_top,
             "full": full,
         }

@@ -22,6 +22,8 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 ColourBy = Literal["instance", "class", "map"]
 Colour = tuple[int, int, int]
 """Red, green and blue, 0 to 255."""
+MOST_MAPS = 8
+"""The largest number of instances in a sheet of activation maps."""
 
 
 def overlay(
@@ -135,7 +137,7 @@ def _tint(
 
 
 def activation_sheet(
-    image: Image.Image, found: FoundInstances | CompactInstances, *, most: int = 8, width: int = 240
+    image: Image.Image, found: FoundInstances | CompactInstances, *, most: int = MOST_MAPS, width: int = 240
 ) -> Image.Image:
     """Return a sheet with one column for each instance, best first: its activation map over the image, above its mask (Figure 4).
 

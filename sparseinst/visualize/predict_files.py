@@ -19,7 +19,7 @@ from sparseinst.inference.compact import CompactMasks
 from sparseinst.inference.predict import CompactInstances, FoundInstances, Predictor, as_image
 from sparseinst.progress import progress_bar
 from sparseinst.visualize.contact_sheet import ContactSheets, sheet_names
-from sparseinst.visualize.draw import ColourBy, activation_sheet, overlay
+from sparseinst.visualize.draw import MOST_MAPS, ColourBy, activation_sheet, overlay
 from sparseinst.visualize.video import VIDEO_SUFFIXES, predict_video
 
 _log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def _predict_image(
     colour: ColourBy,
 ) -> Image.Image:
     image = as_image(file)
-    found = predictor.predict_compact(image, score, top=top, activations=maps)
+    found = predictor.predict_compact(image, score, top=top, activations=maps and MOST_MAPS)
     result.add(found, image.size, file_name=str(file))
     picture = overlay(image, found, colour=colour)
     with atomic(drawn) as temporary:

@@ -17,8 +17,9 @@ from sparseinst.data.masks import decode
 from sparseinst.data.shapes import write_shapes
 from sparseinst.data.tiles import Tile, tiles_of
 from sparseinst.evaluation.evaluate import evaluate
-from sparseinst.inference.compact import CompactMasks
-from sparseinst.inference.join import Placed, join, place
+from sparseinst.inference import join as join_module
+from sparseinst.inference.compact import CompactMasks, PackedMask
+from sparseinst.inference.join import CUT, Placed, as_masks, join, place
 from sparseinst.inference.predict import Predictor
 from sparseinst.models.sparseinst import build_model
 from sparseinst.postprocess import Instances
@@ -54,8 +55,7 @@ def seen(masks: NDArray[np.bool_], tile: Tile, number: int, labels: NDArray[np.i
 
 
 def expanded(instances: list[Placed]) -> NDArray[np.bool_]:
-    parts = ((one.top, one.left, one.mask) for one in instances)
-    return CompactMasks.from_parts(parts, (len(instances), *IMAGE)).expand()
+    return as_masks(instances, IMAGE).expand()
 
 
 @pytest.mark.parametrize("side", [40, 64, 99])
@@ -79,7 +79,7 @@ def test_an_object_larger_than_the_overlap_comes_in_pieces() -> None:
 
 
 def one(score: float, tile: int, left: int, label: int = 0, *, cut: bool = False) -> Placed:
-    return Placed(score, label, 0, tile, 0, left, np.ones((10, 10), bool), cut)
+    return Placed(score, label, 0, tile, 0, left, PackedMask.of(np.ones((10, 10), bool)), cut)
 
 
 def test_only_other_tiles_and_the_same_category_suppress() -> None:
@@ -91,6 +91,47 @@ def test_only_other_tiles_and_the_same_category_suppress() -> None:
     assert len(join([one(0.5, 0, 0), one(0.9, 1, 4)])) == 1
     assert join([one(0.9, 0, 0, cut=True), one(0.5, 1, 1)])[0].score == 0.5, "another tile shows the whole object"
     assert join([]) == []
+
+
+def test_the_join_compares_neighbours_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large photo has many thousand instances, of which each can share pixels with a few others only."""
+    random = np.random.default_rng(0)
+    placed = []
+    for _ in range(300):
+        mask = random.random((int(random.integers(1, 30)), int(random.integers(1, 30)))) < 0.7
+        corner, tile, label = random.integers(0, 200, 2).tolist(), int(random.integers(9)), int(random.integers(2))
+        placed.append(Placed(float(random.random()), label, 0, tile, *corner, PackedMask.of(mask), bool(random.random() < 0.3)))
+    masks = as_masks(placed, (230, 230)).expand()
+    flat = masks.reshape(300, -1).astype(np.float32)
+    shares = flat @ flat.T > 0.5 * np.minimum.outer(flat.sum(1), flat.sum(1))
+    kept: list[int] = []
+    for index in sorted(range(300), key=lambda index: -placed[index].score * (CUT if placed[index].cut else 1)):
+        rivals = [o for o in kept if placed[o].tile != placed[index].tile and placed[o].label == placed[index].label]
+        if not shares[index, rivals].any():
+            kept.append(index)
+    compared = []
+    shared = join_module._shared
+    monkeypatch.setattr(join_module, "_shared", lambda *pair: compared.append(pair) or shared(*pair))
+    assert [id(one) for one in join(placed)] == [id(placed[i]) for i in sorted(kept, key=lambda i: -placed[i].score)]
+    assert 100 < len(kept) < 290
+    assert len(compared) < 300 * 10
+
+
+def test_weak_instances_are_dropped_early_but_not_those_that_suppress() -> None:
+    random = np.random.default_rng(2)
+    tiles = tiles_of(IMAGE, 64, 0.4)
+    masks = discs(25, radius=9)
+    every: list[Placed] = []
+    some: list[Placed] = []
+    for number, tile in enumerate(tiles):
+        parts = masks[:, tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
+        scores = torch.from_numpy(random.random(25).astype(np.float32))
+        found = Instances(scores, torch.zeros(25, dtype=torch.int64), torch.from_numpy(parts.copy()), torch.arange(25))
+        every += place(found, tile, number, IMAGE)
+        some += place(found, tile, number, IMAGE, score=0.6)
+    assert len(some) < len(every)
+    expected = [(one.score, one.top, one.left) for one in join(every) if one.score >= 0.6]
+    assert [(one.score, one.top, one.left) for one in join(some) if one.score >= 0.6] == expected
 
 
 def test_masks_from_parts_equal_dense_ones() -> None:
