@@ -34,26 +34,6 @@ class Strip(NamedTuple):
     """Each mask's part, (rows, W). The next strip may overwrite it."""
 
 
-class PackedMask(NamedTuple):
-    """A boolean mask (h, w) with eight pixels in a byte."""
-
-    bits: NDArray[np.uint8]
-    """(h, ceil(w / 8)), filled up with zeros."""
-    width: int
-
-    @classmethod
-    def of(cls, mask: NDArray[np.bool_]) -> Self:
-        return cls(np.packbits(mask, axis=1), mask.shape[1])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.bits), self.width
-
-    def expand(self, start: int = 0, end: int | None = None) -> NDArray[np.bool_]:
-        """Return the mask, or its rows from `start` to `end`."""
-        return np.unpackbits(self.bits[start:end], axis=1, count=self.width).view(np.bool_)
-
-
 class CompactMasks:
     """K boolean masks (H, W), kept as the bounds of their runs. One mask, or some of its rows, is expanded when it is read.
 

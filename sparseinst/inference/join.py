@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparseinst.data.tiles import Size, Tile
-from sparseinst.inference.compact import CompactMasks, PackedMask
+from sparseinst.inference.compact import CompactMasks
 from sparseinst.postprocess import Instances
 
 SAME = 0.5
@@ -39,21 +40,44 @@ class Placed:
     """The index of its tile."""
     top: int
     left: int
-    mask: PackedMask
-    """(h, w): the mask in its bounding box, whose corner is at `top` and `left`. A large image has thousands of masks, of which
-    weak ones may fill a tile, so they are packed."""
+    """The corner of the box. `left` is a multiple of 8, so that the bytes of all masks lie on one grid."""
+    width: int
+    bits: NDArray[np.uint8]
+    """(h, ceil(w / 8)): the mask in its box, eight pixels in a byte, filled up with zeros. A large image has thousands of masks,
+    and weak ones may fill a tile."""
     cut: bool
     """Whether the mask touches a side of its tile that lies inside the image."""
     response: NDArray[np.float32] | None = None
     """The response of its map over the tile, if requested."""
 
+    @classmethod
+    def of(
+        cls,
+        about: tuple[float, int, int, int],
+        top: int,
+        left: int,
+        mask: NDArray[np.bool_],
+        *,
+        cut: bool,
+        response: NDArray[np.float32] | None = None,
+    ) -> Self:
+        """Return an instance whose mask (h, w) begins at any `top` and `left`; `about` are its score, label, map and tile."""
+        margin = left % 8
+        bits = np.packbits(np.pad(mask, ((0, 0), (margin, 0))), axis=1)
+        return cls(*about, top, left - margin, mask.shape[1] + margin, bits, cut, response)
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """The mask in its box, (h, w)."""
+        return np.unpackbits(self.bits, axis=1, count=self.width).view(np.bool_)
+
     @property
     def bottom(self) -> int:
-        return self.top + self.mask.shape[0]
+        return self.top + len(self.bits)
 
     @property
     def right(self) -> int:
-        return self.left + self.mask.shape[1]
+        return self.left + self.width
 
 
 def place(
@@ -88,11 +112,10 @@ def place(
             or (bottom == tile.height and tile.top + tile.height < image[0])
             or (right == tile.width and tile.left + tile.width < image[1])
         )
-        inside = PackedMask.of(mask[top:bottom, left:right])
         response = responses[index] if responses is not None else None
-        place = tile.top + top, tile.left + left
-        about = float(scores[index]), int(labels[index]), int(maps[index])
-        placed.append(Placed(*about, number, *place, inside, cut, response))
+        about = float(scores[index]), int(labels[index]), int(maps[index]), number
+        corner = tile.top + top, tile.left + left
+        placed.append(Placed.of(about, *corner, mask[top:bottom, left:right], cut=cut, response=response))
     return placed
 
 
@@ -104,7 +127,7 @@ def join(placed: Sequence[Placed]) -> list[Placed]:
     order = sorted(range(len(placed)), key=lambda index: (-placed[index].score * (CUT if placed[index].cut else 1), index))
     boxes = np.array([(one.top, one.left, one.bottom, one.right) for one in placed], dtype=np.int64).reshape(-1, 4)
     tiles = np.array([one.tile for one in placed], dtype=np.int64)
-    areas = [int(np.bitwise_count(one.mask.bits).sum()) for one in placed]
+    areas = [int(np.bitwise_count(one.bits).sum()) for one in placed]
     # The corners of two boxes that overlap lie in the same square of this side, or in adjacent ones.
     side = int((boxes[:, 2:] - boxes[:, :2]).max(initial=1))
     kept: list[Placed] = []
@@ -126,7 +149,7 @@ def join(placed: Sequence[Placed]) -> list[Placed]:
 
 def as_masks(instances: Sequence[Placed], image: Size) -> CompactMasks:
     """Return the masks of instances, in the size of their image."""
-    parts = ((one.top, one.left, one.mask.expand()) for one in instances)
+    parts = ((one.top, one.left, one.mask) for one in instances)
     return CompactMasks.from_parts(parts, (len(instances), *image))
 
 
@@ -134,7 +157,7 @@ def _shared(one: Placed, other: Placed) -> int:
     """Return the number of pixels that two masks share, whose boxes overlap."""
     top, left = max(one.top, other.top), max(one.left, other.left)
     bottom, right = min(one.bottom, other.bottom), min(one.right, other.right)
-    first, second = (
-        each.mask.expand(top - each.top, bottom - each.top)[:, left - each.left : right - each.left] for each in (one, other)
-    )
-    return int(np.count_nonzero(first & second))
+    count = -(-(right - left) // 8)
+    starts = ((each.bits[top - each.top : bottom - each.top], (left - each.left) // 8) for each in (one, other))
+    first, second = (rows[:, start : start + count] for rows, start in starts)
+    return int(np.bitwise_count(first & second).sum())

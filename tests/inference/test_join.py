@@ -18,7 +18,7 @@ from sparseinst.data.shapes import write_shapes
 from sparseinst.data.tiles import Tile, tiles_of
 from sparseinst.evaluation.evaluate import evaluate
 from sparseinst.inference import join as join_module
-from sparseinst.inference.compact import CompactMasks, PackedMask
+from sparseinst.inference.compact import CompactMasks
 from sparseinst.inference.join import CUT, Placed, as_masks, join, place
 from sparseinst.inference.predict import Predictor
 from sparseinst.models.sparseinst import build_model
@@ -79,7 +79,7 @@ def test_an_object_larger_than_the_overlap_comes_in_pieces() -> None:
 
 
 def one(score: float, tile: int, left: int, label: int = 0, *, cut: bool = False) -> Placed:
-    return Placed(score, label, 0, tile, 0, left, PackedMask.of(np.ones((10, 10), bool)), cut)
+    return Placed.of((score, label, 0, tile), 0, left, np.ones((10, 10), bool), cut=cut)
 
 
 def test_only_other_tiles_and_the_same_category_suppress() -> None:
@@ -100,7 +100,8 @@ def test_the_join_compares_neighbours_only(monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(300):
         mask = random.random((int(random.integers(1, 30)), int(random.integers(1, 30)))) < 0.7
         corner, tile, label = random.integers(0, 200, 2).tolist(), int(random.integers(9)), int(random.integers(2))
-        placed.append(Placed(float(random.random()), label, 0, tile, *corner, PackedMask.of(mask), bool(random.random() < 0.3)))
+        about = float(random.random()), label, 0, tile
+        placed.append(Placed.of(about, *corner, mask, cut=bool(random.random() < 0.3)))
     masks = as_masks(placed, (230, 230)).expand()
     flat = masks.reshape(300, -1).astype(np.float32)
     shares = flat @ flat.T > 0.5 * np.minimum.outer(flat.sum(1), flat.sum(1))
