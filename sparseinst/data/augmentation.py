@@ -20,10 +20,10 @@ _PASTED = 0.5  # the chance of each instance to be pasted
 
 
 def augment(sample: Sample, config: DataConfig, random: np.random.Generator) -> Sample:
-    """Return the augmented training sample: random tile or crop (Table 1 only), flip, size with its jitter, and colours."""
-    if config.tile is not None:
-        height, width = sample.image.shape[:2]
-        sample = _random_part(sample, min(height, config.tile), min(width, config.tile), random)
+    """Return the augmented training sample: random crop (Table 1 only), flip, size with its jitter, and colours.
+
+    With `data.tile`, the sample is a tile of the image, or an image that is smaller than a tile.
+    """
     if random.random() < config.crop:
         limit = math.inf if config.crop_limit == "none" else config.long_side
         height, width = sample.image.shape[:2]

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,10 +21,10 @@ from sparseinst.config import DataConfig, InferenceConfig, OptimizerConfig
 from sparseinst.data.augmentation import augment, paste
 from sparseinst.data.coco import CocoSplit, ImageRecord
 from sparseinst.data.images import read_image
-from sparseinst.data.masks import Mask
 from sparseinst.data.network_input import at_test_size, cut, image_tiles, pad
-from sparseinst.data.tiles import Tile
-from sparseinst.data.transforms import Polygon, Sample, as_segment, rasterise
+from sparseinst.data.objects import Objects, read_segments
+from sparseinst.data.tiles import Tile, random_tile
+from sparseinst.data.transforms import Sample, rasterise
 from sparseinst.errors import DataError
 
 PREFETCH = 4
@@ -72,7 +71,7 @@ class Batch(NamedTuple):
     skipped: list[str]
     mask_stride: int = 1
     """The factor by which the masks are smaller than the images."""
-    tiles: list[Tile] = []  # noqa: RUF012 (never changed)
+    tiles: Sequence[Tile] = ()
     """The part of the image that each input is; empty in training."""
 
     @property
@@ -86,7 +85,7 @@ class Batch(NamedTuple):
 
 
 class TrainSet(Dataset[Example]):
-    """Augmented training images without crowds, indexed by `Draw`.
+    """Augmented training images, or random tiles of them, without crowds, indexed by `Draw`.
 
     Args:
         mask_stride: the masks are downsampled by this factor: the even stride of the masks that the model predicts, or 1 to keep
@@ -124,8 +123,10 @@ class TrainSet(Dataset[Example]):
 
     def _augmented(self, record: ImageRecord, random: np.random.Generator, skipped: list[str]) -> Sample | None:
         """Return an augmented image; None, with a reason in `skipped`, if it is unreadable and may be left out."""
+        side = self.config.tile
+        tile = random_tile((record.height, record.width), side, random) if side is not None else None
         try:
-            return augment(read_sample(record, self.split), self.config, random)
+            return augment(read_sample(record, self.split, tile), self.config, random)
         except DataError as error:
             if self.config.on_bad_image == "error":
                 raise DataError(f"{error}; data.on_bad_image=skip leaves such images out") from None
@@ -149,8 +150,8 @@ class EvalSet(Dataset[Example]):
             for index, record in enumerate(self.images)
             for tile in image_tiles((record.height, record.width), inference)
         ]
-        self._read: tuple[int, Image.Image] | None = None
-        """The last image and its index: its other tiles come next."""
+        self._read: tuple[int, Image.Image | DataError] | None = None
+        """The last image, or why it is unreadable, and its index: its other tiles come next."""
         self.on_bad_image = config.on_bad_image
         self.inference = inference
 
@@ -174,27 +175,22 @@ class EvalSet(Dataset[Example]):
     def _image(self, number: int) -> Image.Image:
         if self._read is None or self._read[0] != number:
             record = self.images[number]
-            self._read = number, read_image(record.path, (record.height, record.width))
+            try:
+                self._read = number, read_image(record.path, (record.height, record.width))
+            except DataError as error:
+                self._read = number, error.with_traceback(None)
+        if isinstance(self._read[1], DataError):
+            raise self._read[1]
         return self._read[1]
 
 
-def read_sample(record: ImageRecord, split: CocoSplit) -> Sample:
-    """Read an image and its instances without crowds. Raises `DataError`."""
+def read_sample(record: ImageRecord, split: CocoSplit, tile: Tile | None = None) -> Sample:
+    """Read an image and its instances without crowds; with a tile, this part of them. Raises `DataError`."""
     image = read_image(record.path, (record.height, record.width))
-    segments, labels = read_segments(record, split)
-    return Sample(np.array(image), segments, labels)
-
-
-def read_segments(record: ImageRecord, split: CocoSplit) -> tuple[list[list[Polygon] | Mask], NDArray[np.int64]]:
-    """Return an image's instances and their labels (K,), without crowds. Raises `DataError`."""
-    annotations = [annotation for annotation in record.annotations if not annotation.crowd]
-    segments = []
-    for annotation in annotations:
-        try:
-            segments.append(as_segment(annotation.segmentation, record.height, record.width))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{split.file}: annotation {annotation.id}: segmentation: {error}") from None
-    return segments, np.array([a.label for a in annotations], dtype=np.int64)
+    if tile is None:
+        return Sample(np.array(image), *read_segments(record, split))
+    part = Objects(record, split).inside(tile)
+    return Sample(np.array(cut(image, tile)), part.segments, part.labels)
 
 
 class BatchOrder(Sampler[list[Draw]]):

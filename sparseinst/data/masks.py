@@ -47,6 +47,23 @@ def decode_with_bounds(segmentation: Any, height: int, width: int) -> tuple[Mask
     return mask.decode(runs), Bounds(top, left, top + high, left + wide)
 
 
+def bounds(segmentation: Any, height: int, width: int) -> Bounds:
+    """Return bounds that contain the instance, without decoding it. They may be too wide, but never too narrow.
+
+    Raises:
+        ValueError: as in `check_segmentation`.
+    """
+    from hotcoco import mask
+
+    check_segmentation(segmentation, height, width)
+    if isinstance(segmentation, Mapping):
+        left, top, wide, high = map(int, mask.to_bbox(_runs(segmentation, height, width)))
+        return Bounds(top, left, top + high, left + wide)
+    corners = np.concatenate([np.asarray(points, dtype=np.float64).reshape(-1, 2) for points in segmentation])
+    (left, top), (right, bottom) = np.floor(corners.min(0)).astype(int), np.ceil(corners.max(0)).astype(int)
+    return Bounds(int(top), int(left), int(bottom) + 1, int(right) + 1)
+
+
 def _runs(segmentation: Any, height: int, width: int) -> Any:
     from hotcoco import mask
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 Size = tuple[int, int]
 """Height and width in pixels."""
 
@@ -53,6 +55,13 @@ def _starts(length: int, side: int, overlap: float) -> list[int]:
         return [0]
     count = math.ceil(room / max(1.0, side * (1 - overlap))) + 1
     return [round(room * index / (count - 1)) for index in range(count)]
+
+
+def random_tile(image: Size, side: int, random: np.random.Generator) -> Tile:
+    """Return a tile at a random place of an image. Along a shorter side of the image, it is as long as the image."""
+    height, width = (min(side, length) for length in image)
+    top, left = int(random.integers(image[0] - height + 1)), int(random.integers(image[1] - width + 1))
+    return Tile(top, left, height, width)
 
 
 def tile_size(tile: Size, side: int, resized_side: int) -> Size:

@@ -21,7 +21,7 @@ from sparseinst.device import autocast
 from sparseinst.distributed import gather, rank, same_for_all, world_size
 from sparseinst.errors import DataError, memory_explained
 from sparseinst.evaluation.coco_metrics import Evaluator, coco_figures, figures_by_limit
-from sparseinst.evaluation.examine import SegmentedImage, TiledImage, examine
+from sparseinst.evaluation.examine import SegmentedImage, TiledImage
 from sparseinst.evaluation.mechanism import Matches, summarise
 from sparseinst.evaluation.predictions import write_predictions
 from sparseinst.models.decoder import Predictions
@@ -96,9 +96,8 @@ def evaluate(
     began = time.perf_counter()
     dataset = EvalSet(split, config.data, config.inference, part=rank(), parts=world_size())
     loader = eval_loader(dataset, config.data.workers, pin_memory=device.type == "cuda")
-    own: list[SegmentedImage] = []
+    own: list[SegmentedImage | None] = []
     pending: deque[Future[SegmentedImage | None]] = deque()
-    tiled: TiledImage | None = None
 
     # A second thread encodes the masks while the network works on the next input; at most `_MOST_WAITING` inputs wait for it.
     with (
@@ -108,30 +107,23 @@ def evaluate(
         for number, batch in enumerate(bar.track(loader, total=len(dataset), description="evaluate")):
             if attempt is not None:
                 attempt.at("image", number)
-            [record], [tile] = batch.records, batch.tiles
+            [tile] = batch.tiles
+            if (tile.top, tile.left) == (0, 0):  # the first tile of an image
+                image = TiledImage(batch.records[0], split, config)
             if batch.skipped:
-                if (tile.top, tile.left) == (0, 0):  # once an image
-                    pending.append(encoder.submit(SegmentedImage, record.id, [], batch.skipped, None))
+                pending.append(encoder.submit(image.skip, batch.skipped))
             else:
                 raw = forward_batch(model, batch, config, device)
                 [found] = segment(raw, batch, config)
                 # Copy the outputs: a CUDA graph writes those of the next image into the same memory.
                 raw = Predictions(*(tensor.cpu() if tensor.is_cuda else tensor for tensor in raw))
-                mask_size = model.mask_size(batch.padded)
-                if tile.size == (record.height, record.width):
-                    pending.append(encoder.submit(examine, raw, batch, found, split, config, mask_size))
-                else:
-                    if (tile.top, tile.left) == (0, 0):
-                        tiled = TiledImage(record, split, config)
-                    assert tiled is not None
-                    pending.append(encoder.submit(tiled.add, raw, batch, found, mask_size))
-            while len(pending) > _MOST_WAITING or (pending and number == len(dataset) - 1):
-                segmented = pending.popleft().result()
-                if segmented is not None:
-                    own.append(segmented)
+                pending.append(encoder.submit(image.add, raw, batch, found, model.mask_size(batch.padded)))
+            if len(pending) > _MOST_WAITING:
+                own.append(pending.popleft().result())
+        own.extend(future.result() for future in pending)
     if attempt is not None:
         attempt.at("wait")
-    shares = gather(own)
+    shares = gather([image for image in own if image is not None])
     result = _compare(shares, split, config, predictions, evaluator, attempt) if rank() == 0 else None
     result = same_for_all(result)
     assert result is not None

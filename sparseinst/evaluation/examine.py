@@ -5,20 +5,19 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sparseinst.config import Config
 from sparseinst.data.coco import CocoSplit, ImageRecord
-from sparseinst.data.loader import Batch, read_segments
-from sparseinst.data.masks import Mask, encode_runs, overlaps
+from sparseinst.data.loader import Batch
+from sparseinst.data.masks import encode_runs, overlaps
 from sparseinst.data.network_input import image_tiles
-from sparseinst.data.tiles import Tile
-from sparseinst.data.transforms import Polygon, as_mask, crop_segments, resize_segments
+from sparseinst.data.objects import Objects, Part, read_segments
+from sparseinst.data.tiles import Size
+from sparseinst.data.transforms import as_mask, resize_segments
 from sparseinst.errors import DataError
 from sparseinst.evaluation.mechanism import Pairs, observe, observe_maps, of_tiles, with_found
 from sparseinst.evaluation.predictions import in_coco_format
-from sparseinst.inference.compact import CompactMasks
-from sparseinst.inference.join import Placed, join, place
+from sparseinst.inference.join import Placed, as_masks, join, place
 from sparseinst.models.decoder import Predictions
 from sparseinst.postprocess import Instances
 
@@ -49,10 +48,12 @@ def examine(
     """
     [record], [size] = batch.records, batch.sizes
     results = in_coco_format(record.id, found, [category.id for category in split.categories])
-    truth = _read_truth(record, split, config)
-    if truth is None:
+    try:
+        segments, labels = read_segments(record, split)
+    except DataError:
+        if config.data.on_bad_image == "error":
+            raise
         return SegmentedImage(record.id, results, batch.skipped, None)
-    segments, labels = truth
     whole = (record.height, record.width)
     labels_and_scores = found.labels.cpu().numpy(), found.scores.cpu().numpy()
     iou = overlaps([result["segmentation"] for result in results], _true_segmentations(record), *whole)
@@ -65,7 +66,8 @@ def examine(
 class TiledImage:
     """An image that is segmented tile by tile. `add` takes its tiles in order, and returns the image after the last one.
 
-    The maps are compared with the objects within each tile. `duplicates` and `neighbours_recall` come from the joined instances.
+    An image that is segmented as a whole is a single tile. The maps are compared with the objects within each tile; `duplicates`
+    and `neighbours_recall` come from the joined instances.
     """
 
     def __init__(self, record: ImageRecord, split: CocoSplit, config: Config) -> None:
@@ -76,64 +78,68 @@ class TiledImage:
         self._added = 0
         self._placed: list[Placed] = []
         self._pairs: list[Pairs] = []
-        self._truth: tuple[list[list[Polygon] | Mask], NDArray[np.int64]] | None = None
+        self._objects: Objects | None = None
+        self._skipped: list[str] = []
 
     def add(self, raw: Predictions, batch: Batch, found: Instances, mask_size: tuple[int, int]) -> SegmentedImage | None:
         """Add the next tile. The arguments, and errors, are those of `examine`."""
+        if self._count == 1:
+            return examine(raw, batch, found, self._split, self._config, mask_size)
         if not self._added:
-            self._truth = _read_truth(self.record, self._split, self._config)
+            self._objects = self._read_objects()
         [tile], [size] = batch.tiles, batch.sizes
         self._placed += place(found, tile, self._added, self._size)
+        if self._objects is not None:
+            self._observe(raw, batch.padded, self._objects.inside(tile), tile.size, size, mask_size)
+        return self._next()
+
+    def skip(self, reasons: list[str]) -> SegmentedImage | None:
+        """Add the next tile, of an image that cannot be read. The whole image then counts as skipped."""
+        self._skipped = reasons
+        return self._next()
+
+    def _next(self) -> SegmentedImage | None:
         self._added += 1
-        if self._truth is not None:
-            self._observe(raw, batch.padded, tile, size, mask_size)
-        return self._joined() if self._added == self._count else None
+        if self._added < self._count:
+            return None
+        return SegmentedImage(self.record.id, [], self._skipped, None) if self._skipped else self._joined()
+
+    def _read_objects(self) -> Objects | None:
+        """Return the objects of the image; None if they cannot be read and may be left out."""
+        try:
+            return Objects(self.record, self._split)
+        except DataError:
+            if self._config.data.on_bad_image == "error":
+                raise
+            return None
 
     def _observe(
-        self, raw: Predictions, padded: tuple[int, int], tile: Tile, size: tuple[int, int], mask_size: tuple[int, int]
+        self, raw: Predictions, padded: tuple[int, int], part: Part, whole: Size, size: Size, mask_size: tuple[int, int]
     ) -> None:
-        assert self._truth is not None
-        segments, labels = self._truth
-        parts = resize_segments(crop_segments(segments, *tile), tile.size, size)
-        masks = [as_mask(part, size) for part in parts]
+        masks = [as_mask(segment, size) for segment in resize_segments(part.segments, whole, size)]
         inside = [index for index, mask in enumerate(masks) if mask.any()]
         if inside:
             seen = [masks[index] for index in inside]
-            self._pairs.append(observe_maps(raw, padded, labels[inside], seen, self._config, mask_size))
+            self._pairs.append(observe_maps(raw, padded, part.labels[inside], seen, self._config, mask_size))
 
     def _joined(self) -> SegmentedImage:
-        ids = [category.id for category in self._split.categories]
-        joined = [one for one in join(self._placed) if ids[one.label] is not None]
-        masks = CompactMasks.from_parts(((one.top, one.left, one.mask) for one in joined), (len(joined), *self._size))
+        joined = join(self._placed)
+        masks = as_masks(joined, self._size)
         results: list[dict[str, Any]] = [
             {
                 "image_id": self.record.id,
-                "category_id": ids[one.label],
+                "category_id": self._split.categories[one.label].id,
                 "score": one.score,
                 "segmentation": encode_runs(masks.column_runs(index), self._size),
             }
             for index, one in enumerate(joined)
         ]
         pairs = None
-        if self._truth is not None and len(self._truth[1]):
-            segments, labels = self._truth
+        if self._objects is not None and len(self._objects.labels):
             iou = overlaps([result["segmentation"] for result in results], _true_segmentations(self.record), *self._size)
             found = np.array([one.label for one in joined], np.int64), np.array([one.score for one in joined], np.float32)
-            originals = [as_mask(segment, self._size) for segment in segments]
-            pairs = with_found(of_tiles(self._pairs), labels, iou, found, originals)
+            pairs = with_found(of_tiles(self._pairs), self._objects.labels, iou, found, self._objects.masks())
         return SegmentedImage(self.record.id, results, [], pairs)
-
-
-def _read_truth(
-    record: ImageRecord, split: CocoSplit, config: Config
-) -> tuple[list[list[Polygon] | Mask], NDArray[np.int64]] | None:
-    """Return the objects of an image and their labels; None if they cannot be read and may be left out."""
-    try:
-        return read_segments(record, split)
-    except DataError:
-        if config.data.on_bad_image == "error":
-            raise
-        return None
 
 
 def _true_segmentations(record: ImageRecord) -> list[Any]:

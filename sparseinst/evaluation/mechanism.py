@@ -10,7 +10,7 @@ input); H W of the original image; H' W' of the resized image before padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,8 +64,8 @@ class Pairs(NamedTuple):
     """One entry for each found object."""
     neighbours: list[bool]
     """One entry for each pair of touching objects of one category: whether both are found."""
-    matched: dict[int, int]
-    """Maps an object's index to the index of its matched instance map."""
+    matched: dict[str, int]
+    """Maps the name of an object in its image to the index of its matched instance map: the object's index, in a whole image."""
 
 
 def instance_maps(responses: Tensor, num_maps: int) -> Tensor:
@@ -144,7 +144,7 @@ def observe_maps(
 ) -> Pairs:
     """Return the values that need only the maps, and the matched pairs. The arguments are those of `look`."""
     matches = look(raw, padded, labels, masks, config, mask_size)
-    matched = dict(zip(matches.objects.tolist(), matches.maps.tolist(), strict=True))
+    matched = dict(zip(map(str, matches.objects.tolist()), matches.maps.tolist(), strict=True))
     return of_maps(matches.responses, matches.covered, matches.objects)._replace(matched=matched)
 
 
@@ -153,7 +153,7 @@ def with_found(
     labels: NDArray[np.int64],
     overlaps: Any,
     found: tuple[NDArray[np.int64], NDArray[np.float32]],
-    originals: Sequence[Mask],
+    originals: Iterable[Mask],
 ) -> Pairs:
     """Return the values of one image with those that need its kept instances. The arguments are those of `observe`."""
     recalled = _recalled(labels, overlaps, found[0])
@@ -162,12 +162,13 @@ def with_found(
 
 
 def of_tiles(parts: Sequence[Pairs]) -> Pairs:
-    """Return the values of an image from those of its tiles. An object in two tiles counts in both, and has no one map."""
+    """Return the values of an image from those of its tiles, in their order. An object in two tiles counts in both."""
     every: dict[str, list[Any]] = {name: [] for name in Pairs._fields if name != "matched"}
     for part in parts:
         for name, values in every.items():
             values += getattr(part, name)
-    return Pairs(**every, matched={})
+    matched = {f"{number}-{name}": index for number, part in enumerate(parts) for name, index in part.matched.items()}
+    return Pairs(**every, matched=matched)
 
 
 def _on_cpu(raw: Predictions) -> Predictions:
@@ -235,36 +236,56 @@ def _duplicates(overlaps: Any, scores: NDArray[np.float32]) -> list[int]:
     return [int(count) - 1 for count in hits if count]
 
 
-def touching(labels: NDArray[np.int64], masks: Sequence[Mask]) -> list[tuple[int, int]]:
-    """Return the pairs of objects that have the same category and at most `TOUCHING_PIXELS` pixels between them."""
+def touching(labels: NDArray[np.int64], masks: Iterable[Mask]) -> list[tuple[int, int]]:
+    """Return the pairs of objects that have the same category and at most `TOUCHING_PIXELS` pixels between them.
+
+    Args:
+        masks: the masks (H, W) of the objects. They are read one after the other, since a large image may have very many.
+    """
     near = TOUCHING_PIXELS + 1
-    boxes = [_box(mask, near) for mask in masks]
+    parts = [_with_margin(mask, near) for mask in masks]
     pairs = []
-    for first in range(len(labels)):
-        if boxes[first] is None:
-            continue
+    for first, one in enumerate(parts):
         grown: NDArray[np.bool_] | None = None
-        for second in range(first + 1, len(labels)):
-            if labels[first] != labels[second] or boxes[second] is None or not _intersect(boxes[first], boxes[second]):
+        for second in range(first + 1, len(parts)):
+            other = parts[second]
+            if one is None or other is None or labels[first] != labels[second]:
+                continue
+            top, left = max(one.top, other.top), max(one.left, other.left)
+            bottom, right = min(one.bottom, other.bottom), min(one.right, other.right)
+            if top >= bottom or left >= right:
                 continue
             if grown is None:
-                grown = binary_dilation(masks[first][boxes[first]].astype(bool), iterations=near)
-            if (grown & masks[second][boxes[first]].astype(bool)).any():
+                grown = binary_dilation(one.mask, iterations=near)
+            own = grown[top - one.top : bottom - one.top, left - one.left : right - one.left]
+            if (own & other.mask[top - other.top : bottom - other.top, left - other.left : right - other.left]).any():
                 pairs.append((first, second))
     return pairs
 
 
-def _box(mask: Mask, margin: int) -> tuple[slice, slice] | None:
-    """Return the bounding box of a mask with a margin; None if the mask is empty."""
+class _Box(NamedTuple):
+    """A mask in its bounding box with a margin."""
+
+    top: int
+    left: int
+    mask: NDArray[np.bool_]
+
+    @property
+    def bottom(self) -> int:
+        return self.top + self.mask.shape[0]
+
+    @property
+    def right(self) -> int:
+        return self.left + self.mask.shape[1]
+
+
+def _with_margin(mask: Mask, margin: int) -> _Box | None:
+    """Return a mask in its bounding box with a margin, which ends at the side of the image; None if the mask is empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return None
-    top, left = max(0, rows[0] - margin), max(0, columns[0] - margin)
-    return slice(top, rows[-1] + margin + 1), slice(left, columns[-1] + margin + 1)
-
-
-def _intersect(first: Any, second: Any) -> bool:
-    return all(a.start < b.stop and b.start < a.stop for a, b in zip(first, second, strict=True))
+    top, left = max(0, int(rows[0]) - margin), max(0, int(columns[0]) - margin)
+    return _Box(top, left, mask[top : rows[-1] + margin + 1, left : columns[-1] + margin + 1].astype(np.bool_))
 
 
 def summarise(observed: Sequence[Pairs]) -> dict[str, float | None]:
@@ -290,7 +311,8 @@ def summarise(observed: Sequence[Pairs]) -> dict[str, float | None]:
 
 
 Matches = dict[str, int]
-"""The index of each object's map, by `IMAGE-NUMBER`: the image's id and the object's number in the image."""
+"""The index of each object's map, by `IMAGE-NUMBER`: the image's id and the object's number in the image. With tiles, it is
+`IMAGE-TILE-NUMBER`, where only tiles with objects count."""
 
 
 def stability(before: Matches, after: Matches) -> float | None:

@@ -14,11 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 from sparseinst.config import STRIDES
 from sparseinst.data.coco import CocoSplit, ImageRecord
 from sparseinst.data.images import read_image
-from sparseinst.data.loader import read_segments
 from sparseinst.data.masks import Mask
 from sparseinst.data.network_input import cut, image_tiles
-from sparseinst.data.tiles import Tile
-from sparseinst.data.transforms import Polygon, as_mask, crop_segments, resize_segments
+from sparseinst.data.objects import Objects, fullest_tile, read_segments
+from sparseinst.data.transforms import as_mask, resize_segments
 from sparseinst.evaluation.mechanism import look, of_maps
 from sparseinst.files import atomic, make_folder
 from sparseinst.inference.predict import Predictor
@@ -60,12 +59,15 @@ def object_maps(predictor: Predictor, record: ImageRecord, split: CocoSplit) -> 
         DataError: an image or an annotation that cannot be read.
     """
     picture = read_image(record.path, (record.height, record.width))
-    segments, labels = read_segments(record, split)
-    tile, inside = _fullest(image_tiles((record.height, record.width), predictor.config.inference), segments)
-    picture, whole = cut(picture, tile), tile.size
-    if not inside:
+    tiles = image_tiles((record.height, record.width), predictor.config.inference)
+    if len(tiles) == 1:
+        segments, labels = read_segments(record, split)
+        whole = record.height, record.width
+    else:
+        tile, (_, labels, segments) = fullest_tile(Objects(record, split), tiles)
+        picture, whole = cut(picture, tile), tile.size
+    if not segments:
         return picture, []
-    segments, labels = [crop_segments([segments[index]], *tile)[0] for index in inside], labels[inside]
     raw, size, padded = predictor.forward(picture)
     small = [as_mask(segment, size) for segment in resize_segments(segments, whole, size)]
     looked = look(raw, padded, labels, small, predictor.config, predictor.model.mask_size(padded))
@@ -93,17 +95,6 @@ def object_maps(predictor: Predictor, record: ImageRecord, split: CocoSplit) -> 
             )
         )
     return picture, sorted(rows, key=lambda row: -int(row.truth.sum()))
-
-
-def _fullest(tiles: Sequence[Tile], segments: Sequence[list[Polygon] | Mask]) -> tuple[Tile, list[int]]:
-    """Return the tile with most objects, and the indices of these objects. A single tile has all of them."""
-    if len(tiles) == 1:
-        return tiles[0], list(range(len(segments)))
-    inside = [
-        [index for index, part in enumerate(crop_segments(segments, *tile)) if as_mask(part, tile.size).any()] for tile in tiles
-    ]
-    best = max(range(len(tiles)), key=lambda number: len(inside[number]))
-    return tiles[best], inside[best]
 
 
 def object_sheet(image: Image.Image, objects: Sequence[ObjectMap]) -> Image.Image:

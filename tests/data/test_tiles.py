@@ -1,19 +1,22 @@
 """Check that tiles cover their image, and that training and evaluation cut the same tiles."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from sparseinst.config import Config, DataConfig, InferenceConfig
-from sparseinst.data.augmentation import augment
-from sparseinst.data.coco import val_split
-from sparseinst.data.loader import EvalSet
+from sparseinst.data.coco import Annotation, Category, CocoSplit, ImageRecord, val_split
+from sparseinst.data.loader import Draw, EvalSet, TrainSet
+from sparseinst.data.masks import encode
 from sparseinst.data.network_input import image_tiles, inference_size
+from sparseinst.data.objects import Objects, read_segments
 from sparseinst.data.tiles import Tile, tile_size, tiles_of
-from sparseinst.data.transforms import Sample
+from sparseinst.data.transforms import as_mask
 from sparseinst.errors import UserError
 from sparseinst.overrides import load_config
 
@@ -46,24 +49,52 @@ def test_all_tiles_have_one_scale() -> None:
     assert {inference_size(tile.size, inference) for tile in image_tiles((90, 350), inference)} == {(180, 200)}
 
 
-def test_training_cuts_a_tile_of_the_original_image() -> None:
+@pytest.mark.parametrize("kind", ["polygons", "run lengths"])
+def test_training_cuts_a_tile_of_the_original_image(kind: str, tmp_path: Path) -> None:
     """Each pixel's colour is its place, so that the tile's place and scale can be read from its pixels."""
     rows, columns = np.mgrid[:200, :240]
     image = np.stack([rows, columns, np.zeros_like(rows)], axis=2).astype(np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.png")
     mask = np.zeros((200, 240), np.uint8)
     mask[90:110, 100:130] = 1
+    square: Any = [[100, 90, 130, 90, 130, 110, 100, 110]] if kind == "polygons" else encode(mask[None])[0]
+    crowd: Any = encode(np.ones((1, 200, 240), np.uint8))[0]
+    annotations = [Annotation(1, 0, crowd=False, segmentation=square), Annotation(2, 0, crowd=True, segmentation=crowd)]
+    record = ImageRecord(1, tmp_path / "image.png", 200, 240, annotations)
+    split = CocoSplit(tmp_path / "a.json", (Category(1, "square"),), [record])
     config = DataConfig(tile=64, short_sides=(128,), flip=0.0)
-    places = set()
-    for seed in range(20):
-        found = augment(Sample(image, [mask], np.array([0])), config, np.random.default_rng(seed))
-        assert found.image.shape == (128, 128, 3)
-        top, left = int(found.image[0, 0, 0]), int(found.image[0, 0, 1])
+    dataset, places, without = TrainSet(split, config, seed=0), set(), 0
+    for number in range(40):
+        found = dataset[Draw(0, number)]
+        assert found.image.shape == (3, 128, 128)
+        top, left = found.image[:2, 0, 0].tolist()
         places.add((top, left))
-        assert int(found.image[-1, 0, 0]) - top == 63
-        assert np.array_equal(found.segments[0][::2, ::2], mask[top : top + 64, left : left + 64])
-    assert len(places) > 15
-    whole = augment(Sample(image, [mask], np.array([0])), config.model_copy(update={"tile": 400}), np.random.default_rng(0))
-    assert whole.image.shape[:2] == (64, 77), "a smaller image has the scale of all tiles"
+        assert int(found.image[0, -1, 0]) - top == 63
+        expected = mask[top : top + 64, left : left + 64]
+        without += not expected.any()
+        assert len(found.labels) == int(expected.any()), "crowds, and objects outside the tile, are left out"
+        for part in found.masks.numpy():
+            assert np.array_equal(part[::2, ::2], expected)
+    assert len(places) > 30
+    assert 0 < without < 40
+    whole = TrainSet(split, config.model_copy(update={"tile": 400}), seed=0)[Draw(0, 0)]
+    assert whole.image.shape[1:] == (64, 77), "a smaller image has the scale of all tiles"
+
+
+def test_a_tile_holds_the_same_instances_as_a_crop_of_the_image(tiny: Config) -> None:
+    split = val_split(tiny.data)
+    for record in split.images[:3]:
+        objects = Objects(record, split)
+        segments, labels = read_segments(record, split)
+        whole = [as_mask(segment, (record.height, record.width)) for segment in segments]
+        assert np.array_equal(np.stack(list(objects.masks())), np.stack(whole))
+        for tile in tiles_of((record.height, record.width), 24, 0.3):
+            part = objects.inside(tile)
+            inside = {index: as_mask(segment, tile.size) for index, segment in zip(part.indices, part.segments, strict=True)}
+            assert np.array_equal(part.labels, labels[part.indices])
+            for index, mask in enumerate(whole):
+                expected = mask[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
+                assert np.array_equal(inside.get(index, np.zeros(tile.size, np.uint8)), expected)
 
 
 def test_evaluation_reads_every_tile_once(tiny: Config) -> None:
