@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sparseinst.config import WITHOUT_AUGMENTATION, Config
 from sparseinst.data.coco import train_split
-from sparseinst.errors import RunFailed
+from sparseinst.data.images import read_image
+from sparseinst.data.masks import encode
+from sparseinst.data.network_input import cut
+from sparseinst.data.objects import Objects, fullest_tile
+from sparseinst.data.tiles import tiles_of
+from sparseinst.data.transforms import as_mask
+from sparseinst.errors import DataError, RunFailed
 from sparseinst.evaluation.weights import evaluate_run
 from sparseinst.files import atomic, make_folder
 from sparseinst.paths import RunPaths
@@ -44,6 +51,8 @@ class Preflight:
 def preflight(config: Config, output: Path, *, device: torch.device) -> Preflight:
     """Train a model on the first eight training images with instances, and evaluate it on the same images.
 
+    With `data.tile`, the check uses one tile of each of these images, the one with most instances.
+
     The check uses the model and the losses of the config, and its learning rate unless that is below `LEAST_RATE`. It uses no
     augmentation and skips the stage `pretrain`: a backbone that needs this stage starts from random weights, and its norms are
     trained.
@@ -56,7 +65,11 @@ def preflight(config: Config, output: Path, *, device: torch.device) -> Prefligh
         RunFailed: the model did not learn the images. The message gives the losses and the AP50.
     """
     began = time.perf_counter()
-    small = _small(config, _eight_images(config, output))
+    if config.data.tile is None:
+        what, images, annotations = "images", config.data.train_images, _eight_images(config, output)
+    else:
+        what, (images, annotations) = "tiles", _eight_tiles(config, config.data.tile, output)
+    small = _small(config, annotations, images)
     train(small, output, device=device, progress=True)
     result = evaluate_run(output, small, device=device)
     losses, seconds = _losses(output)
@@ -64,7 +77,7 @@ def preflight(config: Config, output: Path, *, device: torch.device) -> Prefligh
     before, after = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     ap50 = result.figures["AP50"] or 0.0
     reached = (
-        f"after {STEPS} steps on {IMAGES} images the loss went from {before:.2f} to {after:.2f}, and AP50 on them is {ap50:.1f}"
+        f"after {STEPS} steps on {IMAGES} {what} the loss went from {before:.2f} to {after:.2f}, and AP50 on them is {ap50:.1f}"
     )
     if after > MOST_LEFT * before:
         raise RunFailed(
@@ -73,7 +86,7 @@ def preflight(config: Config, output: Path, *, device: torch.device) -> Prefligh
     if ap50 < LEAST_AP50:
         times = STEPS * small.train.batch_size // IMAGES
         raise RunFailed(
-            f"preflight: {reached}, too little for images that it saw {times} times. Objects may be too small for the input "
+            f"preflight: {reached}, too little for {what} that it saw {times} times. Objects may be too small for the input "
             "(inference.short_side, model.decoder.mask_scale), or masks may be wrong (`data look`)"
         )
     return Preflight(before, after, ap50, time.perf_counter() - began, statistics.median(seconds) / small.train.batch_size)
@@ -92,8 +105,39 @@ def _eight_images(config: Config, output: Path) -> Path:
     return file.resolve()
 
 
-def _small(config: Config, annotations: Path) -> Config:
-    """Return the config of the check, which trains and evaluates on the images of this annotation file."""
+def _eight_tiles(config: Config, side: int, output: Path) -> tuple[str, Path]:
+    """Write the tiles of the check into the run's folder. Return the absolute paths of their folder and annotation file."""
+    split = train_split(config.data)
+    folder = make_folder(make_folder(output) / "eight_tiles").resolve()
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for record in split.with_instances().images:
+        size = record.height, record.width
+        try:
+            tile, part = fullest_tile(Objects(record, split), tiles_of(size, side))
+            picture = cut(read_image(record.path, size), tile)
+        except DataError:
+            if config.data.on_bad_image == "error":
+                raise
+            continue
+        images.append({"id": len(images) + 1, "file_name": f"{record.id}.png", "height": tile.height, "width": tile.width})
+        with atomic(folder / f"{record.id}.png") as temporary:
+            picture.save(temporary, format="PNG")
+        for label, segment in zip(part.labels.tolist(), part.segments, strict=True):
+            mask = as_mask(segment, tile.size)
+            about = {"id": len(annotations) + 1, "image_id": len(images), "category_id": split.categories[label].id}
+            annotations.append({**about, "segmentation": encode(mask[None])[0], "area": int(mask.sum()), "iscrowd": 0})
+        if len(images) == IMAGES:
+            break
+    file = folder.parent / "eight_tiles.json"
+    categories = [asdict(category) for category in split.categories]
+    with atomic(file) as temporary:
+        temporary.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return str(folder), file
+
+
+def _small(config: Config, annotations: Path, images: str) -> Config:
+    """Return the config of the check, which trains and evaluates on the images of this annotation file and folder."""
     data = config.data
     from_nothing = config.pretrain.enabled and config.train.start is None
     frozen = config.model.backbone.frozen_norm and not from_nothing
@@ -101,11 +145,13 @@ def _small(config: Config, annotations: Path) -> Config:
         {
             "data.train_annotations": str(annotations),
             "data.train_limit": None,
-            "data.val_images": data.train_images,
+            "data.train_images": images,
+            "data.val_images": images,
             "data.val_annotations": str(annotations),
             "data.val_limit": None,
-            "data.short_sides": [config.inference.short_side],
+            "data.short_sides": [config.inference.sides()[0]],
             **{f"data.{name}": value for name, value in WITHOUT_AUGMENTATION.items()},
+            "inference.tile": data.tile,  # objects must have the size that they have in training
             "inference.engine": "torch",  # the check is of the training
             "inference.precision": config.inference.precision if config.inference.engine == "torch" else "fp32",
             "model.backbone.frozen_norm": frozen,

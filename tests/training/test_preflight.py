@@ -27,7 +27,7 @@ def _fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_settings_of_a_long_run_do_not_prevent_its_check(settings: dict[str, object], tiny: Config) -> None:
-    small = module._small(tiny.replace(settings), Path("eight_images.json"))
+    small = module._small(tiny.replace(settings), Path("eight_images.json"), "train2017")
     assert small.train.patience is None
     assert not small.train.checkpoint_activations
 
