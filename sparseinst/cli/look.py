@@ -68,7 +68,8 @@ def predict(
     for setting, value in engine_overrides(engine, precision).items():
         choice[setting.removeprefix("inference.")] = value
     if choice.get("precision") == "int8":
-        _make_int8(find_weights(weights, checkpoint), engine_overrides(engine, precision))
+        tiles = {} if tile is None else {"inference.tile": tile or None}
+        _make_int8(find_weights(weights, checkpoint), engine_overrides(engine, precision) | tiles)
     model = load_model(weights, device, optimize=optimize, checkpoint=checkpoint, tile=tile, **choice)
     found = predict_files(model, files, output, score=score, top=top, maps=maps, sheet=sheet, colour=colour)
     done = len(files) - found.failed
@@ -81,10 +82,15 @@ def predict(
         )
     if found.left_out:
         print(f"--top left out {counted(found.left_out, 'more instance')} with such a score")
-    if found.full:
+    if found.full and model.config.inference.tile is None:
         print(
             f"in {counted(found.full, 'image')} all maps of the model have such a score; it cannot find "
             "more objects than it has maps (model.decoder.iam.num_maps), unless --tile cuts the image"
+        )
+    elif found.full:
+        print(
+            f"in {counted(found.full, 'image')} all maps of the model have such a score in a tile; it cannot find "
+            "more objects in a tile than it has maps (model.decoder.iam.num_maps): use a smaller --tile"
         )
     for path in found.sheets:
         print(f"contact sheet: {path}")
@@ -94,7 +100,7 @@ def predict(
         raise RunFailed(f"{found.failed} of {len(files)} files could not be read; the warnings above say why")
 
 
-def _make_int8(weights: Path, overrides: dict[str, str]) -> None:
+def _make_int8(weights: Path, overrides: dict[str, Any]) -> None:
     """Make the int8 network of these weights, with its AP checked, unless it exists."""
     from sparseinst.evaluation.weights import open_for_evaluation, prepare_network
     from sparseinst.inference.engine_network import device_for
