@@ -198,24 +198,21 @@ def _choose_tiles(chosen: Recipe, facts: Facts) -> Facts:
         What the training sees: the facts of the tiles, or those of the images.
     """
     side = 32 * math.ceil(max(_TILE_SPACINGS * facts.spacing, facts.large_object / _TILE_OVERLAP) / 32)
-    crowded = facts.usual_instances > _MANY and side <= _TILE_PART * facts.short_side
+    crowded = facts.usual_instances > _MANY and side <= _TILE_PART * facts.short_side and not chosen.prefer("data.crop", 0.0)
     side = chosen.prefer("inference.tile", chosen.prefer("data.tile", side if crowded else None))
     if side is None:
         return facts
     instances = max(1.0, (side / facts.spacing) ** 2)
     usual = math.ceil(_CLUSTERS * facts.densest * side**2)
-    chosen.choose(
-        "data.tile",
-        side,
-        f"99 % of the images hold at most {facts.usual_instances} instances, and the maps cannot tell so many similar objects "
-        f"apart. A square tile of {side} pixels holds about {instances:.0f}.",
-    )
+    holds = f"A square tile of {side} pixels holds about {instances:.0f} instances."
+    many = f"1 % of the images hold more than {facts.usual_instances} instances, and the maps cannot tell so many apart. {holds}"
+    chosen.choose("data.tile", side, many if "inference.tile" not in chosen.given else f"As in inference. {holds}")
     chosen.choose("inference.tile", side, "As in training. The instances of all tiles are joined.")
-    chosen.choose(
-        "inference.tile_overlap",
-        _TILE_OVERLAP,
-        f"95 % of the objects are at most {facts.large_object:.0f} pixels long, so that a tile shows them as a whole.",
-    )
+    overlap = chosen.prefer("inference.tile_overlap", _TILE_OVERLAP)
+    fits = facts.large_object <= overlap * chosen.prefer("inference.tile", side)
+    so = "so that a tile shows them as a whole" if fits else "so that every tile may cut the longest ones: use larger tiles"
+    long = f"95 % of the objects are at most {facts.large_object:.0f} pixels long, {so}."
+    chosen.choose("inference.tile_overlap", _TILE_OVERLAP, long)
     return replace(
         facts, short_side=side, aspect=1.0, instances=instances, most_instances=min(usual, facts.most_instances),
         usual_instances=min(usual, facts.usual_instances), unit="tile",
@@ -348,14 +345,19 @@ def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping
         )
     if scale * facts.small_object < 2 * cell:
         chosen.warnings.append(
-            f"a tenth of the objects are smaller than two mask cells ({2 * cell:.0f} input pixels) and will hardly be found: cut "
-            "the images into tiles with data.tile and inference.tile."
+            f"a tenth of the objects are smaller than two mask cells ({2 * cell:.0f} input pixels) and will hardly be found: "
+            + ("use smaller tiles." if facts.unit == "tile" else "cut the images into tiles with data.tile and inference.tile.")
         )
     if facts.unit == "image" and facts.most_instances > maps:
         chosen.warnings.append(
             f"an image holds up to {facts.most_instances} instances, more than the {maps} maps: the others are not "
             "learned and never found. Cut the images into tiles with data.tile and inference.tile, or raise "
             "model.decoder.iam.num_maps."
+        )
+    if facts.unit == "tile" and facts.usual_instances > maps:
+        chosen.warnings.append(
+            f"a tile of the fullest images may hold {facts.usual_instances} instances, more than the {maps} maps: use smaller "
+            "tiles, or raise model.decoder.iam.num_maps."
         )
     if facts.rare:
         names = ", ".join(facts.rare[:5]) + (", ..." if len(facts.rare) > 5 else "")

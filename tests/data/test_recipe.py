@@ -101,7 +101,20 @@ def test_crowded_images_are_cut_into_tiles() -> None:
     assert "data.tile" not in recipe(FACTS, Path("d"), "small").settings
     large = recipe(replace(NUCLEI, large_object=150.0), Path("d"), "small").settings
     assert "data.tile" not in large, "no tile is clearly smaller than the images and shows a large object as a whole"
-    assert recipe(NUCLEI, Path("d"), "small", given={"inference.tile": 96}).settings["data.tile"] == 96
+    assert "data.tile" not in recipe(NUCLEI, Path("d"), "small", given={"data.crop": 0.5}).settings, "both would cut the image"
+
+
+def test_reasons_for_given_tiles_are_true() -> None:
+    chosen = recipe(NUCLEI, Path("d"), "small")
+    assert "so that a tile shows them as a whole" in chosen.reasons["inference.tile_overlap"]
+    assert "1 % of the images hold more than 260 instances" in chosen.reasons["data.tile"]
+    small = recipe(NUCLEI, Path("d"), "small", given={"inference.tile": 96})
+    assert small.settings["data.tile"] == 96
+    assert small.reasons["data.tile"].startswith("As in inference.")
+    assert "every tile may cut the longest ones" in small.reasons["inference.tile_overlap"]
+    few = recipe(NUCLEI, Path("d"), "small", given={"model.decoder.iam.num_maps": 20})
+    assert any("more than the 20 maps: use smaller tiles" in warning for warning in few.warnings)
+    assert not any("more than the" in warning for warning in chosen.warnings)
 
 
 def test_given_settings_stay_and_the_others_fit_them() -> None:
