@@ -17,6 +17,7 @@ from sparseinst.bench.timed import PHOTO, RANDOM_BATCHES, OnModuleDone, Workload
 from sparseinst.config import Config
 from sparseinst.data.coco import CocoSplit, ImageRecord
 from sparseinst.data.loader import Batch, BatchOrder, Example, TrainSet, collate
+from sparseinst.data.tiles import tile_size, tiles_of
 from sparseinst.data.transforms import Sample, rasterise, short_side_size
 from sparseinst.device import tf32
 from sparseinst.models.sparseinst import SparseInst, build_model
@@ -33,7 +34,11 @@ def random_batches(config: Config, stride: int) -> list[Batch]:
         stride: the masks are downsampled by this factor.
     """
     random = np.random.default_rng(0)
-    height, width = short_side_size(*PHOTO, config.data.short_sides[0], config.data.long_side)
+    short = config.data.short_sides[0]
+    if config.data.tile is None:
+        height, width = short_side_size(*PHOTO, short, config.data.long_side)
+    else:
+        height, width = tile_size(tiles_of(PHOTO, config.data.tile)[0].size, config.data.tile, short)
     y, x = np.ogrid[:height, :width]
 
     def example() -> Example:

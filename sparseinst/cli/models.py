@@ -129,11 +129,12 @@ def _data_overrides(settings: Config, given: Container[str]) -> dict[str, Any]:
         found["model.num_classes"] = len(split.categories)
         names = ", ".join(category.name for category in split.categories[:5])
         print(f"{len(split.categories)} classes: {names}{', ...' if len(split.categories) > 5 else ''}")
-    most, maps = max(split.instances_per_image()), settings.model.decoder.iam.num_maps
-    if most > maps and settings.data.tile is None and "model.decoder.iam.num_maps" not in given:
+    most, maps = max(split.instances_per_tile(settings.data.tile)), settings.model.decoder.iam.num_maps
+    if most > maps and "model.decoder.iam.num_maps" not in given:
         wanted = -(-most // 50) * 50
         found["model.decoder.iam.num_maps"] = wanted
-        print(f"images hold up to {most} instances, so model.decoder.iam.num_maps is {wanted} instead of {maps}")
+        holds = "images hold up to" if settings.data.tile is None else "tiles of the fullest image hold about"
+        print(f"{holds} {most} instances, so model.decoder.iam.num_maps is {wanted} instead of {maps}")
     if settings.train.start is not None:
         print(f"training starts from {settings.train.start}; in the class head, it keeps the classes with the same names")
     return found

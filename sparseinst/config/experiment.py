@@ -78,6 +78,27 @@ class Config(Section):
         start = {"start": self.pretrain_key()} if self.pretrain.enabled else {}
         return {"stage": "train", **{name: part.content("train") for name, part in parts.items()}, **start}
 
+    def tile_advice(self) -> str | None:
+        """Return a warning if the tiles of training and inference show objects in other sizes; None if they do not."""
+        data, inference = self.data, self.inference
+        if data.tile is None and inference.tile is None:
+            return None
+        if data.tile is None or inference.tile is None:
+            which = ("data.tile", "inference.tile") if data.tile is not None else ("inference.tile", "data.tile")
+            return (
+                f"{which[0]} is set but {which[1]} is not, so objects have other sizes in training than in inference: set both "
+                "to the same value, unless you have chosen the image sizes to fit"
+            )
+        scale = inference.sides()[0] / inference.tile
+        low, high = min(data.short_sides) * data.scale_jitter_min, max(data.short_sides) * data.scale_jitter_max
+        if low / data.tile <= scale <= high / data.tile:
+            return None
+        usual = max(data.short_sides) / data.tile
+        return (
+            f"tiles are scaled by {usual:.3g} in training (data.short_sides / data.tile) and by {scale:.3g} in inference "
+            "(inference.short_side / inference.tile), so objects have other sizes there"
+        )
+
     def train_key(self) -> str:
         """Return the key of the training, which also names its folder. Configs with equal keys share one run."""
         return content_hash(self.train_content())

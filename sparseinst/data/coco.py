@@ -6,6 +6,7 @@ K instances of one image, H W height and width in pixels.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -68,6 +69,17 @@ class CocoSplit:
         """Return the split with only the images that training uses: those with an instance that is no crowd."""
         kept = (image for image in self.images if any(not a.crowd for a in image.annotations))
         return replace(self, images=tuple(kept))
+
+    def instances_per_tile(self, side: int | None) -> list[int]:
+        """Return for each image the mean number of instances in a tile, rounded up, without crowds.
+
+        Args:
+            side: of the square tiles in pixels. An image that is no larger is one tile, and with None every image is.
+        """
+        if side is None:
+            return self.instances_per_image()
+        shares = (min(1.0, side / image.height) * min(1.0, side / image.width) for image in self.images)
+        return [math.ceil(count * share) for count, share in zip(self.instances_per_image(), shares, strict=True)]
 
     def instances_per_image(self) -> list[int]:
         """Return the number of instances of each image without crowds."""

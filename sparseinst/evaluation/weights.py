@@ -86,8 +86,7 @@ def evaluate_weights(
     source, config = open_for_evaluation(weights, overrides)
     split = val_split(config.data)
     check_categories(split, source.categories, f"{weights}")
-    if config.inference.tile is None:
-        _warn_of_few_maps(split, config.model.decoder.iam.num_maps)
+    _warn_of_few_maps(split, config)
     prepared = prepare_network(source, config, device=device, optimize=optimize)
     result = evaluate(prepared.network, split, config, device=device, predictions=predictions, evaluator=evaluator)
     return replace(result, engine=prepared.as_json())
@@ -126,11 +125,12 @@ def _validation_score(config: Config, source: Source, device: torch.device) -> S
     return score
 
 
-def _warn_of_few_maps(split: CocoSplit, maps: int) -> None:
-    """Warn if images have more objects than the model has maps, since each map finds at most one of them."""
-    counts = [count for count in split.instances_per_image() if count > maps]
+def _warn_of_few_maps(split: CocoSplit, config: Config) -> None:
+    """Warn if images or their tiles have more objects than the model has maps, since each map finds at most one of them."""
+    maps, tile = config.model.decoder.iam.num_maps, config.inference.tile
+    counts = [count for count in split.instances_per_tile(tile) if count > maps]
     if counts:
         _log.warning(
-            "%d of %d images have more than model.decoder.iam.num_maps=%d objects, up to %d; the model cannot find the others",
-            len(counts), len(split.images), maps, max(counts),
+            "%d of %d images have more than model.decoder.iam.num_maps=%d objects%s, up to %d; the model cannot find the others",
+            len(counts), len(split.images), maps, f" in a tile of {tile} pixels on average" if tile else "", max(counts),
         )  # fmt: skip

@@ -118,13 +118,19 @@ def _metadata(facts: Facts) -> ModelCardData:
 def _head(facts: Facts) -> str:
     model, inference = facts.config.model, facts.config.inference
     short, long = inference.sides()
+    where, resized = "an image", f"Images are resized to a shorter side of {short} pixels, with a longer side of at most {long}."
+    if inference.tile is not None:
+        where = "a tile"
+        resized = (
+            f"Images are cut into overlapping tiles of {inference.tile} pixels, whose instances are joined. A tile is resized to "
+            f"a side of {short} pixels."
+        )
     return (
         f"# {facts.about.name}\n\n"
         "This model segments the instances of images with "
         "[SparseInst](https://arxiv.org/abs/2203.12827) (CVPR 2022). It was trained with the SparseInst workbench. "
         f"Its backbone is {model.backbone.name}. It has {model.decoder.iam.num_maps} instance activation maps, so it finds at "
-        f"most {model.decoder.iam.num_maps} instances of an image. Images are resized to a shorter side of {short} pixels, with "
-        f"a longer side of at most {long}. {facts.progress}"
+        f"most {model.decoder.iam.num_maps} instances of {where}. {resized} {facts.progress}"
     )
 
 

@@ -302,7 +302,8 @@ def _judged(result: TableResult, looks: Sequence[Look]) -> list[RowResult]:
 def _as_run(config: Config) -> str:
     """Return the backbone, image size and width of a row, for people."""
     width = round(config.model.encoder.channels * config.model.width_factor)
-    return f"{config.model.backbone.name}, {config.inference.sides()[0]} px, {width} channels"
+    tile = "" if config.inference.tile is None else f" per tile of {config.inference.tile} px"
+    return f"{config.model.backbone.name}, {config.inference.sides()[0]} px{tile}, {width} channels"
 
 
 def _paper_difference(table: Table, row: Row) -> float | None:

@@ -299,19 +299,25 @@ def _check(config: Config) -> None:
         raise UserError(
             "model.backbone: frozen norms need pretrained weights: set frozen_norm=false, or pretrained=true, or weights=FILE"
         )
-    advice = config.train.batch_advice()
-    if advice is not None:
-        _log.warning("%s", advice)
+    for advice in (config.train.batch_advice(), config.tile_advice()):
+        if advice is not None:
+            _log.warning("%s", advice)
 
 
 def _check_instances(config: Config, split: CocoSplit) -> None:
-    """Warn if images have more instances than the model has maps, which it cannot learn, and if flips give wrong labels."""
-    maps = config.model.decoder.iam.num_maps
-    counts = [count for count in split.instances_per_image() if count > maps]
-    if counts and config.data.tile is None:  # a tile holds fewer
+    """Warn if images or tiles have more instances than the model can learn, and if flips give wrong labels."""
+    maps, tile = config.model.decoder.iam.num_maps, config.data.tile
+    counts = [count for count in split.instances_per_tile(tile) if count > maps]
+    if counts and tile is None:
         _log.warning(
             "%d of %d training images have more than model.decoder.iam.num_maps=%d instances, up to %d; %d of them take no part",
             len(counts), len(split.images), maps, max(counts), sum(counts) - maps * len(counts),
+        )  # fmt: skip
+    elif counts:
+        _log.warning(
+            "%d of %d training images have more than model.decoder.iam.num_maps=%d instances in a tile of %d pixels on average, "
+            "up to %d; the others take no part",
+            len(counts), len(split.images), maps, tile, max(counts),
         )  # fmt: skip
     mirrored = mirrored_categories(category_names(split.categories))
     if mirrored and config.data.flip:

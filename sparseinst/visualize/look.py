@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,8 @@ class Numbers:
     """The image pixels per side of a pixel of the masks that the model learns."""
     num_maps: int
     """The model's number of maps: at most this many instances of an image can be learned."""
+    unit: Literal["image", "tile"] = "image"
+    """What is an input of the training."""
     images: int = 0
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """The height and width of each augmented image."""
@@ -57,7 +59,7 @@ class Numbers:
     vanished: int = 0
     """Instances without any pixel in these masks."""
     lost: int = 0
-    """Annotated instances that have no pixel in the augmented image, for example after a crop."""
+    """Annotated instances of the image that have no pixel in the augmented one, for example after a crop."""
     pasted: int = 0
     """Instances that `data.copy_paste` pasted from other images."""
     first_vanished: str | None = None
@@ -84,7 +86,7 @@ def look(config: Config, split: CocoSplit, output: Path, *, mask_stride: int, pi
         raise UserError(f"{output}: the sheet is written as .png or .jpg")
     learned = TrainSet(split, config.data, config.train.seed, mask_stride)
     whole = TrainSet(split, config.data, config.train.seed)
-    numbers = Numbers(mask_stride, config.model.decoder.iam.num_maps)
+    numbers = Numbers(mask_stride, config.model.decoder.iam.num_maps, "image" if config.data.tile is None else "tile")
     names = category_names(split.categories)
     numbers.categories = dict.fromkeys(names, 0)
     cells: list[tuple[str, Image.Image]] = []
@@ -188,11 +190,12 @@ def lines(found: dict[str, Any]) -> list[str]:
     """Return what `summary` returns as lines of text."""
     least, median, most = found["instances_per_image"]
     low, low5, middle, high95, high = found["instance_sides"]
+    unit = "an image" if found["unit"] == "image" else "a tile"
     (h1, h2), (w1, w2) = found["heights"], found["widths"]
     total, stride = max(1, found["instances"]), found["mask_stride"]
     text = [
-        f"{counted(found['images'], 'image')} after augmentation: {_range(w1, w2)} pixels wide, {_range(h1, h2)} high",
-        f"{counted(found['instances'], 'instance')}; in an image {least:g} to {most:g}, median {median:g}",
+        f"{counted(found['images'], found['unit'])} after augmentation: {_range(w1, w2)} pixels wide, {_range(h1, h2)} high",
+        f"{counted(found['instances'], 'instance')}; in {unit} {least:g} to {most:g}, median {median:g}",
         f"sizes (root of the area in pixels): {low:g} to {high:g}, median {middle:g}, 90% from {low5:g} to {high95:g}",
         "by COCO's limits: " + ", ".join(f"{count} {size} ({count / total:.0%})" for size, count in found["by_size"].items()),
         f"categories: {_categories(found['categories'])}",
@@ -204,14 +207,14 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"{counted(found['vanished'], 'more instance', 'has', 'have')} no pixel at this size, "
             f"the first in {found['first_vanished']}"
         )
-    if found["lost"]:
+    if found["lost"] and found["unit"] == "image":
         text.append(f"{counted(found['lost'], 'annotated instance', 'has', 'have')} no pixel in the augmented image")
     if found["pasted"]:
         text.append(f"{counted(found['pasted'], 'instance', 'was', 'were')} pasted from other images (data.copy_paste)")
     if found["over_num_maps"]:
         text.append(
             f"{counted(found['over_num_maps'], 'instance', 'exceeds', 'exceed')} the model's {found['num_maps']} maps; "
-            "set model.decoder.iam.num_maps"
+            f"set model.decoder.iam.num_maps{', or use smaller tiles' if found['unit'] == 'tile' else ''}"
         )
     if found["skipped"]:
         text.append(
