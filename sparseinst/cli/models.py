@@ -95,8 +95,9 @@ def _preflight(settings: Config, output: Path, device: torch.device) -> None:
     from sparseinst.training.preflight import IMAGES, STEPS, preflight
 
     found = preflight(settings, output, device=device)
+    what = "images" if settings.data.tile is None else "tiles"
     print(
-        f"preflight passed in {found.seconds / 60:.1f} minutes: {STEPS} steps on {IMAGES} images lowered the loss from "
+        f"preflight passed in {found.seconds / 60:.1f} minutes: {STEPS} steps on {IMAGES} {what} lowered the loss from "
         f"{found.loss_before:.2f} to {found.loss_after:.2f}, and AP50 on them is {found.ap50:.1f}"
     )
     images = settings.train.batch_size
