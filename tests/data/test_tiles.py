@@ -1,6 +1,7 @@
 """Check that tiles cover their image, and that training and evaluation cut the same tiles."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from sparseinst.bench.timed_training import random_batches
 from sparseinst.config import Config, DataConfig, InferenceConfig
 from sparseinst.data.coco import Annotation, Category, CocoSplit, ImageRecord, val_split
 from sparseinst.data.loader import Draw, EvalSet, TrainSet
@@ -19,6 +21,7 @@ from sparseinst.data.tiles import Tile, tile_size, tiles_of
 from sparseinst.data.transforms import as_mask
 from sparseinst.errors import UserError
 from sparseinst.overrides import load_config
+from sparseinst.publish import card
 
 SIDES = st.integers(1, 400)
 
@@ -126,3 +129,19 @@ def test_tiles_do_not_change_the_keys_of_other_configs() -> None:
     assert plain.replace({"inference.tile": 64}).evaluate_key() != plain.evaluate_key()
     assert plain.replace({"inference.tile": 64}).train_key() == plain.train_key()
     assert plain.replace({"data.tile": 64}).train_key() != plain.train_key()
+
+
+def test_the_timed_training_step_has_the_size_of_a_tile(tiny: Config) -> None:
+    changes = {"data.tile": 128, "data.short_sides": [64], "train.batch_size": 2}
+    assert {batch.padded for batch in random_batches(tiny.replace(changes), 4)} == {(64, 64)}
+    assert random_batches(tiny.replace({**changes, "data.tile": None}), 4)[0].padded != (64, 64)
+
+
+def test_a_card_describes_the_tiles(tiny: Config) -> None:
+    about = SimpleNamespace(name="cells")
+    facts: Any = SimpleNamespace(about=about, config=tiny.replace({"inference.tile": 96}), progress="It is done.")
+    text = card._head(facts)
+    assert "instances of a tile. Images are cut into overlapping tiles of 96 pixels" in text
+    assert text.endswith("It is done.")
+    facts.config = tiny
+    assert "instances of an image. Images are resized to a shorter side of" in card._head(facts)
