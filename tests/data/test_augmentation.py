@@ -198,5 +198,5 @@ def test_an_unreadable_source_of_copy_paste_is_left_out(tmp_path: Path) -> None:
 
 def test_the_preflight_augments_nothing(tiny: Config, tmp_path: Path) -> None:
     config = tiny.replace({f"data.{name}": value for name, value in ALL.items()})
-    plain = preflight._small(tiny, tmp_path / "a.json").data
-    assert preflight._small(config, tmp_path / "a.json").data == plain
+    plain = preflight._small(tiny, tmp_path / "a.json", "train2017").data
+    assert preflight._small(config, tmp_path / "a.json", "train2017").data == plain
