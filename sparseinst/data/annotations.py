@@ -26,6 +26,12 @@ FARTHEST = 100_000
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 """The most pixels of an image. Pillow refuses to read a larger one."""
 _MOST = 2**63
+_USED = {
+    "images": ("id", "file_name", "height", "width"),
+    "categories": ("id", "name"),
+    "annotations": ("id", "image_id", "category_id", "segmentation", "area", "bbox", "iscrowd"),
+}
+"""What the metrics need of the entries of an annotation file."""
 
 
 class AnnotationEntry(NamedTuple):
@@ -206,9 +212,22 @@ def _extent(counts: str | bytes) -> tuple[int, int]:
     return int(lengths.min()), int(lengths.sum())
 
 
+def metrics_content(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the parts of a checked annotation file that the metrics need.
+
+    hotcoco refuses a whole file for values that nothing reads, such as the year as a text, which Roboflow writes. Roboflow also
+    numbers the annotations from 0, which COCO's evaluation reads as "no match"; such annotations are numbered from 1.
+    """
+    data = read_content(file)
+    parts = {part: [{key: entry[key] for key in keys if key in entry} for entry in data[part]] for part, keys in _USED.items()}
+    if any(entry["id"] == 0 for entry in parts["annotations"]):
+        parts["annotations"] = [{**entry, "id": number} for number, entry in enumerate(parts["annotations"], start=1)]
+    return parts
+
+
 @lru_cache(maxsize=4)
 def check_for_metrics(file: Path, _state: tuple[int, ...]) -> None:
-    """Check that hotcoco, which computes the metrics, can read an annotation file, also the parts that nothing else reads.
+    """Check that hotcoco, which computes the metrics, can read an annotation file.
 
     Args:
         _state: changes when the file is written again, so that each content is read once.
@@ -220,6 +239,6 @@ def check_for_metrics(file: Path, _state: tuple[int, ...]) -> None:
 
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            COCO(str(file))
+            COCO(metrics_content(file))
         except (ValueError, OSError, TypeError) as error:
             raise DataError(f"{file}: hotcoco, which computes the metrics, cannot read it: {shorten(str(error))}") from None

@@ -83,12 +83,9 @@ _RIGHT = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 
 
 def _id_problems(split: CocoSplit) -> list[str]:
-    """Return the problems with annotation ids. COCO evaluation needs unique ids above 0; training does not."""
+    """Return the problems with annotation ids. COCO evaluation needs unique ids; training does not."""
     ids = Counter(annotation.id for image in split.images for annotation in image.annotations)
-    problems = [f"{split.file}: annotation id {key} is used {n} times" for key, n in ids.items() if n > 1]
-    if 0 in ids:
-        problems.append(f"{split.file}: COCO evaluation never counts annotation id 0 as found; start the ids at 1")
-    return problems
+    return [f"{split.file}: annotation id {key} is used {n} times" for key, n in ids.items() if n > 1]
 
 
 def _check_image(image: ImageRecord, read: bool, report: Report) -> None:

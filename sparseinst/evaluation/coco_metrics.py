@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools.coco import COCO
 
+from sparseinst.data.annotations import metrics_content
 from sparseinst.data.coco import CocoSplit
 from sparseinst.data.masks import decode
 from sparseinst.data.transforms import as_segment
@@ -108,7 +109,7 @@ def _compared(
 @lru_cache(maxsize=1)
 def _hotcoco_truth(annotations: Path, _state: tuple[int, ...]) -> Any:
     """Return hotcoco's form of an annotation file. Trainings that are evaluated on the way use it many times."""
-    return importlib.import_module("hotcoco").COCO(str(annotations))
+    return importlib.import_module("hotcoco").COCO(metrics_content(annotations))
 
 
 def pycocotools_truth(annotations: Path) -> COCO:

@@ -13,7 +13,9 @@ from sparseinst.config import DataConfig
 from sparseinst.data.annotations import _extent, check_segmentation
 from sparseinst.data.check import check_folder
 from sparseinst.data.coco import train_split, val_split
+from sparseinst.data.masks import decode, encode
 from sparseinst.errors import UserError
+from sparseinst.evaluation.coco_metrics import coco_figures
 from tests.attacks import wrong
 from tests.conftest import annotation, box, write_coco
 
@@ -102,13 +104,36 @@ def test_a_file_that_is_no_annotation_file_is_refused(folder: Path, number: int)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_parts_that_only_the_metrics_need_are_refused_in_the_validation_data(folder: Path) -> None:
-    file = change(folder, "val", ("info",), {"year": "2017"})
-    with pytest.raises(UserError, match=f"^{file}: hotcoco, which computes the metrics, cannot read it"):
-        val_split(DataConfig(root=str(folder)))
-    with pytest.raises(UserError, match="hotcoco"):
-        check_folder(DataConfig(root=str(folder)))
-    assert len(train_split(DataConfig(root=str(folder))).images) == 2
+@pytest.mark.parametrize("kind", wrong.HARMLESS)
+def test_values_that_nothing_reads_do_not_matter(folder: Path, kind: str) -> None:
+    """Roboflow, for example, writes the year as a text."""
+    config = DataConfig(root=str(folder))
+    file = val_split(config).file
+    whole, before = file.read_text(), coco_figures(file, [], [1])
+    for seed in range(5):
+        content = json.loads(whole)
+        wrong.HARMLESS[kind](content, random.Random(seed))
+        file.write_text(json.dumps(content))
+        assert val_split(config).file == file
+        assert not any(report.problems for report in check_folder(config).values())
+        assert coco_figures(file, [], [1]) == before
+
+
+def test_an_annotation_with_the_id_0_counts(folder: Path) -> None:
+    """Roboflow numbers annotations from 0, which COCO's evaluation reads as "no match"."""
+    config = DataConfig(root=str(folder))
+    split = val_split(config)
+    image = next(image for image in split.images if any(not a.crowd for a in image.annotations))
+    truth = next(a for a in image.annotations if not a.crowd)
+    file = split.file
+    content = json.loads(file.read_text())
+    content["annotations"] = [{**entry, "id": 0} for entry in content["annotations"] if entry["id"] == truth.id]
+    file.write_text(json.dumps(content))
+    mask = encode(decode(truth.segmentation, image.height, image.width)[None])[0]
+    found = {"image_id": image.id, "category_id": split.categories[truth.label].id, "segmentation": mask, "score": 0.9}
+    for evaluator in ("hotcoco", "pycocotools"):
+        assert coco_figures(file, [found], [image.id], evaluator)["AP"] == pytest.approx(100)
+    assert not any("id 0" in problem for problem in check_folder(config)["val"].problems)
 
 
 def test_skipping_bad_images_also_allows_bad_masks(folder: Path) -> None:
