@@ -51,7 +51,17 @@ def test_a_folder_that_is_in_cocos_format_already_is_named(tmp_path: Path) -> No
     (tmp_path / "trainset" / "labels.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"trainset/labels\.json has COCO's format already: .*-o data\.train_annotations=FILE"):
         detect(tmp_path)
-    (tmp_path / "trainset" / "labels.json").write_text("{}")
+    for folder, place in (("train", "train"), ("valid", "valid/images")):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "1.jpg").touch()
+        content["images"] = [{"id": 1, "file_name": "1.jpg"}]
+        (tmp_path / folder / "_annotations.coco.json").write_text(json.dumps(content))
+    names = "-o data.train_annotations=train/_annotations.coco.json -o data.train_images=train "
+    names += "-o data.val_annotations=valid/_annotations.coco.json -o data.val_images=valid/images"
+    with pytest.raises(UserError, match=f"name the files of both splits with {names} "):
+        detect(tmp_path)
+    for file in tmp_path.rglob("*.json"):
+        file.write_text("{}")
     with pytest.raises(UserError, match="fits none of the formats"):
         detect(tmp_path)
 

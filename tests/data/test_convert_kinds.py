@@ -61,7 +61,11 @@ def test_a_kind_that_does_not_fit_is_a_one_line_error(tmp_path: Path, capsys: py
     make_label_maps(tmp_path / "white")
     for file in (tmp_path / "white/masks").iterdir():
         save(file, painted({"car": 255, "person": 255}))
+    make_label_maps(tmp_path / "other")
+    (tmp_path / "other/masks").rename(tmp_path / "other/segmaps")
     cases = {
+        str(tmp_path / "other"): "segmaps/ holds files with the names of the images: if they are label maps, rename it",
+        f"label_maps {tmp_path / 'other'}": "under the same names (segmaps/ may hold them: rename it)",
         str(empty): "fits none of the formats; name the right one: masks, labelme, voc, cityscapes, label_maps, yolo",
         str(tmp_path / "coco"): "is a COCO-format folder, which needs no conversion",
         str(tmp_path / "both"): "fits several formats; name the right one: labelme, yolo",

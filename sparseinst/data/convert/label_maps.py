@@ -45,8 +45,10 @@ def read_label_maps(root: Path, category: str) -> Source:
     """List the images that have a label map. Raises `UserError` if there is none."""
     pairs = list(_pairs(root))
     if not pairs:
+        folder = likely_maps(root)
         raise UserError(
             f"{root}: no label map found; put the images into images/ and the maps into label_maps/ under the same names"
+            + (f" ({folder.name}/ may hold them: rename it)" if folder is not None else "")
         )
     return Source([Entry(name, partial(_load, image, file, category)) for name, image, file in pairs], [category])
 
@@ -64,6 +66,14 @@ def _pairs(root: Path) -> Iterator[tuple[str, Path, Path]]:
         image_file = image_of(root, file.stem.removesuffix(ending)) if ending else None
         if image_file is not None:
             yield image_file.stem, image_file, file
+
+
+def likely_maps(root: Path) -> Path | None:
+    """Return the only folder beside `images/` whose PNG and TIFF files all have the names of images; None if there is no such."""
+    images = {image.stem for image in images_in(root / "images")} if (root / "images").is_dir() else set()
+    folders = (folder for folder in sorted(root.iterdir()) if folder.is_dir() and folder.name != "images")
+    likely = [folder for folder in folders if (maps := _maps(folder)) and {file.stem for file in maps} <= images]
+    return likely[0] if len(likely) == 1 else None
 
 
 def _maps(folder: Path) -> list[Path]:

@@ -79,8 +79,27 @@ def detect(source: Path) -> Kind:
     if not found and (file := _coco_file(source)) is not None:
         raise UserError(
             f"{source}: {file.relative_to(source)} has COCO's format already: name the files of both splits with "
-            "-o data.train_annotations=FILE -o data.train_images=DIR -o data.val_annotations=FILE -o data.val_images=DIR "
-            "(init, train, data check)"
+            f"{_names(source)} (init, train, data check)"
+        )
+    if not found and (folder := label_maps.likely_maps(source)) is not None:
+        raise UserError(
+            f"{source}: fits none of the formats; {folder.name}/ holds files with the names of the images: "
+            "if they are label maps, rename it to label_maps/"
         )
     problem = "fits none of the formats" if not found else "fits several formats"
     raise UserError(f"{source}: {problem}; name the right one: {', '.join(found or _READERS)}")
+
+
+def _names(source: Path) -> str:
+    """Return the options that name the annotation files and images of both splits, as far as the folders' names tell them."""
+    names = {"train": ("FILE", "DIR"), "val": ("FILE", "DIR")}
+    for split, folders in {"train": ("train",), "val": ("valid", "val")}.items():
+        for folder in folders:
+            for file in sorted((source / folder).glob("*.json")):
+                with suppress(UserError, KeyError, TypeError, StopIteration):
+                    image = read_content(file)["images"][0]["file_name"]
+                    place = next(place for place in (folder, f"{folder}/images") if (source / place / image).is_file())
+                    names[split] = str(file.relative_to(source)), place
+    return " ".join(
+        f"-o data.{split}_annotations={file} -o data.{split}_images={folder}" for split, (file, folder) in names.items()
+    )
