@@ -51,11 +51,13 @@ def init(
 
         size = "full" if pick_device(None).type == "cuda" else "small"
     facts, chosen = write_recipe(data, output, size, start, given)
+    categories = "category" if facts.classes == 1 else "categories"
     print(
-        f"{facts.train_images} training and {facts.val_images} validation images, {facts.classes} categories, "
+        f"{facts.train_images} training and {facts.val_images} validation images, {facts.classes} {categories}, "
         f"{facts.instances:.1f} instances an image (at most {facts.most_instances}), objects of {facts.median_object:.0f} pixels"
     )
     for path in (
+        "data.tile",
         "inference.short_side",
         "model.decoder.iam.num_maps",
         "train.iterations",

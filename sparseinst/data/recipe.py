@@ -7,7 +7,7 @@ start; they are not tuned for your data.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +17,7 @@ import numpy as np
 
 from sparseinst.config import Config, DataConfig
 from sparseinst.data.check import MIRRORED, mirrored_categories
-from sparseinst.data.coco import CocoSplit, category_names, train_split, val_split
+from sparseinst.data.coco import Category, CocoSplit, category_names, train_split, val_split
 from sparseinst.data.masks import decode_with_bounds
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import atomic
@@ -74,6 +74,8 @@ class Facts:
     """The 99th percentile of instances / image area."""
     unit: Literal["image", "tile"] = "image"
     """What the numbers of instances, the side and the aspect describe."""
+    tiles: float = 1.0
+    """The number of tiles, side by side, that make up an image."""
     mirrored: tuple[str, str] | None = None
     """Two categories that differ only in `left` and `right` by name, if there are any."""
 
@@ -127,7 +129,7 @@ def look_at(config: DataConfig) -> Facts:
         len(val.images),
         len({image.path.name for image in train.images} & {image.path.name for image in val.images}),
         len(train.categories),
-        tuple(category.name for category, number in zip(train.categories, by_class, strict=True) if number < 20),
+        tuple(_called(train.categories, index, number) for index, number in enumerate(by_class.tolist()) if number < 20),
         float(np.median(sides[:, 0])),
         float(np.percentile(sides[:, 1] / sides[:, 0], 95)),
         float(counts.mean()),
@@ -140,6 +142,13 @@ def look_at(config: DataConfig) -> Facts:
         float(np.percentile(counts / sides.prod(1), 99)),
         mirrored=next(iter(mirrored_categories(category_names(train.categories))), None),
     )
+
+
+def _called(categories: Sequence[Category], index: int, instances: int) -> str:
+    """Return a category's name, with its id if another one has the same name, and the remark that it has no instance."""
+    names = category_names(categories)
+    remarks = [f"id {categories[index].id}"] * (names.count(names[index]) > 1) + ["no instance"] * (not instances)
+    return names[index] + (f" ({', '.join(remarks)})" if remarks else "")
 
 
 def _measure(split: CocoSplit) -> Iterator[tuple[int, int]]:
@@ -197,7 +206,7 @@ def _choose_tiles(chosen: Recipe, facts: Facts) -> Facts:
     Returns:
         What the training sees: the facts of the tiles, or those of the images.
     """
-    side = 32 * math.ceil(max(_TILE_SPACINGS * facts.spacing, facts.large_object / _TILE_OVERLAP) / 32)
+    side = _tile_side(facts)
     crowded = facts.usual_instances > _MANY and side <= _TILE_PART * facts.short_side and not chosen.prefer("data.crop", 0.0)
     side = chosen.prefer("inference.tile", chosen.prefer("data.tile", side if crowded else None))
     if side is None:
@@ -215,8 +224,13 @@ def _choose_tiles(chosen: Recipe, facts: Facts) -> Facts:
     chosen.choose("inference.tile_overlap", _TILE_OVERLAP, long)
     return replace(
         facts, short_side=side, aspect=1.0, instances=instances, most_instances=min(usual, facts.most_instances),
-        usual_instances=min(usual, facts.usual_instances), unit="tile",
+        usual_instances=min(usual, facts.usual_instances), unit="tile", tiles=max(1.0, facts.instances / instances),
     )  # fmt: skip
+
+
+def _tile_side(facts: Facts) -> int:
+    """Return the side of tiles that hold some objects, and each large object as a whole."""
+    return 32 * math.ceil(max(_TILE_SPACINGS * facts.spacing, facts.large_object / _TILE_OVERLAP) / 32)
 
 
 def _choose_input(chosen: Recipe, facts: Facts, size: Size) -> float:
@@ -297,14 +311,14 @@ def _choose_steps(chosen: Recipe, facts: Facts, size: Size, *, fine: bool) -> No
         steps = min(30_000, max(7000, 700_000 / (batch * facts.instances)))
     else:
         steps = min(90_000, max(7000, 150 * facts.train_images / batch))
-    epochs, which = ("times one tile", "A tile") if facts.unit == "tile" else ("epochs", "An image")
+    parts, which = (f" of {facts.tiles:.0f} tiles each", "A tile") if facts.unit == "tile" else ("", "An image")
     batch = chosen.prefer("train.batch_size", batch)
     steps = chosen.prefer("train.iterations", round(steps / (3 if fine else 1) / 500) * 500)
     chosen.choose(
         "train.iterations",
         steps,
-        f"{steps * batch * facts.instances:,.0f} objects, or {steps * batch / facts.train_images:.0f} {epochs} of "
-        f"{facts.train_images} images. The maps find their objects late, so a short schedule costs much AP.",
+        f"{steps * batch * facts.instances:,.0f} objects, or {steps * batch / (facts.train_images * facts.tiles):.0f} epochs of "
+        f"{facts.train_images} images{parts}. The maps find their objects late, so a short schedule costs much AP.",
     )
     chosen.choose("train.batch_size", batch, f"{which} holds {facts.instances:.0f} instances on average.")
     rate = 4e-4 if size == "small" else 5e-5 * batch / 64
@@ -330,7 +344,7 @@ def _choose_steps(chosen: Recipe, facts: Facts, size: Size, *, fine: bool) -> No
 def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping[str, Any] | None) -> None:
     maps = chosen.settings["model.decoder.iam.num_maps"]
     cell = 8 / chosen.settings.get("model.decoder.mask_scale", 2.0)
-    if facts.train_images < 300 and start is None:
+    if facts.train_images * facts.tiles < 300 and start is None:
         chosen.warnings.append(
             f"{facts.train_images} training images are few for a start without trained weights: AP may stay near zero. Start "
             "from released weights with --weights, or label more images."
@@ -351,8 +365,7 @@ def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping
     if facts.unit == "image" and facts.most_instances > maps:
         chosen.warnings.append(
             f"an image holds up to {facts.most_instances} instances, more than the {maps} maps: the others are not "
-            "learned and never found. Cut the images into tiles with data.tile and inference.tile, or raise "
-            "model.decoder.iam.num_maps."
+            f"learned and never found. {_without_tiles(facts)}"
         )
     if facts.unit == "tile" and facts.usual_instances > maps:
         chosen.warnings.append(
@@ -361,9 +374,22 @@ def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping
         )
     if facts.rare:
         names = ", ".join(facts.rare[:5]) + (", ..." if len(facts.rare) > 5 else "")
-        chosen.warnings.append(f"{len(facts.rare)} of {facts.classes} categories have fewer than 20 instances: {names}.")
+        have = "has" if len(facts.rare) == 1 else "have"
+        chosen.warnings.append(f"{len(facts.rare)} of {facts.classes} categories {have} fewer than 20 instances: {names}.")
     if size == "full" and start is None:
         chosen.warnings.append("the full model takes days on a CPU; --size small takes one to three hours.")
+
+
+def _without_tiles(facts: Facts) -> str:
+    """Return what to do about images with more instances than maps, which are not cut into tiles."""
+    side = _tile_side(facts)
+    if facts.usual_instances <= _MANY or side <= _TILE_PART * facts.short_side:
+        return "Cut the images into tiles with data.tile and inference.tile, or raise model.decoder.iam.num_maps."
+    return (
+        f"No tiles were chosen, because tiles that show the large objects ({facts.large_object:.0f} pixels) as a whole, and "
+        f"several objects, have a side of {side} pixels, and the images have {facts.short_side:.0f}. If the small objects matter "
+        "most, choose smaller tiles with data.tile and inference.tile; otherwise raise model.decoder.iam.num_maps."
+    )
 
 
 def write_recipe(

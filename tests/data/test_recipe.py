@@ -43,8 +43,11 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     annotations = [annotation(n, 1, 7, box(10 * n, 0, 8, 8)) for n in range(1, 6)] + [annotation(9, 2, 7, box(0, 0, 20, 20))]
     write_coco(tmp_path, images, annotations)
     found = look_at(DataConfig(root=str(tmp_path)))
+    assert found.rare == ("seven", "thousand (no instance)")
+    twice = write_coco(tmp_path / "twice", images, annotations, [{"id": 0, "name": "seven"}, {"id": 7, "name": "seven"}])
+    assert look_at(DataConfig(root=str(twice))).rare == ("seven (id 0, no instance)", "seven (id 7)")
     assert (found.train_images, found.val_images, found.shared_images) == (2, 3, 3), "an image without instances does not train"
-    assert (found.classes, found.rare) == (2, ("seven", "thousand"))
+    assert found.classes == 2
     assert (found.short_side, found.instances, found.most_instances) == (60, 3.0, 5)
     assert found.aspect == pytest.approx(80 / 60)
     assert found.median_object == pytest.approx(8)
@@ -98,6 +101,11 @@ def test_crowded_images_are_cut_into_tiles() -> None:
     assert chosen["inference.tile_overlap"] * 192 >= NUCLEI.large_object
     assert chosen["inference.short_side"] == 384, "a nucleus of 8 pixels becomes 16 pixels"
     assert 50 <= chosen["model.decoder.iam.num_maps"] <= 100
+    few = recipe(replace(NUCLEI, train_images=22, instances=428.0), Path("d"), "small")
+    assert not any("are few" in warning for warning in few.warnings), "its 22 images are a thousand tiles"
+    assert "epochs of 22 images of 45 tiles each" in few.reasons["train.iterations"]
+    mixed = recipe(replace(NUCLEI, large_object=167.0), Path("d"), "small")
+    assert "have a side of 448 pixels, and the images have 256" in mixed.warnings[0], "it says why it chose no tiles"
     assert "data.tile" not in recipe(FACTS, Path("d"), "small").settings
     large = recipe(replace(NUCLEI, large_object=150.0), Path("d"), "small").settings
     assert "data.tile" not in large, "no tile is clearly smaller than the images and shows a large object as a whole"
