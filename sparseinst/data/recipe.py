@@ -387,8 +387,9 @@ def _without_tiles(facts: Facts) -> str:
         return "Cut the images into tiles with data.tile and inference.tile, or raise model.decoder.iam.num_maps."
     return (
         f"No tiles were chosen, because tiles that show the large objects ({facts.large_object:.0f} pixels) as a whole, and "
-        f"several objects, have a side of {side} pixels, and the images have {facts.short_side:.0f}. If the small objects matter "
-        "most, choose smaller tiles with data.tile and inference.tile; otherwise raise model.decoder.iam.num_maps."
+        f"several objects, have a side of {side} pixels, and the images have {facts.short_side:.0f}. After the training, compare "
+        "the AP with tiles: `sparseinst evaluate --weights RUN -o inference.tile=N`. If the small objects matter most, train "
+        "with smaller tiles (data.tile and inference.tile); otherwise raise model.decoder.iam.num_maps."
     )
 
 
