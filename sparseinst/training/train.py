@@ -20,6 +20,7 @@ from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
 from sparseinst.device import tf32
 from sparseinst.distributed import rank, same_for_all, world_size
 from sparseinst.errors import RunFailed, UserError, memory_explained
+from sparseinst.evaluation.coco_metrics import COCO_LIMIT, most_objects
 from sparseinst.evaluation.evaluate import evaluate
 from sparseinst.evaluation.mechanism import Matches, stability
 from sparseinst.files import atomic, make_folder, read_text
@@ -229,7 +230,9 @@ class _Training:
             about = {"step": iteration, "AP": self.best.ap or 0.0}
             state = model.state_dict()
             save_weights(self.paths.best, state, self.config, self.categories, self.attempt.check, training=about)
-        monitor.say(self.best.describe(iteration, total, ap))
+        most = most_objects(self.val)
+        limited = f" (COCO's AP counts {COCO_LIMIT} objects of an image, and one holds {most})" if most > COCO_LIMIT else ""
+        monitor.say(self.best.describe(iteration, total, ap) + limited)
         if self._gives_up():
             monitor.say(
                 f"the last {self.best.without_better} evaluations gave no better AP, so the training ends (train.patience)"

@@ -128,6 +128,16 @@ def test_commands_take_an_unfinished_run(tiny: Config, tmp_path: Path, monkeypat
     assert run_cli(["maps", *run, "--output", str(tmp_path / "m"), "--device", "cpu", "--limit", "1"]) == 0
 
 
+def test_an_ap_that_counts_only_a_part_of_the_objects_says_so(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr("sparseinst.training.train.COCO_LIMIT", 2)
+    with_ap(monkeypatch, [3.0])
+    with caplog.at_level(logging.INFO):
+        train(tiny.replace({"train.evaluate_every": 3}), tmp_path / "run", device=CPU, progress=False)
+    assert "AP 3.0; the best so far (COCO's AP counts 2 objects of an image, and one holds" in caplog.text
+
+
 @pytest.mark.slow
 def test_the_best_weights_are_kept_over_a_stop(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
