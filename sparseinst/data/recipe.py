@@ -7,19 +7,16 @@ start; they are not tuned for your data.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
-
-from sparseinst.config import Config, DataConfig
-from sparseinst.data.check import MIRRORED, mirrored_categories
-from sparseinst.data.coco import Category, CocoSplit, category_names, train_split, val_split
-from sparseinst.data.masks import decode_with_bounds
-from sparseinst.errors import DataError, UserError
+from sparseinst.config import Config
+from sparseinst.data.check import MIRRORED
+from sparseinst.data.facts import Facts, look_at
+from sparseinst.errors import UserError
 from sparseinst.files import atomic
 from sparseinst.machine import multiplies_bfloat16
 from sparseinst.nested import commented_yaml, nest
@@ -28,7 +25,6 @@ from sparseinst.overrides import load_config
 Size = Literal["small", "full"]
 """`small` has a tenth of ResNet-50's parameters and trains on a CPU in one to three hours; `full` is the paper's model."""
 
-_MOST_MASKS = 5000  # masks whose area is measured; a random sample of a larger set
 _MANY = 50
 """Images with more instances are cut into tiles, if these are clearly smaller than the images."""
 _TILE_SPACINGS = 2.8
@@ -41,43 +37,6 @@ _CLUSTERS = 1.6
 """How many times more instances the fullest tile of an image holds than a mean one."""
 _CELL = 4
 """The stride of the predicted masks with the default `mask_scale`."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the training and validation splits hold. Sizes are in pixels of the original images."""
-
-    train_images: int
-    val_images: int
-    shared_images: int
-    """The number of file names that both splits have."""
-    classes: int
-    rare: tuple[str, ...]
-    """The categories with fewer than 20 training instances."""
-    short_side: float
-    """The median of the images' shorter sides."""
-    aspect: float
-    """The 95th percentile of longer side / shorter side."""
-    instances: float
-    """The mean number of instances of an image."""
-    most_instances: int
-    usual_instances: int
-    """The 99th percentile of the number of instances of an image."""
-    small_object: float
-    """The 10th percentile of the square roots of the objects' areas."""
-    median_object: float
-    large_object: float
-    """The 95th percentile of the longer sides of the objects' boxes."""
-    spacing: float
-    """The median of the square root of image area / instances: the side of the square that an instance has for itself."""
-    densest: float
-    """The 99th percentile of instances / image area."""
-    unit: Literal["image", "tile"] = "image"
-    """What the numbers of instances, the side and the aspect describe."""
-    tiles: float = 1.0
-    """The number of tiles, side by side, that make up an image."""
-    mirrored: tuple[str, str] | None = None
-    """Two categories that differ only in `left` and `right` by name, if there are any."""
 
 
 @dataclass
@@ -103,65 +62,6 @@ class Recipe:
         comments = [head, *(f"Warning: {warning}" for warning in self.warnings)]
         lines = [f"# {' '.join(comment.split())}" for comment in comments]  # names in them may hold line breaks
         return "\n".join(lines) + "\n" + commented_yaml(nest(self.settings, Config), self.reasons)
-
-
-def look_at(config: DataConfig) -> Facts:
-    """Read both splits and measure them.
-
-    Raises:
-        DataError: an annotation file cannot be read, a mask is not valid, or the training split has no instance with a pixel.
-    """
-    train, val = train_split(config), val_split(config)
-    used = train.with_instances()
-    if not used.images:
-        raise DataError(f"{train.file}: no image has an instance, so there is nothing to learn")
-    counts = np.array(used.instances_per_image())
-    labels = [annotation.label for image in used.images for annotation in image.annotations if not annotation.crowd]
-    by_class = np.bincount(labels, minlength=len(train.categories))
-    sides = np.array([(min(image.height, image.width), max(image.height, image.width)) for image in used.images])
-    measured = np.array(list(_measure(used)), dtype=float).reshape(-1, 2)
-    measured = measured[measured[:, 0] > 0]
-    roots = np.sqrt(measured[:, 0])
-    if not len(roots):
-        raise DataError(f"{train.file}: no instance has a pixel in its image, so there is nothing to learn")
-    return Facts(
-        len(used.images),
-        len(val.images),
-        len({image.path.name for image in train.images} & {image.path.name for image in val.images}),
-        len(train.categories),
-        tuple(_called(train.categories, index, number) for index, number in enumerate(by_class.tolist()) if number < 20),
-        float(np.median(sides[:, 0])),
-        float(np.percentile(sides[:, 1] / sides[:, 0], 95)),
-        float(counts.mean()),
-        int(counts.max()),
-        math.ceil(np.percentile(counts, 99)),
-        float(np.percentile(roots, 10)),
-        float(np.median(roots)),
-        float(np.percentile(measured[:, 1], 95)),
-        float(np.median(np.sqrt(sides.prod(1) / counts))),
-        float(np.percentile(counts / sides.prod(1), 99)),
-        mirrored=next(iter(mirrored_categories(category_names(train.categories))), None),
-    )
-
-
-def _called(categories: Sequence[Category], index: int, instances: int) -> str:
-    """Return a category's name, with its id if another one has the same name, and the remark that it has no instance."""
-    names = category_names(categories)
-    remarks = [f"id {categories[index].id}"] * (names.count(names[index]) > 1) + ["no instance"] * (not instances)
-    return names[index] + (f" ({', '.join(remarks)})" if remarks else "")
-
-
-def _measure(split: CocoSplit) -> Iterator[tuple[int, int]]:
-    """Yield the area of each mask and the longer side of its box, for all masks or a random sample of them."""
-    all_masks = [(image, annotation) for image in split.images for annotation in image.annotations if not annotation.crowd]
-    chosen = np.random.default_rng(0).permutation(len(all_masks))[:_MOST_MASKS]
-    for index in chosen.tolist():
-        image, annotation = all_masks[index]
-        try:
-            mask, box = decode_with_bounds(annotation.segmentation, image.height, image.width)
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{split.file}: annotation {annotation.id}: segmentation: {error}") from None
-        yield int(mask.sum()), max(box.bottom - box.top, box.right - box.left)
 
 
 def recipe(

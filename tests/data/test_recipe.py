@@ -10,7 +10,8 @@ import pytest
 from sparseinst.cli import run_cli
 from sparseinst.config import Config, DataConfig
 from sparseinst.data.check import mirrored_categories
-from sparseinst.data.recipe import Facts, look_at, recipe
+from sparseinst.data.facts import Facts, look_at
+from sparseinst.data.recipe import recipe
 from sparseinst.nested import explanations, leaf_paths
 from sparseinst.overrides import load_config
 from tests.conftest import annotation, box, write_coco
