@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
 from sparseinst.inference.compact import CompactMasks, Runs, strip_rows
-from sparseinst.inference.predict import CompactInstances, FoundInstances
+from sparseinst.inference.found import CompactInstances, FoundInstances
 from sparseinst.visualize.labels import Box, place_labels
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

@@ -21,7 +21,7 @@ from sparseinst.data.images import read_image
 from sparseinst.data.masks import decode
 from sparseinst.evaluation.coco_metrics import COCO_LIMIT, pycocotools_truth
 from sparseinst.files import atomic, make_folder
-from sparseinst.inference.predict import FoundInstances
+from sparseinst.inference.found import FoundInstances
 from sparseinst.visualize.draw import fitted, outlined, overlay, picture_grid
 
 SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}

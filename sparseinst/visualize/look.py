@@ -23,7 +23,7 @@ from sparseinst.data.coco import CocoSplit, category_names
 from sparseinst.data.loader import BatchOrder, Example, TrainSet
 from sparseinst.errors import UserError
 from sparseinst.files import atomic
-from sparseinst.inference.predict import FoundInstances
+from sparseinst.inference.found import FoundInstances
 from sparseinst.progress import progress_bar
 from sparseinst.visualize.draw import overlay, picture_grid
 from sparseinst.words import counted

@@ -16,7 +16,8 @@ from sparseinst.data.masks import encode_runs
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import atomic, check_writable
 from sparseinst.inference.compact import CompactMasks
-from sparseinst.inference.predict import CompactInstances, FoundInstances, Predictor, as_image
+from sparseinst.inference.found import CompactInstances, FoundInstances
+from sparseinst.inference.predict import Predictor, as_image
 from sparseinst.progress import progress_bar
 from sparseinst.visualize.contact_sheet import ContactSheets, sheet_names
 from sparseinst.visualize.draw import MOST_MAPS, ColourBy, activation_sheet, overlay

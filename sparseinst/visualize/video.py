@@ -13,7 +13,8 @@ from PIL import Image
 
 from sparseinst.errors import DataError, RunFailed, UserError
 from sparseinst.files import atomic
-from sparseinst.inference.predict import CompactInstances, Predictor
+from sparseinst.inference.found import CompactInstances
+from sparseinst.inference.predict import Predictor
 from sparseinst.progress import progress_bar
 from sparseinst.visualize.draw import ColourBy, overlay
 

@@ -13,7 +13,7 @@ from sparseinst import load_model
 from sparseinst.data.masks import encode, encode_runs
 from sparseinst.inference import compact
 from sparseinst.inference.compact import CompactMasks
-from sparseinst.inference.predict import FoundInstances
+from sparseinst.inference.found import FoundInstances
 from sparseinst.visualize.draw import _nearest_pixel, overlay
 from sparseinst.visualize.labels import place_labels
 

@@ -8,7 +8,7 @@ import pytest
 
 from sparseinst import load_model
 from sparseinst.errors import UserError
-from sparseinst.inference.predict import FoundInstances
+from sparseinst.inference.found import FoundInstances
 
 
 def found() -> FoundInstances:

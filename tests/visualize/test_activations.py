@@ -13,7 +13,8 @@ from sparseinst.cli import run_cli
 from sparseinst.config import Config, IAMConfig
 from sparseinst.data.coco import Category
 from sparseinst.errors import RunFailed, UserError
-from sparseinst.inference.predict import FoundInstances, Predictor, instance_responses
+from sparseinst.inference.found import FoundInstances
+from sparseinst.inference.predict import Predictor, instance_responses
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import build_model
 from sparseinst.visualize.activations import mean_responses, most_different_maps, write_mean_maps

@@ -11,7 +11,7 @@ from PIL import Image
 from sparseinst import load_model
 from sparseinst.cli import run_cli
 from sparseinst.data.coco import val_split
-from sparseinst.inference.predict import FoundInstances
+from sparseinst.inference.found import FoundInstances
 from sparseinst.visualize.draw import overlay, palette
 from sparseinst.visualize.labels import place_labels
 

@@ -18,7 +18,7 @@ from sparseinst.errors import DataError, RunFailed
 from sparseinst.evaluation.evaluate import evaluate
 from sparseinst.evaluation.mechanism import stability
 from sparseinst.evaluation.weights import evaluate_weights
-from sparseinst.inference.predict import FoundInstances
+from sparseinst.inference.found import FoundInstances
 from sparseinst.inference.weights import load_weights
 from sparseinst.paths import RunPaths
 from sparseinst.report.curves import draw_curves, read_metrics
