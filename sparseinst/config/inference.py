@@ -22,8 +22,8 @@ class InferenceConfig(Section):
     that this side becomes `short_side`, and join the results. It is for images with many small objects. With None, the image is
     segmented as a whole."""
     tile_overlap: Annotated[float, Field(ge=0.0, le=0.75), Neutral(0.25)] = 0.25
-    """The least overlap of two neighbouring tiles, as a fraction of `tile`. An object that is larger than the overlap may not lie
-    in any tile as a whole; it is then found in pieces."""
+    """The least overlap of two neighbouring tiles, as a fraction of `tile`. It should be as large as a large object, because an
+    object that no tile shows as a whole is found in pieces, which are united afterwards."""
     score_threshold: Fraction = 0.005
     """Instances with a lower score are left out."""
     mask_threshold: Fraction = 0.45

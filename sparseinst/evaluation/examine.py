@@ -74,7 +74,7 @@ class TiledImage:
         self.record = record
         self._split, self._config = split, config
         self._size = record.height, record.width
-        self._count = len(image_tiles(self._size, config.inference))
+        self._tiles = image_tiles(self._size, config.inference)
         self._added = 0
         self._placed: list[Placed] = []
         self._pairs: list[Pairs] = []
@@ -83,7 +83,7 @@ class TiledImage:
 
     def add(self, raw: Predictions, batch: Batch, found: Instances, mask_size: tuple[int, int]) -> SegmentedImage | None:
         """Add the next tile. The arguments, and errors, are those of `examine`."""
-        if self._count == 1:
+        if len(self._tiles) == 1:
             return examine(raw, batch, found, self._split, self._config, mask_size)
         if not self._added:
             self._objects = self._read_objects()
@@ -100,7 +100,7 @@ class TiledImage:
 
     def _next(self) -> SegmentedImage | None:
         self._added += 1
-        if self._added < self._count:
+        if self._added < len(self._tiles):
             return None
         return SegmentedImage(self.record.id, [], self._skipped, None) if self._skipped else self._joined()
 
@@ -123,7 +123,7 @@ class TiledImage:
             self._pairs.append(observe_maps(raw, padded, part.labels[inside], seen, self._config, mask_size))
 
     def _joined(self) -> SegmentedImage:
-        joined = join(self._placed)
+        joined = join(self._placed, self._tiles)
         masks = as_masks(joined, self._size)
         results: list[dict[str, Any]] = [
             {

@@ -1,8 +1,9 @@
 """Join the instances of overlapping tiles into those of the whole image.
 
 Within a tile nothing is suppressed, as in the paper. An object in the overlap of two tiles, however, is found twice, and only one
-of the two instances may stay. The rule is that of SAHI (Akyon et al., ICIP 2022), but without its merging: in the order of their
-scores, an instance is dropped if it shares more than half of the smaller mask with an instance of another tile that was kept.
+of the two instances may stay. The rule is that of SAHI (Akyon et al., ICIP 2022): in the order of their scores, an instance is
+dropped if it shares more than half of the smaller mask with an instance of another tile that was kept. SAHI can merge such
+instances instead; here only the pieces of an object that no tile shows as a whole are united.
 
 K instances, h w height and width of a mask's box, H W height and width of the image or tile.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -119,18 +120,27 @@ def place(
     return placed
 
 
-def join(placed: Sequence[Placed]) -> list[Placed]:
-    """Return the instances of the image, best score first: of the instances of one object in several tiles, one is kept.
+def join(placed: Sequence[Placed], tiles: Sequence[Tile]) -> list[Placed]:
+    """Return the instances of the image, best score first, one for each object.
 
-    Only instances of the same category and of different tiles are compared.
+    If an object has an instance already, another one is dropped. The pieces of an object that no tile shows as a whole are
+    united: two instances that the sides of their tiles cut off are such pieces if they agree where the tiles overlap. Only
+    instances of the same category and of different tiles are compared.
+
+    Args:
+        tiles: the tiles of the image; `Placed.tile` is an index of this list.
     """
     order = sorted(range(len(placed)), key=lambda index: (-placed[index].score * (CUT if placed[index].cut else 1), index))
+    ranks = {index: rank for rank, index in enumerate(order)}
     boxes = np.array([(one.top, one.left, one.bottom, one.right) for one in placed], dtype=np.int64).reshape(-1, 4)
-    tiles = np.array([one.tile for one in placed], dtype=np.int64)
+    numbers = np.array([one.tile for one in placed], dtype=np.int64)
     areas = [int(np.bitwise_count(one.bits).sum()) for one in placed]
     # The corners of two boxes that overlap lie in the same square of this side, or in adjacent ones.
     side = int((boxes[:, 2:] - boxes[:, :2]).max(initial=1))
-    kept: list[Placed] = []
+    objects: dict[int, list[int]] = {}
+    """The instances of each object, by its first one."""
+    first: dict[int, int] = {}
+    """The first instance of the object to which a kept instance belongs."""
     by_square: defaultdict[tuple[int, int, int], list[int]] = defaultdict(list)
     """The indices of the kept instances, by category and by the square in which their corner lies."""
     for index in order:
@@ -139,12 +149,50 @@ def join(placed: Sequence[Placed]) -> list[Placed]:
         squares = ((one.label, row + down, column + right) for down in (-1, 0, 1) for right in (-1, 0, 1))
         others = np.array([other for square in squares for other in by_square.get(square, ())], dtype=np.int64)
         overlap = (boxes[others, :2] < box[2:]).all(1) & (box[:2] < boxes[others, 2:]).all(1)
-        near = others[overlap & (tiles[others] != one.tile)]
-        same = (_shared(one, placed[other]) > SAME * min(areas[index], areas[other]) for other in near.tolist())
-        if not any(same):
-            kept.append(one)
+        near = others[overlap & (numbers[others] != one.tile)].tolist()
+        same = [other for other in near if _shared(one, placed[other]) > SAME * min(areas[index], areas[other])]
+        if all(placed[other].cut for other in same):
+            # A weak piece does not change a strong instance.
+            strong = [other for other in near if one.score >= CUT * placed[first[other]].score]
+            pieces = [other for other in strong if one.cut and placed[other].cut and _agree(one, placed[other], tiles)]
+            if same and not pieces:
+                continue
+            heads = sorted({first[other] for other in pieces}, key=ranks.__getitem__)
+            members = [member for head in heads for member in objects.pop(head)] + [index]
+            objects[members[0]] = members
+            first |= dict.fromkeys(members, members[0])
             by_square[one.label, row, column].append(index)
-    return sorted(kept, key=lambda one: -one.score)
+    return sorted((_united([placed[index] for index in members]) for members in objects.values()), key=lambda one: -one.score)
+
+
+def _agree(one: Placed, other: Placed, tiles: Sequence[Tile]) -> bool:
+    """Tell whether the masks of two instances have an IoU above `SAME` where their tiles overlap."""
+    both = tiles[one.tile].overlap(tiles[other.tile])
+    if both is None:
+        return False
+    shared = _shared(one, other)
+    return shared > SAME * (_pixels_in(one, both) + _pixels_in(other, both) - shared)
+
+
+def _pixels_in(one: Placed, part: Tile) -> int:
+    """Return the number of pixels of a mask in a part of the image."""
+    rows = slice(max(0, part.top - one.top), max(0, part.top + part.height - one.top))
+    columns = slice(max(0, part.left - one.left), max(0, part.left + part.width - one.left))
+    return int(np.count_nonzero(one.mask[rows, columns]))
+
+
+def _united(pieces: Sequence[Placed]) -> Placed:
+    """Return the first of the pieces with the mask of all of them and their best score."""
+    if len(pieces) == 1:
+        return pieces[0]
+    top, left = min(one.top for one in pieces), min(one.left for one in pieces)
+    bottom, right = max(one.bottom for one in pieces), max(one.right for one in pieces)
+    bits = np.zeros((bottom - top, -(-(right - left) // 8)), np.uint8)
+    for one in pieces:
+        start = (one.left - left) // 8
+        bits[one.top - top : one.bottom - top, start : start + one.bits.shape[1]] |= one.bits
+    score = max(one.score for one in pieces)
+    return replace(pieces[0], score=score, top=top, left=left, width=right - left, bits=bits)
 
 
 def as_masks(instances: Sequence[Placed], image: Size) -> CompactMasks:

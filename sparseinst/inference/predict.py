@@ -175,7 +175,7 @@ class Predictor:
             full |= int((found.scores >= score).sum()) == raw.mask_logits.shape[1]
             best += found.scores.sort(descending=True).values[:1].tolist()
             placed += place(found, tile, number, whole, responses, score=score)
-        chosen = [one for one in join(placed) if one.score >= score]
+        chosen = [one for one in join(placed, tiles) if one.score >= score]
         before_top, chosen = len(chosen), chosen[:top]
         shown = chosen[: None if activations is True else activations]
         return {

@@ -26,6 +26,8 @@ from sparseinst.postprocess import Instances
 from tests.conftest import CPU
 
 IMAGE = (100, 160)
+APART = [Tile(1000 * number, 0, 100, 100) for number in range(9)]
+"""Tiles that do not overlap, so that no pieces are united."""
 
 
 def discs(count: int, radius: int) -> NDArray[np.bool_]:
@@ -64,18 +66,38 @@ def test_objects_smaller_than_the_overlap_are_found_once_and_whole(side: int) ->
     tiles = tiles_of(IMAGE, side, 0.4)
     placed = [one for number, tile in enumerate(tiles) for one in seen(masks, tile, number)]
     assert len(placed) > len(masks), "some objects lie in two tiles"
-    joined = expanded(join(placed))
+    joined = expanded(join(placed, tiles))
     assert len(joined) == len(masks)
     assert sorted(mask.tobytes() for mask in joined) == sorted(mask.tobytes() for mask in masks)
 
 
-def test_an_object_larger_than_the_overlap_comes_in_pieces() -> None:
-    band = np.zeros((1, *IMAGE), bool)
-    band[0, 40:60, 5:155] = True
-    placed = [one for number, tile in enumerate(tiles_of(IMAGE, 100, 0.2)) for one in seen(band, tile, number)]
-    assert len(placed) == 2
-    assert all(one.cut for one in placed)
-    assert (expanded(join(placed)).any(0) == band[0]).all()
+@pytest.mark.parametrize("side", [40, 64, 100])
+def test_the_pieces_of_an_object_larger_than_the_tiles_are_united(side: int) -> None:
+    masks = np.zeros((2, *IMAGE), bool)
+    masks[0, 20:60, 5:155] = True
+    masks[1, 60:90, 30:70] = True  # touches it
+    tiles = tiles_of(IMAGE, side, 0.2)
+    placed = [one for number, tile in enumerate(tiles) for one in seen(masks, tile, number)]
+    assert len(placed) > 2
+    joined = expanded(join(placed, tiles))
+    assert sorted(mask.tobytes() for mask in joined) == sorted(mask.tobytes() for mask in masks)
+
+
+def test_pieces_that_disagree_or_are_weak_stay_apart() -> None:
+    tiles = [Tile(0, 0, 40, 60), Tile(0, 40, 40, 60)]
+
+    def piece(score: float, tile: int, left: int, right: int) -> Placed:
+        return Placed.of((score, 0, 0, tile), 10, left, np.ones((10, right - left), bool), cut=True)
+
+    [united] = join([piece(0.8, 0, 10, 60), piece(0.6, 1, 40, 90)], tiles)
+    assert (united.score, united.top, united.left, united.mask.sum()) == (0.8, 10, 8, 800)
+    assert len(join([piece(0.8, 0, 10, 60), piece(0.3, 1, 40, 90)], tiles)) == 2, "less than half of the score"
+    assert len(join([piece(0.8, 0, 10, 60), piece(0.6, 1, 52, 90)], tiles)) == 2, "they share 8 of the 20 columns that both see"
+    three = [Tile(0, 0, 40, 60), Tile(0, 40, 40, 60), Tile(0, 80, 40, 60)]
+    ends = [piece(0.9, 0, 10, 60), piece(0.8, 2, 80, 130)]
+    [bridged] = join([*ends, piece(0.7, 1, 40, 100)], three)
+    assert bridged.mask.sum() == 1200, "the middle piece comes last and unites the ends"
+    assert len(join(ends, three)) == 2
 
 
 def one(score: float, tile: int, left: int, label: int = 0, *, cut: bool = False) -> Placed:
@@ -83,14 +105,14 @@ def one(score: float, tile: int, left: int, label: int = 0, *, cut: bool = False
 
 
 def test_only_other_tiles_and_the_same_category_suppress() -> None:
-    kept = join([one(0.5, 0, 0), one(0.9, 0, 1)])
+    kept = join([one(0.5, 0, 0), one(0.9, 0, 1)], APART)
     assert [instance.score for instance in kept] == [0.9, 0.5], "within a tile nothing is suppressed; the best comes first"
-    assert [instance.score for instance in join([one(0.5, 0, 0), one(0.9, 1, 1)])] == [0.9]
-    assert len(join([one(0.5, 0, 0), one(0.9, 1, 1, label=1)])) == 2
-    assert len(join([one(0.5, 0, 0), one(0.9, 1, 5)])) == 2, "half of the mask is shared, not more"
-    assert len(join([one(0.5, 0, 0), one(0.9, 1, 4)])) == 1
-    assert join([one(0.9, 0, 0, cut=True), one(0.5, 1, 1)])[0].score == 0.5, "another tile shows the whole object"
-    assert join([]) == []
+    assert [instance.score for instance in join([one(0.5, 0, 0), one(0.9, 1, 1)], APART)] == [0.9]
+    assert len(join([one(0.5, 0, 0), one(0.9, 1, 1, label=1)], APART)) == 2
+    assert len(join([one(0.5, 0, 0), one(0.9, 1, 5)], APART)) == 2, "half of the mask is shared, not more"
+    assert len(join([one(0.5, 0, 0), one(0.9, 1, 4)], APART)) == 1
+    assert join([one(0.9, 0, 0, cut=True), one(0.5, 1, 1)], APART)[0].score == 0.5, "another tile shows the whole object"
+    assert join([], APART) == []
 
 
 def test_the_join_compares_neighbours_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +135,7 @@ def test_the_join_compares_neighbours_only(monkeypatch: pytest.MonkeyPatch) -> N
     compared = []
     shared = join_module._shared
     monkeypatch.setattr(join_module, "_shared", lambda *pair: compared.append(pair) or shared(*pair))
-    assert [id(one) for one in join(placed)] == [id(placed[i]) for i in sorted(kept, key=lambda i: -placed[i].score)]
+    assert [id(one) for one in join(placed, APART)] == [id(placed[i]) for i in sorted(kept, key=lambda i: -placed[i].score)]
     assert 100 < len(kept) < 290
     assert len(compared) < 300 * 10
 
@@ -131,8 +153,8 @@ def test_weak_instances_are_dropped_early_but_not_those_that_suppress() -> None:
         every += place(found, tile, number, IMAGE)
         some += place(found, tile, number, IMAGE, score=0.6)
     assert len(some) < len(every)
-    expected = [(one.score, one.top, one.left) for one in join(every) if one.score >= 0.6]
-    assert [(one.score, one.top, one.left) for one in join(some) if one.score >= 0.6] == expected
+    expected = [(one.score, one.top, one.left) for one in join(every, tiles) if one.score >= 0.6]
+    assert [(one.score, one.top, one.left) for one in join(some, tiles) if one.score >= 0.6] == expected
 
 
 def test_masks_from_parts_equal_dense_ones() -> None:
