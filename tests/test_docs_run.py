@@ -34,7 +34,7 @@ NOT_RUN = {
     r"^sparseinst run (figure1|table8)": "measures for minutes; tests/bench",
     r"^sparseinst (logs|verify)|^sparseinst report figure1": "needs a finished run of a table; tests/launch",
     r"^sparseinst report( --html)?$|^sparseinst report --profile small( --html| --fidelity)?$": "draws all figures; tests/report",
-    r"data convert masks nuclei|datasets/nuclei": "needs a download; tests/data",
+    r"data convert (masks nuclei|maps|emps)|datasets/nuclei|particles|tissue|runs/more": "needs a download; tests/data",
     r"data shapes --output DIR": "draws 18,000 images; tests/test_cli.py writes a few",
     r"plan kernels": "needs the table that docs/tables.md shows how to write; tests/ablation",
     r"data collage": "needs photos of single objects; tests/data/test_collage.py",

@@ -22,6 +22,9 @@ from sparseinst.training.interrupt import StopRequest
 from tests.attacks.runs import metrics
 from tests.test_cli import small_settings
 
+WITH_CTRL_C = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+"""Shells start background jobs with Ctrl-C ignored, and a test suite that is such a job would pass this on to the command."""
+
 
 def test_an_interrupted_command_ends_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -59,7 +62,8 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_continues_to_the_same_bits(
 ) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = RunPaths(tmp_path / "stopped")
-    process = subprocess.Popen(command(shapes_root, run.root), env=environment, stderr=subprocess.PIPE, text=True)
+    started = [sys.executable, "-c", WITH_CTRL_C, *command(shapes_root, run.root)]
+    process = subprocess.Popen(started, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (run.metrics.exists() and run.metrics.read_text().count("\n") >= 2):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
