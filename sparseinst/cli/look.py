@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +20,9 @@ from sparseinst.cli.options import (
 )
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.words import counted
+
+if TYPE_CHECKING:
+    from sparseinst.visualize.predict_files import Prediction
 
 app = typer.Typer()
 
@@ -72,7 +75,14 @@ def predict(
         _make_int8(find_weights(weights, checkpoint), engine_overrides(engine, precision) | tiles)
     model = load_model(weights, device, optimize=optimize, checkpoint=checkpoint, tile=tile, **choice)
     found = predict_files(model, files, output, score=score, top=top, maps=maps, sheet=sheet, colour=colour)
-    done = len(files) - found.failed
+    _print_prediction(found, len(files), output, score, tiled=model.config.inference.tile is not None)
+    if found.failed:
+        raise RunFailed(f"{found.failed} of {len(files)} files could not be read; the warnings above say why")
+
+
+def _print_prediction(found: Prediction, files: int, output: Path, score: float, *, tiled: bool) -> None:
+    """Print what was found, what was left out, and what to do if that is too little."""
+    done = files - found.failed
     print(f"{counted(done, 'file')}: overlays and predictions.json in {output}")
     if found.images:
         highest = f"the highest score is {found.highest:.2f}" if found.highest is not None else "no map has a score at all"
@@ -82,7 +92,7 @@ def predict(
         )
     if found.left_out:
         print(f"--top left out {counted(found.left_out, 'more instance')} with such a score")
-    if found.full and model.config.inference.tile is None:
+    if found.full and not tiled:
         print(
             f"in {counted(found.full, 'image')} all maps of the model have such a score; it cannot find "
             "more objects than it has maps (model.decoder.iam.num_maps), unless --tile cuts the image"
@@ -96,8 +106,6 @@ def predict(
         print(f"contact sheet: {path}")
     if found.empty == found.images > 0:
         print("Use a lower --score to see weaker instances. If the scores stay near zero, the model has not learned the task.")
-    if found.failed:
-        raise RunFailed(f"{found.failed} of {len(files)} files could not be read; the warnings above say why")
 
 
 def _make_int8(weights: Path, overrides: dict[str, Any]) -> None:

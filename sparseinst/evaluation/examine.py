@@ -15,7 +15,7 @@ from sparseinst.data.objects import Objects, Part, read_segments
 from sparseinst.data.tiles import Size
 from sparseinst.data.transforms import as_mask, resize_segments
 from sparseinst.errors import DataError
-from sparseinst.evaluation.mechanism import Pairs, observe, observe_maps, of_tiles, with_found
+from sparseinst.evaluation.mechanism import Pairs, look, of_matched, of_tiles, with_found
 from sparseinst.evaluation.predictions import in_coco_format
 from sparseinst.inference.join import Placed, as_masks, join, place
 from sparseinst.models.decoder import Predictions
@@ -59,7 +59,10 @@ def examine(
     iou = overlaps([result["segmentation"] for result in results], _true_segmentations(record), *whole)
     small = [as_mask(segment, size) for segment in resize_segments(segments, whole, size)]
     originals = [as_mask(segment, whole) for segment in segments]
-    pairs = observe(raw, batch.padded, labels, small, iou, labels_and_scores, originals, config, mask_size)
+    pairs = None
+    if len(labels):
+        matches = look(raw, batch.padded, labels, small, config, mask_size)
+        pairs = with_found(of_matched(matches), labels, iou, labels_and_scores, originals)
     return SegmentedImage(record.id, results, batch.skipped, pairs)
 
 
@@ -120,7 +123,7 @@ class TiledImage:
         inside = [index for index, mask in enumerate(masks) if mask.any()]
         if inside:
             seen = [masks[index] for index in inside]
-            self._pairs.append(observe_maps(raw, padded, part.labels[inside], seen, self._config, mask_size))
+            self._pairs.append(of_matched(look(raw, padded, part.labels[inside], seen, self._config, mask_size)))
 
     def _joined(self) -> SegmentedImage:
         joined = join(self._placed, self._tiles)

@@ -95,9 +95,14 @@ def look(
     config: Config,
     mask_size: tuple[int, int],
 ) -> MatchedMaps:
-    """Assign a map to each object of one image, with the matching of the training.
+    """Assign a map to each object of one image or tile, with the matching of the training.
 
-    The arguments are those of `observe`; K must be at least 1.
+    Args:
+        raw: the model's output for this image alone.
+        padded: height and width of the network's input.
+        labels: (K,) the labels of the objects; K must be at least 1.
+        masks: K masks of the objects, (H', W'), 0 or 1.
+        mask_size: height and width of the predicted masks.
     """
     stacked = torch.from_numpy(np.stack(masks))  # K H' W'
     targets = prepare_targets([torch.from_numpy(labels)], [stacked], padded, mask_size)
@@ -106,44 +111,8 @@ def look(
     return MatchedMaps(pairs.instances.numpy(), pairs.predictions.numpy(), maps, _coverage(stacked, padded).numpy())
 
 
-def observe(
-    raw: Predictions,
-    padded: tuple[int, int],
-    labels: NDArray[np.int64],
-    masks: Sequence[Mask],
-    overlaps: Any,
-    found: tuple[NDArray[np.int64], NDArray[np.float32]],
-    originals: Sequence[Mask],
-    config: Config,
-    mask_size: tuple[int, int],
-) -> Pairs | None:
-    """Return the values of one image; None if it has no objects.
-
-    Args:
-        raw: the model's output for this image alone.
-        padded: height and width of the network's input.
-        labels: (K,) the labels of the objects.
-        masks: K masks of the objects, (H', W'), 0 or 1.
-        overlaps: (instances, K) IoU of the kept instances with the objects.
-        found: labels and scores of the kept instances.
-        originals: K masks of the objects at the image's own size, (H, W), 0 or 1.
-        mask_size: height and width of the predicted masks.
-    """
-    if not len(labels):
-        return None
-    return with_found(observe_maps(raw, padded, labels, masks, config, mask_size), labels, overlaps, found, originals)
-
-
-def observe_maps(
-    raw: Predictions,
-    padded: tuple[int, int],
-    labels: NDArray[np.int64],
-    masks: Sequence[Mask],
-    config: Config,
-    mask_size: tuple[int, int],
-) -> Pairs:
-    """Return the values that need only the maps, and the matched pairs. The arguments are those of `look`."""
-    matches = look(raw, padded, labels, masks, config, mask_size)
+def of_matched(matches: MatchedMaps) -> Pairs:
+    """Return the values that need only the maps, and the matched pairs."""
     matched = dict(zip(map(str, matches.objects.tolist()), matches.maps.tolist(), strict=True))
     return of_maps(matches.responses, matches.covered, matches.objects)._replace(matched=matched)
 
@@ -155,7 +124,14 @@ def with_found(
     found: tuple[NDArray[np.int64], NDArray[np.float32]],
     originals: Iterable[Mask],
 ) -> Pairs:
-    """Return the values of one image with those that need its kept instances. The arguments are those of `observe`."""
+    """Return the values of one image with those that need its kept instances.
+
+    Args:
+        labels: (K,) the labels of the objects.
+        overlaps: (instances, K) IoU of the kept instances with the objects.
+        found: labels and scores of the kept instances.
+        originals: K masks of the objects at the image's own size, (H, W), 0 or 1.
+    """
     recalled = _recalled(labels, overlaps, found[0])
     neighbours = [bool(recalled[a] and recalled[b]) for a, b in touching(labels, originals)]
     return pairs._replace(duplicates=_duplicates(overlaps, found[1]), neighbours=neighbours)
