@@ -124,17 +124,15 @@ def save(figure: Figure, path: Path) -> None:
     """
     dpi, layout = figure.dpi, figure.get_layout_engine()
     try:
-        for suffix, canvas, layout_dpi, metadata in (
-            (".png", FigureCanvasAgg, _DPI, {"Software": None}),
-            (".svg", FigureCanvasSVG, 72, {"Date": None}),  # an SVG is laid out in points
-        ):
+        FigureCanvasAgg(figure)
+        if layout is not None:
+            # Laying a figure out takes as long as drawing it. With a layout engine, `savefig` does it for each file, and draws
+            # everything an extra time. Here it is done once for both files.
+            figure.dpi = _DPI
+            layout.execute(figure)
+            figure.set_layout_engine(None)
+        for suffix, canvas, metadata in ((".png", FigureCanvasAgg, {"Software": None}), (".svg", FigureCanvasSVG, {"Date": None})):
             canvas(figure)
-            if layout is not None:
-                # With a layout engine, `savefig` draws everything an extra time to lay the figure out. Here it has none.
-                figure.set_layout_engine(layout)
-                figure.dpi = layout_dpi
-                layout.execute(figure)
-                figure.set_layout_engine(None)
             with atomic(path.with_suffix(suffix)) as temporary:
                 figure.savefig(temporary, format=suffix[1:], dpi=_DPI, metadata=metadata)
     finally:
