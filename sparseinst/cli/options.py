@@ -47,7 +47,7 @@ TimingCluster = Annotated[
 ]
 Optimize = Annotated[
     OptimizeMode | None,
-    typer.Option(help="Optimise the model first; compiling takes seconds (compiled) to minutes (best)."),
+    typer.Option(help="Optimise the model first; compiling takes up to minutes, on a CPU only at the first start."),
 ]
 EngineChoice = Annotated[
     str | None,

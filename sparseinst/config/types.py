@@ -21,9 +21,9 @@ ENGINE_PRECISIONS: dict[EngineName, tuple[NetworkPrecision, ...]] = {
 OptimizeMode = Literal["folded", "compiled", "graph", "best"]
 """How `inference.optimize` speeds up a trained network. Each mode folds layers and uses channels-last tensors.
 
-`folded` does nothing else. `compiled` also uses torch.compile with frozen weights. `graph` records a CUDA graph for each image
-size instead. `best` is the fastest mode and takes minutes to compile. On a GPU it tunes kernels and uses CUDA graphs, for images
-of one size. On a CPU it uses Winograd convolutions, except in fp16.
+`folded` does nothing else. `compiled` also compiles the network with frozen weights; on a CPU the result is kept on the disk for
+the next start. `graph` records a CUDA graph for each image size instead. `best` is the fastest mode and takes minutes to compile.
+On a GPU it tunes kernels and uses CUDA graphs, for images of one size. On a CPU it uses Winograd convolutions, except in fp16.
 """
 Activation = Literal["sigmoid", "softmax"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -84,17 +84,17 @@ class MatrixPool(nn.Module):
         self.bins = bins
 
     def forward(self, x: Tensor) -> Tensor:  # B C H W
-        rows, columns = self._weights(x.shape[-2], x), self._weights(x.shape[-1], x)
-        return rows @ x @ columns.transpose(0, 1)  # B C bins bins
+        rows, columns = self._weights(x.shape[-2], x.device), self._weights(x.shape[-1], x.device)
+        return (rows @ x.float() @ columns.transpose(0, 1)).to(x.dtype)  # B C bins bins
 
-    def _weights(self, size: int, like: Tensor) -> Tensor:
+    def _weights(self, size: int, device: torch.device) -> Tensor:
         """Return the weights (bins, size): 1 / n for each of the n positions of a bin."""
-        position = torch.arange(size, device=like.device)
-        bins = torch.arange(self.bins, device=like.device)[:, None]
+        position = torch.arange(size, device=device)
+        bins = torch.arange(self.bins, device=device)[:, None]
         start = (bins * size) // self.bins
         end = ((bins + 1) * size + self.bins - 1) // self.bins
         inside = ((position >= start) & (position < end)).float()
-        return (inside / inside.sum(1, keepdim=True)).to(like.dtype)
+        return inside / inside.sum(1, keepdim=True)
 
 
 class CountedCoordinates(Coordinates):

@@ -20,8 +20,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sparseinst.config import OptimizeMode, Precision
 from sparseinst.device import DTYPES
+from sparseinst.inference.ahead import CannotCompile, compiled
+from sparseinst.inference.export import Network
 from sparseinst.inference.memory import keep_freed_memory
-from sparseinst.inference.winograd import WinogradConv2d
+from sparseinst.inference.winograd import WinogradConv2d, compile_winograd
 from sparseinst.models.backbone import Backbone
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.encoder import Encoder, resize
@@ -40,20 +42,42 @@ class OptimizedSparseInst(SparseInst):
     def __init__(self, model: SparseInst, precision: Precision, compile_with: dict[str, Any] | None) -> None:
         super().__init__(model.backbone, model.encoder, model.decoder)
         self.dtype = DTYPES.get(precision, torch.float32)
+        self._compile_with = compile_with
         self._compiled: Callable[[Tensor], Predictions] | None = None
-        if compile_with is not None:
-            self._compiled = torch.compile(super().forward, **compile_with)
 
     def forward(self, images: Tensor) -> Predictions:
         images = images.to(self.dtype, memory_format=torch.channels_last)
         with torch.autocast(images.device.type, enabled=False):
+            if self._compiled is None and self._compile_with is not None:
+                self._compiled = self._compile(images.device)
             if self._compiled is not None:
                 try:
                     return self._compiled(images)
                 except torch._dynamo.exc.TorchDynamoException as error:
                     _log.warning("torch.compile fails (%s); the model runs without it", str(error).strip().splitlines()[0])
-                    self._compiled = None
+                    self._compiled = self._compile_with = None
             return super().forward(images)
+
+    def _compile(self, device: torch.device) -> Callable[[Tensor], Predictions]:
+        """Return the compiled network: on a CPU ahead of time if that is possible, otherwise by torch.compile."""
+        if any(isinstance(module, WinogradConv2d) for module in self.modules()):
+            compile_winograd(self.dtype)
+        if device.type == "cpu":
+            try:
+                return self._compile_ahead()
+            except CannotCompile as error:
+                _log.warning("the network cannot be compiled ahead of time (%s), so every start compiles it", error)
+        assert self._compile_with is not None
+        return torch.compile(super().forward, **self._compile_with)
+
+    def _compile_ahead(self) -> Callable[[Tensor], Predictions]:
+        def images(*shape: int) -> tuple[Tensor]:
+            return (torch.randn(shape).to(self.dtype, memory_format=torch.channels_last),)
+
+        network = Network(SparseInst(self.backbone, self.encoder, self.decoder)).eval()
+        checks = [images(1, 3, 128, 96), images(3, 3, 192, 352)]
+        run = compiled(network, images(2, 3, 256, 320), [[0, 2, 3]], checks, "the network")
+        return lambda batch: Predictions(*run(batch))
 
 
 @torch.no_grad()
@@ -65,9 +89,10 @@ def optimize(
     With fp32 and tf32 the raw outputs differ by rounding only. With bf16 and fp16 the weights and features have that type. The
     maps are still normalised in float32, and the scores and masks are computed in float32.
 
-    The first image compiles the model, which takes from seconds to a minute (minutes with `best`). The second image size compiles
-    it again; that version serves all sizes. If the device or the machine lacks something, a warning says so and the step is left
-    out. On a CPU the process keeps freed memory from then on (see `inference.memory`).
+    The first image compiles the model, which takes from seconds to a minute (minutes with `best`). On a CPU the compiled network
+    serves all sizes and is kept on the disk, so that the next process only loads it. On a GPU the second image size compiles it
+    again for all sizes. If the device or the machine lacks something, a warning says so and the step is left out. On a CPU the
+    process keeps freed memory from then on (see `inference.memory`).
     """
     if device.type == "cpu":
         keep_freed_memory()

@@ -1,6 +1,6 @@
 """Winograd's 3x3 convolution F(4x4, 3x3), which needs a quarter of the products (Lavin and Gray, CVPR 2016).
 
-It is meant for torch.compile on CPUs, where direct convolutions already run at the machine's peak. Each tile of 6 x 6 inputs
+It is meant for compiled networks on CPUs, where direct convolutions already run at the machine's peak. Each tile of 6 x 6 inputs
 gives 4 x 4 outputs with 36 products instead of 144. All tiles together are one batch of 36 matrix products.
 
 The precision depends on the points at which the underlying polynomials are multiplied. Among symmetric points with small
@@ -13,14 +13,19 @@ Shapes: B images, C input channels, D output channels, H W height and width, h w
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sparseinst.inference.ahead import CannotCompile, compiled
+
+_log = logging.getLogger(__name__)
 
 _STEP, _KERNEL = 4, 3
 _TILE = _STEP + _KERNEL - 1
@@ -59,8 +64,8 @@ _INPUTS, _KERNELS, _OUTPUTS = _matrices()
 class WinogradConv2d(nn.Module):
     """A dense 3x3 convolution with stride 1 and padding 1, with or without a ReLU after it: (B, C, H, W) to (B, D, H, W).
 
-    Sums are float32 in every precision. Inside torch.compile the convolution is one operator, whose two parts are compiled
-    separately, once for all sizes and numbers of channels. Outside torch.compile it runs eagerly, which is correct but slow.
+    Sums are float32 in every precision. In a compiled network the convolution is one operator, whose two parts are compiled
+    separately, once for all sizes and numbers of channels. Elsewhere it runs eagerly, which is correct but slow.
     """
 
     floor: Tensor
@@ -93,7 +98,7 @@ def _convolve(spread: _Part, gather: _Part, x: Tensor, weight: Tensor, bias: Ten
     images, height, width, channels = x.shape
     down, across = -(-height // _STEP), -(-width // _STEP)  # h, w
     x = F.pad(x, (0, 0, 1, across * _STEP - width + 1, 1, down * _STEP - height + 1))  # B 4h+2 4w+2 C
-    products = spread(x).view(_TILE**2, -1, channels) @ weight  # 36 Bhw D
+    products = spread(x.contiguous()).view(_TILE**2, -1, channels) @ weight  # 36 Bhw D
     whole = gather(products.view(_TILE**2, images, down, across, -1), bias, floor)  # B h 4 w 4 D
     return whole.view(images, down * _STEP, across * _STEP, -1)[:, :height, :width]
 
@@ -125,28 +130,44 @@ def _mix(factors: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
     return sum(terms[1:], start=terms[0])
 
 
-def _for_all_sizes(part: _Part, sides: tuple[int, ...]) -> _Part:
-    """Compile a part once for all lengths of these dimensions.
-
-    `dynamic=True` would make the matrices variable too, which is slow.
-    """
-    compiled = torch.compile(part)
-
-    def call(x: Tensor, *others: Tensor) -> Tensor:
-        torch._dynamo.maybe_mark_dynamic(x, sides)
-        for other in others:
-            torch._dynamo.maybe_mark_dynamic(other, 0)
-        return compiled(x, *others)
-
-    return call
+class _Spread(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _spread(x)
 
 
-_compiled_spread, _compiled_gather = _for_all_sizes(_spread, (1, 2, 3)), _for_all_sizes(_gather, (2, 3, 4))
+class _Gather(nn.Module):
+    def forward(self, products: Tensor, bias: Tensor, floor: Tensor) -> Tensor:
+        return _gather(products, bias, floor)
+
+
+def compile_winograd(dtype: torch.dtype) -> None:
+    """Compile or load the two parts for a type of numbers, before a network that needs them runs or is compiled."""
+    _compiled_parts(dtype, torch.get_num_threads())
+
+
+@cache
+def _compiled_parts(dtype: torch.dtype, threads: int) -> tuple[_Part, _Part]:  # noqa: ARG001 (the compiled code has as many)
+    """Return the two parts, compiled for all sizes and numbers of channels."""
+
+    def inputs(images: int, down: int, across: int, channels: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        x = torch.randn(images, _STEP * down + 2, _STEP * across + 2, channels, dtype=dtype)
+        products = torch.randn(_TILE**2, images, down, across, channels, dtype=dtype)
+        return (x,), (products, torch.randn(channels, dtype=dtype), torch.zeros(1, dtype=dtype))
+
+    [spread, gather], checks = inputs(2, 5, 6, 64), [inputs(1, 1, 3, 48), inputs(3, 8, 4, 20)]
+    try:
+        return (
+            compiled(_Spread(), spread, [[0, 1, 2, 3]], [one for one, _ in checks], "Winograd's convolution, part 1"),
+            compiled(_Gather(), gather, [[1, 2, 3, 4], [0], []], [two for _, two in checks], "Winograd's convolution, part 2"),
+        )
+    except CannotCompile as error:
+        _log.warning("Winograd's convolutions cannot be compiled (%s), so they are slow; mode compiled is faster", error)
+        return _spread, _gather
 
 
 @torch.library.custom_op("sparseinst::winograd", mutates_args=())
 def _operator(x: Tensor, weight: Tensor, bias: Tensor, floor: Tensor) -> Tensor:
-    return _convolve(_compiled_spread, _compiled_gather, x, weight, bias, floor).contiguous()
+    return _convolve(*_compiled_parts(x.dtype, torch.get_num_threads()), x, weight, bias, floor).contiguous()
 
 
 @_operator.register_fake

@@ -131,7 +131,8 @@ def save(figure: Figure, path: Path) -> None:
             figure.dpi = _DPI
             layout.execute(figure)
             figure.set_layout_engine(None)
-        for suffix, canvas, metadata in ((".png", FigureCanvasAgg, {"Software": None}), (".svg", FigureCanvasSVG, {"Date": None})):
+        formats = ((".png", FigureCanvasAgg, {"Software": None}), (".svg", FigureCanvasSVG, {"Date": None}))
+        for suffix, canvas, metadata in formats:
             canvas(figure)
             with atomic(path.with_suffix(suffix)) as temporary:
                 figure.savefig(temporary, format=suffix[1:], dpi=_DPI, metadata=metadata)

@@ -14,6 +14,7 @@ from sparseinst import load_model
 from sparseinst.cli import run_cli
 from sparseinst.config import MODELS, Config
 from sparseinst.evaluation.weights import evaluate_weights
+from sparseinst.inference import ahead, winograd
 from sparseinst.inference import optimize as optimizing
 from sparseinst.inference.optimize import OptimizedSparseInst, fold_norms, optimize
 from sparseinst.inference.winograd import WinogradConv2d
@@ -136,25 +137,42 @@ def test_a_failing_compiler_gives_a_warning(tiny: Config, caplog: pytest.LogCapt
     def broken(_: torch.Tensor) -> Any:
         raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no such kernel"), None)
 
-    fast._compiled = broken
+    fast._compiled, fast._compile_with = broken, {}
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad(), caplog.at_level(logging.WARNING):
         torch.testing.assert_close(fast(image).mask_logits, model(image).mask_logits, rtol=1e-3, atol=1e-4)
     assert "torch.compile fails" in caplog.text
     assert fast._compiled is None
+    assert fast._compile_with is None, "the next image does not try it again"
 
 
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's compiler gives warnings of its own
-def test_a_compiled_model_equals_its_original(tiny: Config) -> None:
+def test_a_compiled_model_equals_its_original_for_all_sizes(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second copy, like a second process, compiles nothing; with other weights it does."""
+    monkeypatch.setenv("SPARSEINST_CACHE", str(tmp_path))
     model = randomise_norms(build_model(tiny.replace({"model.backbone.name": "test_resnet"}).model))
-    image = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        fast = optimize(model, device=CPU, mode="compiled")
-        for ours, theirs in zip(fast(image), model(image), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert fast._compiled is not None, "the compilation did not fail"
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        for attempt in range(2):
+            fast = optimize(model, device=CPU, mode="compiled")
+            for size in ((1, 3, 64, 96), (2, 3, 32, 32), (5, 3, 160, 64)):
+                image = torch.randn(size)
+                for ours, theirs in zip(fast(image), model(image), strict=True):
+                    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            monkeypatch.setattr(ahead, "_write", forbidden)
+            assert len(list((tmp_path / "torch").iterdir())) == 1, f"one library and nothing else, attempt {attempt}"
+        assert not [record for record in caplog.records if record.name.startswith("sparseinst")]
+        monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+        model.decoder.instance_branch[0].bias += 1
+        assert optimize(model, device=CPU, mode="compiled")(image).mask_logits.isfinite().all()
+        assert "cannot be compiled ahead of time (compiles again)" in caplog.text
+
+
+def forbidden(*_: Any) -> None:
+    raise RuntimeError("compiles again")
 
 
 def test_a_model_with_winograd_equals_its_original(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +194,11 @@ def test_a_model_with_winograd_equals_its_original(tiny: Config, monkeypatch: py
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's compiler gives warnings of its own
-def test_compiled_winograd_equals_the_convolution() -> None:
+def test_compiled_winograd_equals_the_convolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size of the input is not a multiple of the tile size."""
+    monkeypatch.setenv("SPARSEINST_CACHE", str(tmp_path))
+    winograd._compiled_parts.cache_clear()
+    winograd.compile_winograd(torch.float32)
     torch.manual_seed(0)
     convs = [nn.Conv2d(18, 32, 3, padding=1), nn.Conv2d(32, 20, 3, padding=1)]
     plain = nn.Sequential(convs[0], nn.ReLU(), convs[1]).eval()
@@ -185,6 +206,7 @@ def test_compiled_winograd_equals_the_convolution() -> None:
     x = torch.randn(1, 18, 21, 30).to(memory_format=torch.channels_last)
     with torch.no_grad():
         torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=2e-6)
+    assert len(list((tmp_path / "torch").iterdir())) == 2, "both parts are compiled once for both convolutions"
 
 
 def test_load_model_and_commands_use_the_fast_copy(tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -249,7 +249,7 @@ def test_figures_are_the_same_bytes_each_time(store: Store, tmp_path: Path) -> N
 
 
 def test_a_saved_figure_is_laid_out_as_by_matplotlib(store: Store, tmp_path: Path) -> None:
-    """The layout is computed without an extra drawing. The PNG is that of a plain call of `savefig`, and the SVG has its layout."""
+    """The layout is computed without an extra drawing. The PNG is that of a plain call of `savefig`; the SVG has its layout."""
     figure = differences(table5(store))
     plain = differences(table5(store))
     assert figure is not None
