@@ -30,6 +30,7 @@ from sparseinst.evaluation.evaluate import Evaluation, evaluate
 from sparseinst.evaluation.predictions import read_predictions
 from sparseinst.evaluation.resampling import resampled_figures
 from sparseinst.machine import multiplies_bfloat16
+from sparseinst.models.norms import probe_image
 
 TORCH_PRECISIONS = ("fp32", "bf16")
 """The precisions of torch that are timed unless the user names some."""
@@ -133,7 +134,7 @@ class _Scored:
 
     facts: dict[str, Any]
     prepare_s: float
-    """The seconds that the artifact took to make, or to load if it existed."""
+    """The seconds that the artifact took to make, or to load if it existed, with its first image."""
     predictions: Path
     split: CocoSplit | None = None
     """The evaluated images; None for random weights."""
@@ -145,6 +146,8 @@ def _score(setting: Setting, task: Task, device: torch.device, predictions: Path
     config, source = load_network(setting, task.data, task.images)
     began = time.perf_counter()
     prepared = prepare_for_timing(setting, config, source, device)
+    with torch.no_grad():
+        prepared.network(probe_image().to(device))  # torch compiles with the first image
     prepare_s = round(time.perf_counter() - began, 2)
     if source is None:
         return _Scored(prepared.as_json(), prepare_s, predictions)

@@ -6,23 +6,31 @@ process only loads the library (torch's AOTInductor). One library serves all siz
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
+import io
 import logging
+import os
 import platform
 import re
 import shutil
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparseinst.files import atomic, file_digest, make_folder
-from sparseinst.inference.artifacts import artifacts_folder
+from sparseinst.files import atomic, causes, file_digest, make_folder
+from sparseinst.inference.artifacts import libraries_folder
 from sparseinst.inference.weights import tensors_digest
 from sparseinst.section import content_hash
 from sparseinst.words import shorten
@@ -32,7 +40,11 @@ _log.setLevel(logging.INFO)  # compiling can take minutes
 
 _VERSION = 1
 """Goes up when the same module gives another library, so that older ones are made again."""
+_MOST_BYTES = 4 * 2**30
+"""If the libraries become larger than this together, those that were not used for the longest time are removed."""
 _PACKAGE = Path(__file__).parents[1]
+_SOURCES = ("models/*.py", *(f"inference/{name}.py" for name in ("ahead", "export", "optimize", "winograd")))
+"""The files of this package that decide what is compiled, besides those of the modules' classes."""
 
 Compiled = Callable[..., Any]
 
@@ -53,7 +65,7 @@ def compiled(
 
     Args:
         module: its weights become part of the library.
-        example: contiguous inputs. Later inputs need the same types and the same order in memory.
+        example: inputs. Later inputs need the same types and the same order in memory.
         sides: for each input, the dimensions whose length may change.
         checks: inputs of other lengths, on which a new library is compared with the module: a compiler may take a length for a
             constant without saying so.
@@ -62,23 +74,38 @@ def compiled(
     Raises:
         CannotCompile: torch cannot compile the module for all sizes, the library computes something else, or the disk is full.
     """
-    folder = artifacts_folder() / "torch"
-    path = folder / f"{_key(module, example)}.pt2"
+    folder = libraries_folder()
     try:
-        if path.exists():
-            try:
-                return _load(path)
-            except RuntimeError as error:
-                _log.warning("%s: is damaged and is made again (%s)", path, _reason(error))
-                path.unlink()
+        path = folder / f"{_key(module, example)}.pt2"
+        if path.exists() and _is_whole(path):
+            os.utime(path)
+            return _load(path)
+        refused = path.with_suffix(".refused")
+        if refused.exists():
+            raise CannotCompile(
+                f"{refused.read_text(encoding='utf-8')}; so an earlier start found, remove {refused} to try again"
+            )
         _log.info("compiling %s for this CPU; the next start loads it from %s", what, folder)
-        with tempfile.TemporaryDirectory(dir=make_folder(folder), prefix=".", suffix=".tmp") as temporary:
-            library = Path(temporary) / "network.pt2"
-            _write(module, example, sides, library)
-            _check(_load(library), module, [example, *checks])
+        _make_room(make_folder(folder))
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as temporary:
+            try:
+                library = _compile(module, example, sides, Path(temporary))
+            except Exception as error:
+                if not any(isinstance(cause, OSError | MemoryError) for cause in causes(error)):
+                    refused.write_text(_reason(error), encoding="utf-8")
+                raise
             with atomic(path) as whole:
-                shutil.move(library, whole)
-        return _load(path)
+                whole.write_bytes(library)
+        loaded = _load(path)
+        try:
+            _check(loaded, module, [example, *checks])
+        except CannotCompile as error:
+            path.rename(refused)
+            refused.write_text(str(error), encoding="utf-8")
+            raise
+        return loaded
+    except CannotCompile:
+        raise
     # Exporters and compilers raise errors of many kinds, for example AssertionError for an operator that they do not know.
     except Exception as error:
         raise CannotCompile(_reason(error)) from error
@@ -89,30 +116,82 @@ def _reason(error: Exception) -> str:
     return shorten(lines[0])
 
 
-def _write(module: nn.Module, example: tuple[Tensor, ...], sides: Sequence[Sequence[int]], library: Path) -> None:
+def _compile(module: nn.Module, example: tuple[Tensor, ...], sides: Sequence[Sequence[int]], folder: Path) -> bytes:
+    """Return a library's content. The compiler's own files go to `folder`."""
     from torch._inductor.utils import fresh_cache
 
-    dynamic = tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for dims in sides)
-    named = dict(zip(inspect.signature(module.forward).parameters, dynamic, strict=True))
-    with warnings.catch_warnings(), fresh_cache(dir=str(library.parent)):
+    names = inspect.signature(module.forward).parameters
+    dynamic = {name: dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for name, dims in zip(names, sides, strict=True)}
+    content = io.BytesIO()  # torch's writer ends the process if it cannot write to a file
+    with warnings.catch_warnings(), _quiet("torch._inductor.utils"), fresh_cache(dir=str(folder)):
         warnings.simplefilter("ignore")  # the exporter and the compiler warn about their own code
-        exported = torch.export.export(module, example, dynamic_shapes=named)
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(library), inductor_configs={"freezing": True})
+        exported = torch.export.export(module, example, dynamic_shapes=dynamic)
+        torch._inductor.aoti_compile_and_package(exported, package_path=content, inductor_configs={"freezing": True})
+    return content.getvalue()
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Show only errors of a logger: torch names its temporary folder after a failure, but this folder is removed."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _is_whole(library: Path) -> bool:
+    """Return whether a library is undamaged; a damaged one is removed."""
+    try:
+        with zipfile.ZipFile(library) as file:
+            damaged = file.testzip()
+    except zipfile.BadZipFile as error:
+        damaged = str(error)
+    if damaged is None:
+        return True
+    _log.warning("%s: is damaged (%s), so it is made again", library, damaged)
+    library.unlink(missing_ok=True)
+    return False
 
 
 def _load(library: Path) -> Compiled:
-    loaded: Compiled = torch._inductor.aoti_load_package(str(library))
+    # `torch._inductor.aoti_load_package` first asks the C++ compiler for the CPU's instructions, which takes up to 20 s and fails
+    # without a compiler. The key of a library covers the instructions.
+    from torch._inductor.package import AOTICompiledModel  # type: ignore[attr-defined]
+
+    loaded: Compiled = AOTICompiledModel(torch._C._aoti.AOTIModelPackageLoader(str(library), "model", False, 1, -1))
     return loaded
 
 
+def _make_room(folder: Path) -> None:
+    """Remove what killed processes left a day ago, and the libraries that are too many."""
+    for left in folder.glob(".*.tmp"):
+        if time.time() - left.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    room = _MOST_BYTES
+    for library in sorted(folder.glob("*.pt2"), key=lambda path: path.stat().st_mtime, reverse=True):
+        room -= library.stat().st_size
+        if room < 0:
+            library.unlink(missing_ok=True)
+
+
 def _check(library: Compiled, module: nn.Module, inputs: Sequence[tuple[Tensor, ...]]) -> None:
-    """Raise `CannotCompile` if a library's outputs differ from a module's by more than rounding."""
+    """Raise `CannotCompile` if a library's outputs differ by more from those in float32 than the module's own outputs do."""
+    exact_module = copy.deepcopy(module).float()
     for values in inputs:
-        for ours, theirs in zip(_tensors(library(*values)), _tensors(module(*values)), strict=True):
+        outputs = zip(
+            _tensors(library(*values)),
+            _tensors(module(*values)),
+            _tensors(exact_module(*(value.float() for value in values))),
+            strict=True,
+        )
+        for ours, theirs, exact in outputs:
             if ours.shape != theirs.shape:
                 raise CannotCompile(f"its output has the shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}")
-            error, size = (ours.float() - theirs.float()).norm(), theirs.float().norm()
-            if not error <= (1e-3 if values[0].dtype == torch.float32 else 0.2) * size:
+            error, allowed = (ours.float() - exact).norm(), 2 * (theirs.float() - exact).norm() + 1e-3 * exact.norm()
+            if not error <= allowed:
                 raise CannotCompile(f"its outputs for inputs of shape {tuple(values[0].shape)} differ from the module's")
 
 
@@ -129,9 +208,14 @@ def _key(module: nn.Module, example: tuple[Tensor, ...]) -> str:
             "structure": {name: _describe(part) for name, part in module.named_modules()},
             "code": _code(module),
             "inputs": [[str(tensor.dtype), list(tensor.stride())] for tensor in example],
-            "torch": torch.__version__,
+            "packages": {name: version(name) for name in ("torch", "torchvision", "timm")},
             "threads": torch.get_num_threads(),
-            "machine": [platform.machine(), _instructions()],
+            "settings": [
+                torch.backends.mkldnn.enabled,
+                torch.get_float32_matmul_precision(),
+                torch.are_deterministic_algorithms_enabled(),
+            ],
+            "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability(), _instructions()],
         }
     )
 
@@ -150,24 +234,28 @@ def _describe(module: nn.Module) -> list[Any]:
     own = vars(module)
     if "forward" in own or module._forward_hooks or module._forward_pre_hooks:
         raise CannotCompile(f"{type(module).__qualname__} has hooks or a method of its own")
-    hidden = {name for name in own if name.startswith("_")} | {"training"}
     # The representation of a function holds its address, which is another one in each process.
-    attributes = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in own.items() if name not in hidden}
-    return [type(module).__qualname__, attributes]
+    attributes = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in own.items() if name not in _EVERY_MODULE}
+    return [type(module).__module__, type(module).__qualname__, attributes]
+
+
+_EVERY_MODULE = {*vars(nn.Module())}
+"""The attributes that every module has; they hold its tensors, modules and hooks."""
 
 
 def _code(module: nn.Module) -> dict[str, str]:
-    """Return the digests of the files that define what a module computes: of its parts' classes, and of this package's models."""
-    files = {inspect.getsourcefile(type(part)) for part in module.modules()} - {None}
-    files |= {str(path) for folder in ("models", "inference") for path in (_PACKAGE / folder).glob("*.py")}
-    return {Path(file).name: file_digest(Path(file)) for file in sorted(file for file in files if file is not None)}
+    """Return the digests of the files that define what a module computes: of its parts' classes, and of this package."""
+    classes = {type(part).__module__: inspect.getfile(type(part)) for part in module.modules()}
+    own = {str(path.relative_to(_PACKAGE)): str(path) for pattern in _SOURCES for path in _PACKAGE.glob(pattern)}
+    return {name: file_digest(Path(file)) for name, file in {**classes, **own}.items()}
 
 
+@cache
 def _instructions() -> str:
     """Return a digest of the CPU's instructions: the compiler uses all of them, and the folder may belong to several machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
+        return platform.processor()
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return hashlib.sha256(flags.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Make and keep the files that ONNX Runtime and OpenVINO run, so that each is made once.
+"""Make and keep the files that ONNX Runtime and OpenVINO run, so that each is made once, and name the folders of all artifacts.
 
 An artifact is the network alone: from normalised, padded images to raw predictions, for any number and size of images. It names
 its config, its categories and, in int8, how it was quantised, so that it can be used without the weights that it came from.
@@ -116,6 +116,11 @@ def network_folder(about: About) -> Path:
 def compiled_folder() -> Path:
     """Return the folder in which OpenVINO keeps compiled models, in a subfolder for each artifact."""
     return artifacts_folder() / "compiled"
+
+
+def libraries_folder() -> Path:
+    """Return the folder of the networks that torch has compiled for this CPU, see `inference.ahead`."""
+    return artifacts_folder() / "torch"
 
 
 def float_artifact(model: SparseInst, about: About, engine: EngineName) -> Path:

@@ -79,22 +79,23 @@ def _padded(x: Tensor, dim: int) -> Tensor:
 class MatrixPool(nn.Module):
     """Compute `nn.AdaptiveAvgPool2d` by two matrix products, which can be exported for any image size."""
 
-    def __init__(self, bins: int) -> None:
+    def __init__(self, bins: int | tuple[int, int]) -> None:
         super().__init__()
-        self.bins = bins
+        self.bins = bins if isinstance(bins, tuple) else (bins, bins)
 
     def forward(self, x: Tensor) -> Tensor:  # B C H W
-        rows, columns = self._weights(x.shape[-2], x.device), self._weights(x.shape[-1], x.device)
+        rows, columns = (_pool_weights(n, side, x.device) for n, side in zip(self.bins, x.shape[-2:], strict=True))
         return (rows @ x.float() @ columns.transpose(0, 1)).to(x.dtype)  # B C bins bins
 
-    def _weights(self, size: int, device: torch.device) -> Tensor:
-        """Return the weights (bins, size): 1 / n for each of the n positions of a bin."""
-        position = torch.arange(size, device=device)
-        bins = torch.arange(self.bins, device=device)[:, None]
-        start = (bins * size) // self.bins
-        end = ((bins + 1) * size + self.bins - 1) // self.bins
-        inside = ((position >= start) & (position < end)).float()
-        return inside / inside.sum(1, keepdim=True)
+
+def _pool_weights(bins: int, size: int, device: torch.device) -> Tensor:
+    """Return the weights (bins, size) of a pooling along one side: 1 / n for each of the n positions of a bin."""
+    position = torch.arange(size, device=device)
+    bin_ = torch.arange(bins, device=device)[:, None]
+    start = (bin_ * size) // bins
+    end = ((bin_ + 1) * size + bins - 1) // bins
+    inside = ((position >= start) & (position < end)).float()
+    return inside / inside.sum(1, keepdim=True)
 
 
 class CountedCoordinates(Coordinates):
@@ -113,7 +114,9 @@ def _exportable(model: SparseInst) -> SparseInst:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.AdaptiveAvgPool2d):
-                setattr(module, name, MatrixPool(int(child.output_size)))  # type: ignore[arg-type]
+                bins = child.output_size
+                if isinstance(bins, int) or (isinstance(bins, tuple) and all(isinstance(side, int) for side in bins)):
+                    setattr(module, name, MatrixPool(bins))  # type: ignore[arg-type]
     return model
 
 

@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sparseinst.config import OptimizeMode, Precision
 from sparseinst.device import DTYPES
+from sparseinst.errors import UserError
 from sparseinst.inference.ahead import CannotCompile, compiled
 from sparseinst.inference.export import Network
 from sparseinst.inference.memory import keep_freed_memory
@@ -44,12 +45,15 @@ class OptimizedSparseInst(SparseInst):
         self.dtype = DTYPES.get(precision, torch.float32)
         self._compile_with = compile_with
         self._compiled: Callable[[Tensor], Predictions] | None = None
+        self._compiled_for: tuple[str, int] | None = None
+        """The device and the number of threads that the compiled network is for."""
 
     def forward(self, images: Tensor) -> Predictions:
-        images = images.to(self.dtype, memory_format=torch.channels_last)
+        images = images.to(self.dtype).contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, enabled=False):
-            if self._compiled is None and self._compile_with is not None:
-                self._compiled = self._compile(images.device)
+            place = (images.device.type, torch.get_num_threads())
+            if self._compile_with is not None and self._compiled_for != place:
+                self._compiled, self._compiled_for = self._compile(images.device), place
             if self._compiled is not None:
                 try:
                     return self._compiled(images)
@@ -71,8 +75,10 @@ class OptimizedSparseInst(SparseInst):
         return torch.compile(super().forward, **self._compile_with)
 
     def _compile_ahead(self) -> Callable[[Tensor], Predictions]:
+        random = torch.Generator().manual_seed(0)
+
         def images(*shape: int) -> tuple[Tensor]:
-            return (torch.randn(shape).to(self.dtype, memory_format=torch.channels_last),)
+            return (torch.randn(shape, generator=random).to(self.dtype, memory_format=torch.channels_last),)
 
         network = Network(SparseInst(self.backbone, self.encoder, self.decoder)).eval()
         checks = [images(1, 3, 128, 96), images(3, 3, 192, 352)]
@@ -93,7 +99,12 @@ def optimize(
     serves all sizes and is kept on the disk, so that the next process only loads it. On a GPU the second image size compiles it
     again for all sizes. If the device or the machine lacks something, a warning says so and the step is left out. On a CPU the
     process keeps freed memory from then on (see `inference.memory`).
+
+    Raises:
+        UserError: the model is such a copy.
     """
+    if isinstance(model, OptimizedSparseInst):
+        raise UserError("the model is optimised already: load it again to optimise it in another way")
     if device.type == "cpu":
         keep_freed_memory()
     fast = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()

@@ -148,11 +148,16 @@ def compile_winograd(dtype: torch.dtype) -> None:
 @cache
 def _compiled_parts(dtype: torch.dtype, threads: int) -> tuple[_Part, _Part]:  # noqa: ARG001 (the compiled code has as many)
     """Return the two parts, compiled for all sizes and numbers of channels."""
+    random = torch.Generator().manual_seed(0)
 
     def inputs(images: int, down: int, across: int, channels: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        x = torch.randn(images, _STEP * down + 2, _STEP * across + 2, channels, dtype=dtype)
-        products = torch.randn(_TILE**2, images, down, across, channels, dtype=dtype)
-        return (x,), (products, torch.randn(channels, dtype=dtype), torch.zeros(1, dtype=dtype))
+        shapes = [
+            (images, _STEP * down + 2, _STEP * across + 2, channels),
+            (_TILE**2, images, down, across, channels),
+            (channels,),
+        ]
+        x, products, bias = (torch.randn(shape, generator=random).to(dtype) for shape in shapes)
+        return (x,), (products, bias, torch.zeros(1, dtype=dtype))
 
     [spread, gather], checks = inputs(2, 5, 6, 64), [inputs(1, 1, 3, 48), inputs(3, 8, 4, 20)]
     try:

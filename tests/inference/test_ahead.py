@@ -1,6 +1,8 @@
 """Check that a module compiled ahead of time is found again, and only if it still computes the same."""
 
+import errno
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder with the compiled `Scale()`; nothing else can be compiled."""
     monkeypatch.setenv("SPARSEINST_CACHE", str(tmp_path))
-    monkeypatch.setattr(ahead, "_write", fails)
+    monkeypatch.setattr(ahead, "_compile", fails)
     (tmp_path / "torch").mkdir()
     return Path(shutil.copy(library, tmp_path / "torch"))
 
@@ -77,7 +79,11 @@ class TestLibrary:
             example = (EXAMPLE[0].double(),)
         with pytest.raises(CannotCompile, match="^no such operator$"):
             compiled(module, example, SIDES, [], "a test")
-        assert [file.name for file in cache.parent.iterdir()] == [cache.name], "nothing half-made is left"
+        [refused] = {*cache.parent.iterdir()} - {cache}
+        assert refused.suffix == ".refused", "nothing half-made is left"
+        monkeypatch.setattr(ahead, "_compile", None)
+        with pytest.raises(CannotCompile, match="^no such operator; so an earlier start found, remove .*refused to try again$"):
+            compiled(module, example, SIDES, [], "a test")
 
     @pytest.mark.parametrize("replaced", ["hook", "method"])
     def test_a_module_that_no_key_describes_is_not_compiled(self, cache: Path, replaced: str) -> None:
@@ -89,22 +95,51 @@ class TestLibrary:
         with pytest.raises(CannotCompile, match="has hooks or a method of its own"):
             compiled(module, EXAMPLE, SIDES, [], "a test")
 
+    @pytest.mark.parametrize("short", [True, False])
     def test_a_damaged_library_is_made_again(
-        self, cache: Path, library: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, short: bool, cache: Path, library: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        cache.write_bytes(cache.read_bytes()[:2000])
-        monkeypatch.setattr(ahead, "_write", lambda _module, _example, _sides, path: shutil.copy(library, path))
+        content = bytearray(cache.read_bytes())
+        content[len(content) // 2] ^= 1
+        cache.write_bytes(content[:2000] if short else content)
+        monkeypatch.setattr(ahead, "_compile", lambda *_: library.read_bytes())
         with caplog.at_level(logging.WARNING):
             run = compiled(Scale(), EXAMPLE, SIDES, [OTHER], "a test")
-        assert "is damaged and is made again" in caplog.text
+        assert "is damaged" in caplog.text
         torch.testing.assert_close(run(*OTHER), Scale()(*OTHER))
 
     def test_a_library_that_computes_something_else_is_not_used(
         self, cache: Path, library: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ahead, "_write", lambda _module, _example, _sides, path: shutil.copy(library, path))
-        with pytest.raises(CannotCompile, match=r"its outputs for inputs of shape \(3, 4, 5\) differ"):
-            compiled(Scale(power=3), EXAMPLE, SIDES, [], "a test")
+        monkeypatch.setattr(ahead, "_compile", lambda *_: library.read_bytes())
+        for _ in range(2):
+            with pytest.raises(CannotCompile, match=r"its outputs for inputs of shape \(3, 4, 5\) differ"):
+                compiled(Scale(power=3), EXAMPLE, SIDES, [], "a test")
+
+    def test_a_full_disk_is_not_remembered(self, cache: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any) -> None:
+            raise RuntimeError("a file was not written") from OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(ahead, "_compile", full)
+        with pytest.raises(CannotCompile, match="a file was not written"):
+            compiled(Scale(3), EXAMPLE, SIDES, [], "a test")
+        assert [*cache.parent.iterdir()] == [cache]
+
+    def test_old_libraries_and_what_killed_processes_left_go(
+        self, cache: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The library that was not used for the longest time goes first."""
+        old, left, recent = (cache.parent / name for name in ("old.pt2", ".left.tmp", ".recent.tmp"))
+        shutil.copy(library, old)
+        for folder in (left, recent):
+            folder.mkdir()
+            (folder / "file").write_text("x")
+        for path in (old, left):
+            os.utime(path, (1, 1))
+        monkeypatch.setattr(ahead, "_MOST_BYTES", library.stat().st_size + 1)
+        with pytest.raises(CannotCompile):
+            compiled(Scale(5), EXAMPLE, SIDES, [], "a test")
+        assert {path for path in cache.parent.iterdir() if path.suffix != ".refused"} == {cache, recent}
 
 
 @needs_compiler

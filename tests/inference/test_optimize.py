@@ -13,6 +13,7 @@ from torch import nn
 from sparseinst import load_model
 from sparseinst.cli import run_cli
 from sparseinst.config import MODELS, Config
+from sparseinst.errors import UserError
 from sparseinst.evaluation.weights import evaluate_weights
 from sparseinst.inference import ahead, winograd
 from sparseinst.inference import optimize as optimizing
@@ -137,13 +138,15 @@ def test_a_failing_compiler_gives_a_warning(tiny: Config, caplog: pytest.LogCapt
     def broken(_: torch.Tensor) -> Any:
         raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no such kernel"), None)
 
-    fast._compiled, fast._compile_with = broken, {}
+    fast._compiled, fast._compile_with, fast._compiled_for = broken, {}, ("cpu", torch.get_num_threads())
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad(), caplog.at_level(logging.WARNING):
         torch.testing.assert_close(fast(image).mask_logits, model(image).mask_logits, rtol=1e-3, atol=1e-4)
     assert "torch.compile fails" in caplog.text
     assert fast._compiled is None
     assert fast._compile_with is None, "the next image does not try it again"
+    with pytest.raises(UserError, match="is optimised already"):
+        optimize(fast, device=CPU)
 
 
 @needs_compiler
@@ -162,11 +165,11 @@ def test_a_compiled_model_equals_its_original_for_all_sizes(
                 image = torch.randn(size)
                 for ours, theirs in zip(fast(image), model(image), strict=True):
                     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-            monkeypatch.setattr(ahead, "_write", forbidden)
+            monkeypatch.setattr(ahead, "_compile", forbidden)
             assert len(list((tmp_path / "torch").iterdir())) == 1, f"one library and nothing else, attempt {attempt}"
         assert not [record for record in caplog.records if record.name.startswith("sparseinst")]
         monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
-        model.decoder.instance_branch[0].bias += 1
+        next(model.decoder.parameters()).add_(0.1)
         assert optimize(model, device=CPU, mode="compiled")(image).mask_logits.isfinite().all()
         assert "cannot be compiled ahead of time (compiles again)" in caplog.text
 
