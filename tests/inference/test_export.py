@@ -126,3 +126,10 @@ def test_half_precision_gives_a_smaller_file_and_close_results(tmp_path: Path) -
     ]
     np.testing.assert_allclose(results[0][0], results[1][0], atol=2e-2)
     assert (results[0][2] != results[1][2]).mean() < 0.02
+
+
+def test_pooling_by_matrices_takes_rectangles_and_half_precision() -> None:
+    x, pool = torch.randn(2, 5, 13, 20), torch.nn.AdaptiveAvgPool2d((7, 2))
+    torch.testing.assert_close(MatrixPool((7, 2))(x), pool(x))
+    half = x.bfloat16()
+    torch.testing.assert_close(MatrixPool((7, 2))(half), pool(half.float()).bfloat16())
