@@ -81,6 +81,10 @@ def test_data_shapes_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     assert run_cli(["data", "check", str(tmp_path / "s"), "--json", "--no-read"]) == 0
     assert json.loads(capsys.readouterr().out)["train"]["images"] == 5
+    annotations = tmp_path / "s" / "annotations" / "instances_train2017.json"
+    edit(annotations, lambda data: data["annotations"][0].update(area=9 * data["annotations"][0]["area"]))
+    assert run_cli(["data", "check", str(tmp_path / "s")]) == 0
+    assert "note: train: 1 of " in capsys.readouterr().out, "an area that is not the mask's changes APs, APm and APl"
     (tmp_path / "s" / "val2017" / "000000000002.png").unlink()
     assert run_cli(["data", "check", str(tmp_path / "s")]) == 2
     captured = capsys.readouterr()

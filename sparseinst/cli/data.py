@@ -122,6 +122,7 @@ def split(
         float, typer.Option(min=0.0, max=1.0, callback=finite, help="Approximate share of the images for the validation split.")
     ] = 0.2,
     seed: Annotated[int, typer.Option(min=0, help="Seed that chooses the validation images or groups.")] = 0,
+    config: Annotated[Path | None, typer.Option(help="A YAML or JSON file with any of the settings.")] = None,
     override: Overrides = [],  # noqa: B006
 ) -> None:
     """Split the images of a COCO-format folder anew.
@@ -133,7 +134,7 @@ def split(
     from sparseinst.data.split import split_folder
     from sparseinst.overrides import load_config, parse_override
 
-    settings = load_config(overrides={**dict(map(parse_override, override)), "data.root": str(folder)})
+    settings = load_config(config, overrides={**dict(map(parse_override, override)), "data.root": str(folder)})
     report = split_folder(settings.data, by=by, name=name, val=val, seed=seed)
     for part, images in report.images.items():
         groups = "" if by == "image" else f" in {counted(report.groups[part], 'group')}"

@@ -88,7 +88,7 @@ def _print_prediction(found: Prediction, files: int, output: Path, score: float,
         highest = f"the highest score is {found.highest:.2f}" if found.highest is not None else "no map has a score at all"
         print(
             f"{counted(found.instances, 'instance')} with a score of {score:g} or more; "
-            f"none in {found.empty} of {counted(found.images, 'image')}; {highest}"
+            f"{f'none in {found.empty} of' if found.empty else 'in'} {counted(found.images, 'image')}; {highest}"
         )
     if found.left_out:
         print(f"--top left out {counted(found.left_out, 'more instance')} with such a score")

@@ -246,12 +246,23 @@ def _evaluate_peer(
     return found
 
 
+def _print_categories(by_category: dict[str, float | None], console: Any) -> None:
+    """Print the AP of each category, several in a line, in the order of the annotations."""
+    from rich.columns import Columns
+    from rich.text import Text
+
+    print("AP of each category:")
+    console.print(
+        Columns([Text(f"{name} {'-' if ap is None else f'{ap:.1f}'}") for name, ap in by_category.items()], padding=(0, 3))
+    )
+
+
 def _print_limits(result: Any, console: Any) -> None:
     """Print AP at several numbers of predictions, and why they differ."""
     from rich.table import Table
 
     most = max(int(name.partition("@")[2]) for name in result.by_limit)
-    table = Table(*result.by_limit, title="AP@N: only the N best predictions of an image and category count", min_width=60)
+    table = Table(*result.by_limit, title="AP@N counts the N best of an image and category", min_width=60)
     table.add_row(*("-" if value is None else f"{value:.1f}" for value in result.by_limit.values()))
     console.print(table)
     print(f"An image holds up to {most} objects of one category, but COCO's metrics count only 100 predictions: AP means AP@100.")
@@ -274,6 +285,8 @@ def _print_metrics(result: Any, as_json: bool = False) -> None:
     table.add_row(*("-" if value is None else f"{value:.1f}" for value in result.figures.values()))
     console = Console(width=max(Console().width, 100))  # on a narrow terminal, lines wrap but no value is cut
     console.print(table)
+    if len(result.by_category) > 1:
+        _print_categories(result.by_category, console)
     if result.by_limit:
         _print_limits(result, console)
     if result.mechanism:

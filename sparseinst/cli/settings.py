@@ -54,7 +54,8 @@ def init(
     categories = "category" if facts.classes == 1 else "categories"
     print(
         f"{facts.train_images} training and {facts.val_images} validation images, {facts.classes} {categories}, "
-        f"{facts.instances:.1f} instances an image (at most {facts.most_instances}), objects of {facts.median_object:.0f} pixels"
+        f"{facts.instances:.1f} instances an image (at most {facts.most_instances}), "
+        f"a median object of {facts.median_object:.0f} pixels"
     )
     for path in (
         "data.tile",

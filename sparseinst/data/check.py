@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,8 @@ class Report:
     """The number of instances of each category, by name; zero for a category without instances."""
     brightest: int | None = None
     """The highest grey level (0 to 255) in the images that were read; None if no image was read."""
+    wrong_areas: int = 0
+    """The number of instances whose `area` is far from that of their mask."""
     problems: list[str] = field(default_factory=list)
     """One line for each problem."""
 
@@ -59,9 +62,10 @@ def check_split(split: CocoSplit, images: Iterable[ImageRecord], *, read_images:
     report = Report(images=len(split.images))
     report.categories.update({category.name: 0 for category in split.categories})
     report.problems += _id_problems(split)
+    areas = _given_areas(split)
     for image in images:
         _check_image(image, read_images, report)
-        _check_instances(image, split, report)
+        _check_instances(image, split, areas, report)
     if report.brightest is not None and report.brightest < DARK:
         report.problems.append(
             f"{split.file}: no pixel of its images is brighter than {report.brightest} of 255; "
@@ -88,6 +92,12 @@ def _id_problems(split: CocoSplit) -> list[str]:
     return [f"{split.file}: annotation id {key} is used {n} times" for key, n in ids.items() if n > 1]
 
 
+def _given_areas(split: CocoSplit) -> dict[int, Any]:
+    """Return the `area` of each annotation that has one, by the annotation's id."""
+    annotations = json.loads(split.file.read_text(encoding="utf-8")).get("annotations") or []
+    return {entry["id"]: entry["area"] for entry in annotations if isinstance(entry.get("area"), int | float)}
+
+
 def _check_image(image: ImageRecord, read: bool, report: Report) -> None:
     if not read and not os.path.isfile(image.path):  # noqa: PTH113 (Path.is_file raises an error for a name that is too long)
         report.problems.append(f"{image.path}: no such image")
@@ -99,7 +109,7 @@ def _check_image(image: ImageRecord, read: bool, report: Report) -> None:
             report.problems.append(str(error))
 
 
-def _check_instances(image: ImageRecord, split: CocoSplit, report: Report) -> None:
+def _check_instances(image: ImageRecord, split: CocoSplit, areas: dict[int, Any], report: Report) -> None:
     instances = [annotation for annotation in image.annotations if not annotation.crowd]
     report.crowds += len(image.annotations) - len(instances)
     report.instances += len(instances)
@@ -116,6 +126,8 @@ def _check_instances(image: ImageRecord, split: CocoSplit, report: Report) -> No
         if not area:
             report.problems.append(f"{where}: the mask has no pixel inside the image")
         if not annotation.crowd:
+            # Polygons are rasterised in several ways, which differ by less than their outline.
+            report.wrong_areas += abs(areas.get(annotation.id, area) - area) > max(0.25 * area, 4 * area**0.5)
             report.sizes["small" if area < SMALL else "medium" if area < MEDIUM else "large"] += 1
             report.categories[split.categories[annotation.label].name] += 1
 
@@ -154,6 +166,11 @@ def show(reports: dict[str, Report], *, as_json: bool = False) -> None:
     for name, report in reports.items():
         for problem in report.problems:
             print(f"{name}: {problem}")
+        if report.wrong_areas:
+            print(
+                f"note: {name}: {report.wrong_areas} of {report.instances} instances have an `area` that is not their mask's (but "
+                "perhaps their box's). COCO's metrics take an object's size from it: AP is right, but APs, APm and APl are not"
+            )
     if mirrored := mirrored_categories(list(reports["train"].categories)):
         print(f"note: {MIRRORED.format(*mirrored[0])}: train with data.flip=0, as `sparseinst init` writes")
 

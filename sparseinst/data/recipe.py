@@ -114,7 +114,10 @@ def _choose_tiles(chosen: Recipe, facts: Facts) -> Facts:
     instances = max(1.0, (side / facts.spacing) ** 2)
     usual = math.ceil(_CLUSTERS * facts.densest * side**2)
     holds = f"A square tile of {side} pixels holds about {instances:.0f} instances."
-    many = f"1 % of the images hold more than {facts.usual_instances} instances, and the maps cannot tell so many apart. {holds}"
+    many = (
+        f"Crowded images (1 % of all) hold more than {facts.usual_instances} instances, and the maps cannot tell so many apart. "
+        f"{holds}"
+    )
     chosen.choose("data.tile", side, many if "inference.tile" not in chosen.given else f"As in inference. {holds}")
     chosen.choose("inference.tile", side, "As in training. The instances of all tiles are joined.")
     overlap = chosen.prefer("inference.tile_overlap", _TILE_OVERLAP)
@@ -233,9 +236,8 @@ def _choose_steps(chosen: Recipe, facts: Facts, size: Size, *, fine: bool) -> No
     chosen.settings["train.warmup_iterations"] = min(1000, steps // 20)
     chosen.choose("train.clip_norm", 5.0, "Stops a single bad batch from ruining the run.")
     chosen.choose("train.ema_decay", 0.998, "The average of the weights over the last 500 steps is evaluated and saved.")
-    chosen.choose(
-        "train.evaluate_every", max(500, steps // 10), "AP is measured ten times during the run; `sparseinst curves` shows it."
-    )
+    every = max(500, steps // 10)
+    chosen.choose("train.evaluate_every", every, "After so many steps AP is measured each time; `sparseinst curves` shows it.")
     chosen.choose("train.evaluate_images", 200, "The evaluations during the run use only this many images.")
     chosen.settings["train.checkpoint_every"] = max(250, steps // 40)
     chosen.settings["train.log_every"] = 50
@@ -286,8 +288,8 @@ def _without_tiles(facts: Facts) -> str:
     if facts.usual_instances <= _MANY or side <= _TILE_PART * facts.short_side:
         return "Cut the images into tiles with data.tile and inference.tile, or raise model.decoder.iam.num_maps."
     return (
-        f"No tiles were chosen, because tiles that show the large objects ({facts.large_object:.0f} pixels) as a whole, and "
-        f"several objects, have a side of {side} pixels, and the images have {facts.short_side:.0f}. After the training, compare "
+        f"No tiles were chosen. A tile has to show several objects, and the large ones ({facts.large_object:.0f} pixels) as a "
+        f"whole. It would need a side of {side} pixels, and the images have {facts.short_side:.0f}. After the training, compare "
         "the AP with tiles: `sparseinst evaluate --weights RUN -o inference.tile=N`. If the small objects matter most, train "
         "with smaller tiles (data.tile and inference.tile); otherwise raise model.decoder.iam.num_maps."
     )

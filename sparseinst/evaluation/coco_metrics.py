@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -32,10 +32,26 @@ COCO_LIMIT = 100
 """The number of predictions that COCO's metrics count in an image for one category, at most."""
 
 
+class Metrics(NamedTuple):
+    """The metrics of results over some images, in percent."""
+
+    figures: dict[str, float | None]
+    """The twelve metrics of `FIGURES`; None if there is no object of that size."""
+    by_category: dict[int, float | None]
+    """The AP of each category, by its id in the annotations; None for a category without objects."""
+
+
 def coco_figures(
     annotations: Path, results: list[dict[str, Any]], image_ids: list[int], evaluator: Evaluator = "hotcoco"
 ) -> dict[str, float | None]:
-    """Return the twelve metrics of results over these images, in percent; None if there is no object of that size.
+    """Return the twelve metrics of `coco_metrics`."""
+    return coco_metrics(annotations, results, image_ids, evaluator).figures
+
+
+def coco_metrics(
+    annotations: Path, results: list[dict[str, Any]], image_ids: list[int], evaluator: Evaluator = "hotcoco"
+) -> Metrics:
+    """Return the metrics of results over these images.
 
     Args:
         annotations: a file in COCO's format.
@@ -49,7 +65,10 @@ def coco_figures(
     with contextlib.redirect_stdout(io.StringIO()):
         comparison.summarize()
     values = [float(value) for value in comparison.stats]
-    return {name: None if value < 0 else 100 * value for name, value in zip(FIGURES, values, strict=True)}
+    figures = {name: None if value < 0 else 100 * value for name, value in zip(FIGURES, values, strict=True)}
+    precision = np.asarray(comparison.eval["precision"])[:, :, :, 0, -1]  # thresholds, recalls, categories
+    categories = [int(category) for category in comparison.params.catIds]
+    return Metrics(figures, {category: _mean_percent(precision[:, :, n]) for n, category in enumerate(categories)})
 
 
 def most_objects(split: CocoSplit) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from sparseinst.data.loader import Batch, EvalSet, eval_loader
 from sparseinst.device import autocast
 from sparseinst.distributed import gather, rank, same_for_all, world_size
 from sparseinst.errors import DataError, memory_explained
-from sparseinst.evaluation.coco_metrics import Evaluator, coco_figures, figures_by_limit
+from sparseinst.evaluation.coco_metrics import Evaluator, coco_metrics, figures_by_limit
 from sparseinst.evaluation.examine import SegmentedImage, TiledImage
 from sparseinst.evaluation.mechanism import Matches, summarise
 from sparseinst.evaluation.predictions import write_predictions
@@ -48,6 +48,8 @@ class Evaluation:
     """The ids of the skipped images."""
     mechanism: dict[str, float | None] = field(default_factory=dict)
     """The metrics of the instance activation maps; see `mechanism.METRICS`."""
+    by_category: dict[str, float | None] = field(default_factory=dict)
+    """The AP of each category by its name, and its id if two have this name; None for a category without objects."""
     by_limit: dict[str, float | None] = field(default_factory=dict)
     """AP at several numbers of predictions, see `figures_by_limit`; empty if no image has over 100 objects of a category."""
     maps: int | None = None
@@ -154,16 +156,27 @@ def _compare(
         write_predictions(predictions, results, attempt.check if attempt is not None else None)
     observed = [(image.id, image.pairs) for image in images if image.pairs is not None]
     by_limit = figures_by_limit(split, results, image_ids, evaluator)
+    metrics = coco_metrics(split.file, results, image_ids, evaluator)
     return Evaluation(
-        coco_figures(split.file, results, image_ids, evaluator),
+        metrics.figures,
         len(image_ids),
         skipped,
         skipped_images=[image.id for image in images if image.skipped],
         mechanism=summarise([pairs for _, pairs in observed]),
+        by_category=_by_name(metrics.by_category, split),
         by_limit=by_limit,
         maps=config.model.decoder.iam.num_maps if by_limit and config.inference.tile is None else None,
         matches={f"{image}-{number}": index for image, pairs in observed for number, index in pairs.matched.items()},
     )
+
+
+def _by_name(by_category: dict[int, float | None], split: CocoSplit) -> dict[str, float | None]:
+    """Return the AP of each category of a split by its name, and its id if two have this name."""
+    names = Counter(category.name for category in split.categories)
+    return {
+        category.name if names[category.name] == 1 else f"{category.name} (id {category.id})": by_category.get(category.id)
+        for category in split.categories
+    }
 
 
 def forward_batch(model: SparseInst, batch: Batch, config: Config, device: torch.device) -> Predictions:

@@ -33,11 +33,9 @@ class Start(NamedTuple):
     def describe(self) -> str:
         """Return one line for the log."""
         names = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
-        classes = f"{len(self.classes)} classes ({names})" if names else "no class"
-        return (
-            f"{self.maps} maps and the class head's weights of {classes} are kept; "
-            f"new random weights: {', '.join(self.fresh) or 'no whole tensor'}"
-        )
+        head = f" and the class head's weights of {len(self.classes)} classes ({names})" if names else ""
+        anew = "" if names else ", and no class has the same name, so the class head starts anew"
+        return f"{self.maps} maps{head} are kept{anew}; new random weights: {', '.join(self.fresh) or 'no whole tensor'}"
 
 
 def start_from(model: SparseInst, path: Path, categories: Sequence[Category]) -> Start:

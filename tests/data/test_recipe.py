@@ -106,7 +106,7 @@ def test_crowded_images_are_cut_into_tiles() -> None:
     assert not any("are few" in warning for warning in few.warnings), "its 22 images are a thousand tiles"
     assert "epochs of 22 images of 45 tiles each" in few.reasons["train.iterations"]
     mixed = recipe(replace(NUCLEI, large_object=167.0), Path("d"), "small")
-    assert "have a side of 448 pixels, and the images have 256" in mixed.warnings[0], "it says why it chose no tiles"
+    assert "It would need a side of 448 pixels, and the images have 256" in mixed.warnings[0], "it says why it chose no tiles"
     assert "data.tile" not in recipe(FACTS, Path("d"), "small").settings
     large = recipe(replace(NUCLEI, large_object=150.0), Path("d"), "small").settings
     assert "data.tile" not in large, "no tile is clearly smaller than the images and shows a large object as a whole"
@@ -116,7 +116,7 @@ def test_crowded_images_are_cut_into_tiles() -> None:
 def test_reasons_for_given_tiles_are_true() -> None:
     chosen = recipe(NUCLEI, Path("d"), "small")
     assert "so that a tile shows them as a whole" in chosen.reasons["inference.tile_overlap"]
-    assert "1 % of the images hold more than 260 instances" in chosen.reasons["data.tile"]
+    assert "Crowded images (1 % of all) hold more than 260 instances" in chosen.reasons["data.tile"]
     small = recipe(NUCLEI, Path("d"), "small", given={"inference.tile": 96})
     assert small.settings["data.tile"] == 96
     assert small.reasons["data.tile"].startswith("As in inference.")

@@ -95,6 +95,8 @@ def test_a_split_can_be_trained_on_and_split_again(clips: Path) -> None:
     found = clips_of(clips, "second")
     assert not set(found["train"]) & set(found["val"])
     assert run_cli(["data", "check", str(clips), "--config", str(clips / "second.yaml")]) == 0
+    assert split(clips, "--name", "third", "--config", str(clips / "second.yaml")) == 0
+    assert len(clips_of(clips, "third")["train"]) > 0
 
 
 def test_a_category_on_one_side_only_is_named(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from sparseinst.config import Config
 from sparseinst.data.coco import CocoSplit, read_split, val_split
 from sparseinst.data.masks import decode, encode
 from sparseinst.errors import DataError, UserError
-from sparseinst.evaluation.coco_metrics import FIGURES, coco_figures, figures_by_limit
-from sparseinst.evaluation.evaluate import evaluate
+from sparseinst.evaluation.coco_metrics import FIGURES, coco_figures, coco_metrics, figures_by_limit
+from sparseinst.evaluation.evaluate import _by_name, evaluate
 from sparseinst.evaluation.weights import evaluate_run, evaluate_weights
 from sparseinst.inference.weights import load_weights
 from sparseinst.models.sparseinst import build_model
@@ -51,6 +52,34 @@ def test_perfect_and_empty_results_score_100_and_0(tiny: Config) -> None:
     for engine in ("hotcoco", "pycocotools"):
         assert coco_figures(split.file, perfect, ids, engine)["AP"] == pytest.approx(100)  # type: ignore[arg-type]
         assert coco_figures(split.file, [], ids, engine)["AP"] == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ["hotcoco", "pycocotools"])
+def test_each_category_has_its_own_ap(tiny: Config, engine: Any) -> None:
+    """A category whose objects are all found has AP 100, one without a prediction 0, and their mean is AP."""
+    split = val_split(tiny.data)
+    truth = json.loads(split.file.read_text())["annotations"]
+    present = sorted({a["category_id"] for a in truth})
+    found = [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "score": 0.9, "segmentation": a["segmentation"]}
+        for a in truth
+        if a["category_id"] != present[0]
+    ]
+    metrics = coco_metrics(split.file, found, [image.id for image in split.images], engine)
+    assert metrics.by_category[present[0]] == 0
+    assert all(metrics.by_category[category] == pytest.approx(100) for category in present[1:])
+    known = [ap for ap in metrics.by_category.values() if ap is not None]
+    assert metrics.figures["AP"] == pytest.approx(sum(known) / len(known))
+
+
+def test_categories_of_one_name_are_told_apart_by_their_ids(tiny: Config) -> None:
+    split = val_split(tiny.data)
+    first, second, *others = split.categories
+    twice = replace(split, categories=(first, replace(second, name=first.name), *others))
+    names = _by_name({first.id: 1.0}, twice)
+    assert names[f"{first.name} (id {first.id})"] == 1.0
+    assert names[f"{first.name} (id {second.id})"] is None
+    assert len(names) == len(split.categories)
 
 
 @needs_coco
