@@ -234,10 +234,15 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def multiplies_bfloat16() -> bool:
-    """Return whether the CPU has instructions for bfloat16 numbers; False if the system does not say."""
+def multiplies_bfloat16(*, matrices: bool = False) -> bool:
+    """Return whether the CPU has instructions for bfloat16 numbers; False if the system does not say.
+
+    Args:
+        matrices: ask for instructions for whole matrices (AMX).
+    """
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     except OSError:
         return False
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+    wanted = {"amx_bf16"} if matrices else {"avx512_bf16", "amx_bf16", "bf16"}
+    return not wanted.isdisjoint(flags)

@@ -25,6 +25,7 @@ from sparseinst.inference.ahead import CannotCompile, compiled
 from sparseinst.inference.export import Network
 from sparseinst.inference.memory import keep_freed_memory
 from sparseinst.inference.winograd import WinogradConv2d, compile_winograd
+from sparseinst.machine import multiplies_bfloat16
 from sparseinst.models.backbone import Backbone
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.encoder import Encoder, resize
@@ -112,14 +113,21 @@ def optimize(
     if fast.encoder.fusion is not None:
         fast.encoder = MergedEncoder(fast.encoder)  # type: ignore[assignment] # has the same forward
     options = _compile_options(device, mode)
-    # The sums of the Winograd convolution are up to 22 times as large as its inputs, so that fp16 may overflow.
-    if options is not None and mode == "best" and device.type == "cpu" and precision != "fp16":
+    if options is not None and mode == "best" and device.type == "cpu" and _winograd_pays(precision):
         _use_winograd(fast)
     fast = fast.requires_grad_(False).to(device=device, dtype=DTYPES.get(precision, torch.float32))
     fast.pixel_mean, fast.pixel_std = model.pixel_mean.to(device), model.pixel_std.to(device)
     optimized = OptimizedSparseInst(fast, precision, options)
     optimized.pixel_mean, optimized.pixel_std = fast.pixel_mean, fast.pixel_std
     return optimized.to(memory_format=torch.channels_last).eval()
+
+
+def _winograd_pays(precision: Precision) -> bool:
+    """Return whether Winograd convolutions are correct and faster in a precision."""
+    if precision == "fp16":  # its sums are up to 22 times as large as its inputs, so that fp16 may overflow
+        return False
+    # With AMX, a product of matrices takes so little time that the sums take longer than the saved products.
+    return precision != "bf16" or not multiplies_bfloat16(matrices=True)
 
 
 def _use_winograd(model: nn.Module) -> None:

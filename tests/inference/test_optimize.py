@@ -89,10 +89,14 @@ def test_winograd_equals_the_convolution(size: tuple[int, int]) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize(("precision", "used"), [("fp32", True), ("bf16", True), ("fp16", False)])
-def test_winograd_is_used_only_where_its_sums_fit(
-    tiny: Config, precision: Any, used: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("precision", "amx", "used"),
+    [("fp32", True, True), ("bf16", False, True), ("bf16", True, False), ("fp16", False, False)],
+)
+def test_winograd_is_used_only_where_its_sums_fit_and_pay(
+    tiny: Config, precision: Any, amx: bool, used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(optimizing, "multiplies_bfloat16", lambda *, matrices: matrices and amx)
     monkeypatch.setattr(WinogradConv2d, "is_faster_for", lambda conv: conv.kernel_size == (3, 3) and conv.stride == (1, 1))
     fast = optimize(randomise_norms(build_model(tiny.model)), device=CPU, mode="best", precision=precision)
     assert any(isinstance(module, WinogradConv2d) for module in fast.modules()) is used
