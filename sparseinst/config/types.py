@@ -23,8 +23,8 @@ OptimizeMode = Literal["folded", "compiled", "graph", "best"]
 
 `folded` does nothing else. `compiled` also compiles the network with frozen weights; on a CPU the result is kept on the disk for
 the next start. `graph` records a CUDA graph for each image size instead. `best` is the fastest mode and takes minutes to compile.
-On a GPU it tunes kernels and uses CUDA graphs, for images of one size. On a CPU it uses Winograd convolutions, but not in fp16, and
-not in bf16 if the CPU has AMX.
+On a GPU it tunes kernels and uses CUDA graphs, for images of one size. On a CPU it uses Winograd convolutions, but not in fp16,
+and not in bf16 if the CPU has AMX.
 """
 Activation = Literal["sigmoid", "softmax"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

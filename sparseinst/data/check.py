@@ -168,8 +168,8 @@ def show(reports: dict[str, Report], *, as_json: bool = False) -> None:
             print(f"{name}: {problem}")
         if report.wrong_areas:
             print(
-                f"note: {name}: {report.wrong_areas} of {report.instances} instances have an `area` that is not their mask's (but "
-                "perhaps their box's). COCO's metrics take an object's size from it: AP is right, but APs, APm and APl are not"
+                f"note: {name}: {report.wrong_areas} of {report.instances} instances have an `area` that is not their mask's, "
+                "but perhaps their box's. COCO's metrics take an object's size from it: AP is right, but APs, APm and APl are not"
             )
     if mirrored := mirrored_categories(list(reports["train"].categories)):
         print(f"note: {MIRRORED.format(*mirrored[0])}: train with data.flip=0, as `sparseinst init` writes")
