@@ -43,7 +43,7 @@ class OpenVinoEngine:
 def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None, cache: Path | None = None) -> OpenVinoEngine:
     """Compile a model for the CPU.
 
-    In int8, the layers that stay in float run in bf16 if the CPU has bf16 instructions, otherwise in fp32.
+    In int8, the layers that stay in float run in bf16 if the CPU has bf16 instructions and OpenVINO offers it, otherwise in fp32.
 
     Args:
         threads: the number of threads; None takes torch's.
@@ -59,17 +59,21 @@ def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None
         raise missing_package("openvino", error) from None
     digest, size = artifact_identity(artifact)
     threads = threads or torch.get_num_threads()
-    hint = _HINTS.get(precision) or ("bf16" if multiplies_bfloat16() else "f32")
     settings: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": hint,
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
         **(_cache_settings(cache / digest) if cache is not None else {}),
     }
-    try:
-        compiled = openvino.Core().compile_model(artifact, "CPU", settings)
-    except RuntimeError as error:
-        raise UserError(f"{artifact}: OpenVINO cannot load it ({shorten(str(error).strip().splitlines()[-1])})") from None
+    # On CPUs with AMX, OpenVINO 2026.4 has no implementation of some int8 networks with other layers in bf16.
+    hints = [_HINTS[precision]] if precision in _HINTS else [*(["bf16"] if multiplies_bfloat16() else []), "f32"]
+    for hint in hints:
+        try:
+            compiled = openvino.Core().compile_model(artifact, "CPU", {"INFERENCE_PRECISION_HINT": hint, **settings})
+            break
+        except RuntimeError as error:
+            if hint == hints[-1]:
+                raise UserError(f"{artifact}: OpenVINO cannot load it ({shorten(str(error).strip().splitlines()[-1])})") from None
+            _log.info("OpenVINO cannot run the layers that stay in float in %s, so they run in %s", hint, hints[-1])
     convolutions, layers = _count_layers(compiled)
     check_precision("openvino", precision, used_precision(convolutions), convolutions)
     facts = Facts("openvino", openvino.__version__, precision, digest, size, threads, dict(layers))

@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from sparseinst import load_model
 from sparseinst.bench.engines import agreement
 from sparseinst.cli import run_cli
 from sparseinst.config import ENGINE_PRECISIONS, Config
+from sparseinst.engines import openvino_engine
 from sparseinst.engines.artifact import artifact_identity
 from sparseinst.engines.base import check_precision
 from sparseinst.engines.names import ENGINES, check_engine
@@ -233,3 +235,29 @@ def test_exports_that_cannot_be_are_refused(
 def test_the_metrics_library_has_another_option(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(["evaluate", "--weights", str(trained), "--engine", "pycocotools"]) == 2
     assert "--evaluator pycocotools" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("offered", [["bf16", "f32"], ["f32"], []])
+def test_int8_runs_its_other_layers_in_what_openvino_offers(
+    offered: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """OpenVINO is a stand-in, because its offer depends on the CPU: with AMX it refuses some networks in int8 and bf16."""
+    tried = []
+
+    def compile_model(_artifact: Path, _device: str, settings: dict[str, Any]) -> Any:
+        tried.append(settings["INFERENCE_PRECISION_HINT"])
+        if tried[-1] not in offered:
+            raise RuntimeError("Exception from core.cpp\nNo suitable implementations.")
+        return SimpleNamespace(create_infer_request=lambda: None)
+
+    core = SimpleNamespace(compile_model=compile_model)
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core, __version__="1"))
+    monkeypatch.setattr(openvino_engine, "artifact_identity", lambda _: ("digest", 1))
+    monkeypatch.setattr(openvino_engine, "_count_layers", lambda _: (Counter(int8=3), Counter(int8=3)))
+    monkeypatch.setattr(openvino_engine, "multiplies_bfloat16", lambda: True)
+    if not offered:
+        with pytest.raises(UserError, match=r"OpenVINO cannot load it \(No suitable implementations"):
+            openvino_engine.load(tmp_path / "a.xml", "int8")
+    else:
+        assert openvino_engine.load(tmp_path / "a.xml", "int8").facts.precision == "int8"
+    assert tried == (["bf16"] if "bf16" in offered else ["bf16", "f32"])
