@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from timm.layers import Conv2dSame  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from sparseinst.config import SIZE_DIVISOR, InferenceConfig
@@ -106,13 +107,30 @@ class CountedCoordinates(Coordinates):
         return (positions * 2 / positions[-1] - 1).to(like.dtype)
 
 
+def _fixed_padding(conv: Conv2dSame) -> nn.Sequential:
+    """Return a convolution whose padding does not depend on its input's size, for sides that are multiples of its stride.
+
+    The sides of a network's input are multiples of 32, so those of each layer of stride 2 are even. The exporters need minutes for
+    padding in the form of formulas.
+    """
+    across, down = (
+        (kernel - 1) * dilation + 1 - stride
+        for kernel, dilation, stride in list(zip(conv.kernel_size, conv.dilation, conv.stride, strict=True))[::-1]
+    )
+    across, down = max(across, 0), max(down, 0)
+    conv.__class__ = nn.Conv2d  # type: ignore[assignment] # its padding is 0
+    return nn.Sequential(nn.ZeroPad2d((across // 2, across - across // 2, down // 2, down - down // 2)), conv)
+
+
 def _exportable(model: SparseInst) -> SparseInst:
-    """Return a copy whose pooling and coordinates can be exported for any image size."""
+    """Return a copy whose padding, pooling and coordinates can be exported for any image size."""
     model = copy.deepcopy(model).eval()
     if isinstance(model.decoder.coordinates, Coordinates):
         model.decoder.coordinates = CountedCoordinates()
     for module in list(model.modules()):
         for name, child in module.named_children():
+            if isinstance(child, Conv2dSame):
+                setattr(module, name, _fixed_padding(child))
             if isinstance(child, nn.AdaptiveAvgPool2d):
                 bins = child.output_size
                 if isinstance(bins, int) or (isinstance(bins, tuple) and all(isinstance(side, int) for side in bins)):

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.layers import Conv2dSame
 
 from sparseinst.cli import run_cli
 from sparseinst.config import Config
 from sparseinst.data.coco import Category
-from sparseinst.inference.export import Inference, MatrixPool, export_model
+from sparseinst.inference.export import Inference, MatrixPool, Network, export_model
 from sparseinst.inference.predict import Predictor
 from sparseinst.inference.weights import save_weights
 from sparseinst.models.sparseinst import SparseInst, build_model
@@ -133,3 +134,16 @@ def test_pooling_by_matrices_takes_rectangles_and_half_precision() -> None:
     torch.testing.assert_close(MatrixPool((7, 2))(x), pool(x))
     half = x.bfloat16()
     torch.testing.assert_close(MatrixPool((7, 2))(half), pool(half.float()).bfloat16())
+
+
+@pytest.mark.parametrize("size", [(32, 64), (96, 160)])
+def test_padding_that_depends_on_the_size_becomes_fixed(size: tuple[int, int]) -> None:
+    """TensorFlow's models pad each layer of stride 2 by its input's size."""
+    model, _ = build_random_model(**{"model.backbone.name": "tf_efficientnet_lite0", "model.encoder.channels": 16})
+    image = torch.randn(2, 3, *size)
+    network = Network(model).eval()
+    assert any(isinstance(module, Conv2dSame) for module in model.modules())
+    assert not any(isinstance(module, Conv2dSame) for module in network.modules())
+    with torch.no_grad():
+        for ours, theirs in zip(network(image), model(image), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
