@@ -110,8 +110,8 @@ class CountedCoordinates(Coordinates):
 def _fixed_padding(conv: Conv2dSame) -> nn.Sequential:
     """Return a convolution whose padding does not depend on its input's size, for sides that are multiples of its stride.
 
-    The sides of a network's input are multiples of 32, so those of each layer of stride 2 are even. With formulas for the padding,
-    the exporters need minutes.
+    The sides of a network's input are multiples of 32, so those of each layer of stride 2 are even. With formulas for the
+    padding, the exporters need minutes.
     """
     across, down = (
         (kernel - 1) * dilation + 1 - stride
