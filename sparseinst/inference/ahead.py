@@ -53,6 +53,11 @@ class CannotCompile(Exception):
     """A module cannot be compiled ahead of time. The message says why."""
 
 
+def has_compiler() -> bool:
+    """Return whether this machine has a C++ compiler, which compiling needs; loading a compiled library does not."""
+    return any(map(shutil.which, ("g++", "clang++", "c++")))
+
+
 @torch.no_grad()
 def compiled(
     module: nn.Module,
@@ -72,7 +77,8 @@ def compiled(
         what: the name of the module in messages.
 
     Raises:
-        CannotCompile: torch cannot compile the module for all sizes, the library computes something else, or the disk is full.
+        CannotCompile: torch cannot compile the module for all sizes, the library computes something else, the disk is full, or
+            there is neither a library nor a compiler.
     """
     folder = libraries_folder()
     try:
@@ -85,9 +91,11 @@ def compiled(
             raise CannotCompile(
                 f"{refused.read_text(encoding='utf-8')}; so an earlier start found, remove {refused} to try again"
             )
-        _log.info("compiling %s for this CPU; the next start loads it from %s", what, folder)
+        if not has_compiler():
+            raise CannotCompile("this machine has no C++ compiler, for example g++")
         _make_room(make_folder(folder))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as temporary:
+            _log.info("compiling %s for this CPU; the next start loads it from %s", what, folder)
             try:
                 library = _compile(module, example, sides, Path(temporary))
             except Exception as error:

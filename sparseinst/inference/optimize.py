@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -21,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from sparseinst.config import OptimizeMode, Precision
 from sparseinst.device import DTYPES
 from sparseinst.errors import UserError
-from sparseinst.inference.ahead import CannotCompile, compiled
+from sparseinst.inference.ahead import CannotCompile, compiled, has_compiler
 from sparseinst.inference.export import Network
 from sparseinst.inference.memory import keep_freed_memory
 from sparseinst.inference.winograd import WinogradConv2d, compile_winograd
@@ -63,9 +62,23 @@ class OptimizedSparseInst(SparseInst):
                     self._compiled = self._compile_with = None
             return super().forward(images)
 
+    def load_compiled(self) -> bool:
+        """Load what an earlier process has compiled for this CPU, and return whether all of it is there."""
+        try:
+            loaded = self._compile_ahead()
+        except CannotCompile:
+            return False
+        if self._has_winograd() and not compile_winograd(self.dtype):
+            return False
+        self._compiled, self._compiled_for = loaded, ("cpu", torch.get_num_threads())
+        return True
+
+    def _has_winograd(self) -> bool:
+        return any(isinstance(module, WinogradConv2d) for module in self.modules())
+
     def _compile(self, device: torch.device) -> Callable[[Tensor], Predictions]:
         """Return the compiled network: on a CPU ahead of time if that is possible, otherwise by torch.compile."""
-        if any(isinstance(module, WinogradConv2d) for module in self.modules()):
+        if self._has_winograd():
             compile_winograd(self.dtype)
         if device.type == "cpu":
             try:
@@ -108,16 +121,31 @@ def optimize(
         raise UserError("the model is optimised already: load it again to optimise it in another way")
     if device.type == "cpu":
         keep_freed_memory()
+    options = _compile_options(device, mode)
+    winograd = options is not None and mode == "best" and device.type == "cpu" and _winograd_pays(precision)
+    fast = _fast_copy(model, device, precision, options, winograd=winograd)
+    if options is not None and device.type == "cpu" and not has_compiler() and not fast.load_compiled():
+        _log.warning(
+            "torch.compile needs a C++ compiler, for example g++, and no earlier start has compiled this network; the model runs "
+            "without torch.compile"
+        )
+        fast = _fast_copy(model, device, precision, None)
+    return fast
+
+
+def _fast_copy(
+    model: SparseInst, device: torch.device, precision: Precision, compile_with: dict[str, Any] | None, *, winograd: bool = False
+) -> OptimizedSparseInst:
+    """Return the copy, with Winograd's convolutions where they are faster if `winograd` is set."""
     fast = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
     fold_norms(fast.backbone)
     if fast.encoder.fusion is not None:
         fast.encoder = MergedEncoder(fast.encoder)  # type: ignore[assignment] # has the same forward
-    options = _compile_options(device, mode)
-    if options is not None and mode == "best" and device.type == "cpu" and _winograd_pays(precision):
+    if winograd:
         _use_winograd(fast)
     fast = fast.requires_grad_(False).to(device=device, dtype=DTYPES.get(precision, torch.float32))
     fast.pixel_mean, fast.pixel_std = model.pixel_mean.to(device), model.pixel_std.to(device)
-    optimized = OptimizedSparseInst(fast, precision, options)
+    optimized = OptimizedSparseInst(fast, precision, compile_with)
     optimized.pixel_mean, optimized.pixel_std = fast.pixel_mean, fast.pixel_std
     return optimized.to(memory_format=torch.channels_last).eval()
 
@@ -149,9 +177,6 @@ def _compile_options(device: torch.device, mode: OptimizeMode) -> dict[str, Any]
         _log.warning("there are no CUDA graphs on %s; the model runs without them", device.type)
         return None
     if mode == "folded":
-        return None
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        _log.warning("torch.compile needs a C++ compiler on this machine, for example g++; the model runs without torch.compile")
         return None
     options: dict[str, Any] = {"freezing": True}
     if mode == "best" and device.type == "cuda":

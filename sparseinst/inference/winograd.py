@@ -140,9 +140,13 @@ class _Gather(nn.Module):
         return _gather(products, bias, floor)
 
 
-def compile_winograd(dtype: torch.dtype) -> None:
-    """Compile or load the two parts for a type of numbers, before a network that needs them runs or is compiled."""
-    _compiled_parts(dtype, torch.get_num_threads())
+def compile_winograd(dtype: torch.dtype) -> bool:
+    """Compile or load the two parts for a type of numbers, before a network that needs them runs or is compiled.
+
+    Returns:
+        Whether they are compiled. If not, a warning says why.
+    """
+    return _compiled_parts(dtype, torch.get_num_threads()) != (_spread, _gather)
 
 
 @cache

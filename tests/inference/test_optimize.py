@@ -116,8 +116,9 @@ def test_winograd_is_used_only_where_it_is_faster() -> None:
 
 
 def test_half_precision_without_cuda_graphs_and_compiler(
-    tiny: Config, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+    tiny: Config, tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(WinogradConv2d, "is_faster_for", lambda conv: conv.kernel_size == (3, 3) and conv.stride == (1, 1))
     model = randomise_norms(build_model(tiny.model))
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad(), caplog.at_level(logging.WARNING):
@@ -129,9 +130,11 @@ def test_half_precision_without_cuda_graphs_and_compiler(
         found = half(image)
         assert found.responses.dtype == torch.float32
         torch.testing.assert_close(found.mask_logits.float(), expected.mask_logits, rtol=0.1, atol=0.05)
-        monkeypatch.setattr(optimizing.shutil, "which", lambda _: None)
-        plain = optimize(model, device=CPU, mode="compiled")
+        monkeypatch.setattr(ahead.shutil, "which", lambda _: None)
+        monkeypatch.setenv("SPARSEINST_CACHE", str(tmp_path))
+        plain = optimize(model, device=CPU, mode="best")
         assert "needs a C++ compiler" in caplog.text
+        assert not any(isinstance(module, WinogradConv2d) for module in plain.modules())
         torch.testing.assert_close(plain(image).mask_logits, expected.mask_logits, rtol=1e-3, atol=1e-4)
 
 
@@ -170,8 +173,10 @@ def test_a_compiled_model_equals_its_original_for_all_sizes(
                 for ours, theirs in zip(fast(image), model(image), strict=True):
                     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
             monkeypatch.setattr(ahead, "_compile", forbidden)
+            monkeypatch.setattr(ahead.shutil, "which", lambda _: None)
             assert len(list((tmp_path / "torch").iterdir())) == 1, f"one library and nothing else, attempt {attempt}"
         assert not [record for record in caplog.records if record.name.startswith("sparseinst")]
+        monkeypatch.setattr(ahead.shutil, "which", lambda name: name)
         monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
         next(model.decoder.parameters()).add_(0.1)
         assert optimize(model, device=CPU, mode="compiled")(image).mask_logits.isfinite().all()
