@@ -135,7 +135,10 @@ def quantise(model: SparseInst, about: About, output: Path, score: Score) -> Pat
             after = score(candidate, "int8")
             attempts.append({"float": kept, "AP": after})
             drop = None if before is None or after is None else before - after
-            _log.info("int8 with %s in float: AP %s, float %s", ", ".join(kept) or "nothing", after, before)
+            if drop is None:
+                _log.info("int8: quantised; there is no AP of the model, which has random weights or no validation data")
+            else:
+                _log.info("int8 with %s in float: AP %.2f, float %.2f", ", ".join(kept) or "nothing", after, before)
             if drop is None or drop <= inference.max_drop:
                 break
             if order is None:
