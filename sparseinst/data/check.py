@@ -62,6 +62,8 @@ def check_split(split: CocoSplit, images: Iterable[ImageRecord], *, read_images:
     report = Report(images=len(split.images))
     report.categories.update({category.name: 0 for category in split.categories})
     report.problems += _id_problems(split)
+    names = repeated_names([category.name for category in split.categories])
+    report.problems += [f"{split.file}: several categories have the name {name!r}: give each its own" for name in names]
     areas = _given_areas(split)
     for image in images:
         _check_image(image, read_images, report)
@@ -83,6 +85,15 @@ def mirrored_categories(names: Sequence[str]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs if left != right and right in names]
 
 
+def repeated_names(names: Sequence[str]) -> list[str]:
+    """Return the names that several categories have."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def image_exists(image: ImageRecord) -> bool:
+    return os.path.isfile(image.path)  # noqa: PTH113 (Path.is_file raises an error for a name that is too long)
+
+
 _RIGHT = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 
 
@@ -99,7 +110,7 @@ def _given_areas(split: CocoSplit) -> dict[int, Any]:
 
 
 def _check_image(image: ImageRecord, read: bool, report: Report) -> None:
-    if not read and not os.path.isfile(image.path):  # noqa: PTH113 (Path.is_file raises an error for a name that is too long)
+    if not read and not image_exists(image):
         report.problems.append(f"{image.path}: no such image")
     if read:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,8 +11,8 @@ from typing import Literal
 import numpy as np
 
 from sparseinst.config import DataConfig
-from sparseinst.data.check import mirrored_categories
-from sparseinst.data.coco import Category, CocoSplit, category_names, train_split, val_split
+from sparseinst.data.check import image_exists, mirrored_categories, repeated_names
+from sparseinst.data.coco import Category, CocoSplit, ImageRecord, category_names, train_split, val_split
 from sparseinst.data.masks import decode_with_bounds
 from sparseinst.errors import DataError
 
@@ -25,7 +26,7 @@ class Facts:
     train_images: int
     val_images: int
     shared_images: int
-    """The number of file names that both splits have."""
+    """The number of file names that both splits have; Roboflow's endings of them do not count."""
     classes: int
     rare: tuple[str, ...]
     """The categories with fewer than 20 training instances."""
@@ -51,6 +52,10 @@ class Facts:
     """What the numbers of instances, the side and the aspect describe."""
     tiles: float = 1.0
     """The number of tiles, side by side, that make up an image."""
+    missing: tuple[str, ...] = ()
+    """The paths of the images of both splits that do not exist."""
+    repeated_names: tuple[str, ...] = ()
+    """The names that several categories have."""
     mirrored: tuple[str, str] | None = None
     """Two categories that differ only in `left` and `right` by name, if there are any."""
 
@@ -77,7 +82,7 @@ def look_at(config: DataConfig) -> Facts:
     return Facts(
         len(used.images),
         len(val.images),
-        len({image.path.name for image in train.images} & {image.path.name for image in val.images}),
+        len({_source(image) for image in train.images} & {_source(image) for image in val.images}),
         len(train.categories),
         tuple(_called(train.categories, index, number) for index, number in enumerate(by_class.tolist()) if number < 20),
         float(np.median(sides[:, 0])),
@@ -90,8 +95,15 @@ def look_at(config: DataConfig) -> Facts:
         float(np.percentile(measured[:, 1], 95)),
         float(np.median(np.sqrt(sides.prod(1) / counts))),
         float(np.percentile(counts / sides.prod(1), 99)),
+        missing=tuple(str(image.path) for image in (*train.images, *val.images) if not image_exists(image)),
+        repeated_names=tuple(repeated_names(category_names(train.categories))),
         mirrored=next(iter(mirrored_categories(category_names(train.categories))), None),
     )
+
+
+def _source(image: ImageRecord) -> str:
+    """Return the name of the file that an image was made from: Roboflow names an exported image `photo_jpg.rf.<digest>.jpg`."""
+    return re.sub(r"\.rf\.[0-9A-Za-z]{8,}$", "", image.path.stem)
 
 
 def _called(categories: Sequence[Category], index: int, instances: int) -> str:

@@ -259,6 +259,16 @@ def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping
         chosen.warnings.append(
             f"{facts.shared_images} file names are in both splits: AP is too high if they are the same images."
         )
+    if facts.missing:
+        chosen.warnings.append(
+            f"{len(facts.missing)} images do not exist, the first is {facts.missing[0]}: copy them, or leave them out with "
+            "data.on_bad_image=skip."
+        )
+    if facts.repeated_names:
+        chosen.warnings.append(
+            f"several categories have the same name ({', '.join(facts.repeated_names[:5])}), but the model learns them as "
+            "different ones: give each its own name, or give all of their annotations one id."
+        )
     if scale * facts.small_object < 2 * cell:
         chosen.warnings.append(
             f"a tenth of the objects are smaller than two mask cells ({2 * cell:.0f} input pixels) and will hardly be found: "

@@ -134,6 +134,7 @@ def test_check_folder_counts_instances_and_finds_problems(folder: Path) -> None:
         annotation(5, 3, 7, {"size": [9, 9], "counts": [81]}),
         annotation(5, 3, 7, box(100, 100, 5, 5)),
     ]
+    content["categories"][1]["name"] = content["categories"][0]["name"]
     (folder / "annotations/instances_val2017.json").write_text(json.dumps(content))
     (folder / "val2017" / "2.png").write_bytes(b"broken")
     reports = check_folder(DataConfig(root=str(folder)))
@@ -148,6 +149,7 @@ def test_check_folder_counts_instances_and_finds_problems(folder: Path) -> None:
         "annotation 4 (image 3.png): segmentation: a polygon needs",
         "run lengths have the size [9, 9]",
         "no pixel inside the image",
+        "several categories have the name 'seven'",
     ):
         assert expected in text
 

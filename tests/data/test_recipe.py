@@ -46,12 +46,28 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     found = look_at(DataConfig(root=str(tmp_path)))
     assert found.rare == ("seven", "thousand (no instance)")
     twice = write_coco(tmp_path / "twice", images, annotations, [{"id": 0, "name": "seven"}, {"id": 7, "name": "seven"}])
-    assert look_at(DataConfig(root=str(twice))).rare == ("seven (id 0, no instance)", "seven (id 7)")
+    named_twice = look_at(DataConfig(root=str(twice)))
+    assert named_twice.rare == ("seven (id 0, no instance)", "seven (id 7)")
+    assert named_twice.repeated_names == ("seven",)
     assert (found.train_images, found.val_images, found.shared_images) == (2, 3, 3), "an image without instances does not train"
     assert found.classes == 2
+    assert not found.missing
+    (tmp_path / "val2017" / "2.png").unlink()
+    assert look_at(DataConfig(root=str(tmp_path))).missing == (str(tmp_path / "val2017" / "2.png"),)
     assert (found.short_side, found.instances, found.most_instances) == (60, 3.0, 5)
     assert found.aspect == pytest.approx(80 / 60)
     assert found.median_object == pytest.approx(8)
+
+
+def test_roboflows_endings_do_not_hide_that_an_image_is_in_both_splits(tmp_path: Path) -> None:
+    entry = {"id": 1, "height": 60, "width": 80}
+    name = "street_12_jpg.rf.{}.jpg"
+    write_coco(tmp_path, [{**entry, "file_name": name.format("0a1b2c3d" * 4)}], [annotation(1, 1, 7, box(0, 0, 9, 9))])
+    other = {**entry, "file_name": name.format("f" * 32)}
+    (tmp_path / "val2017" / name.format("0a1b2c3d" * 4)).rename(tmp_path / "val2017" / other["file_name"])
+    file = tmp_path / "annotations" / "instances_val2017.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "images": [other]}))
+    assert look_at(DataConfig(root=str(tmp_path))).shared_images == 1
 
 
 def test_masks_without_a_pixel_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +203,8 @@ def test_trained_weights_keep_their_maps() -> None:
         ({"val_images": 12}, "uncertain"),
         ({"shared_images": 5}, "in both splits"),
         ({"rare": ("owl",)}, "fewer than 20 instances: owl"),
+        ({"missing": ("d/1.png", "d/2.png")}, "2 images do not exist, the first is d/1.png"),
+        ({"repeated_names": ("owl",)}, "have the same name (owl)"),
     ],
 )
 def test_warnings(change: dict[str, object], warning: str) -> None:
