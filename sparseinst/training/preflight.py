@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from sparseinst.config import WITHOUT_AUGMENTATION, Config
-from sparseinst.data.coco import train_split
+from sparseinst.data.coco import train_split, val_split
 from sparseinst.data.images import read_image
 from sparseinst.data.masks import encode
-from sparseinst.data.network_input import cut
+from sparseinst.data.network_input import cut, image_tiles
 from sparseinst.data.objects import Objects, fullest_tile
 from sparseinst.data.tiles import tiles_of
 from sparseinst.data.transforms import as_mask
@@ -46,6 +46,10 @@ class Preflight:
     seconds: float
     image_seconds: float
     """The median time of a step, divided by its number of images."""
+    training_hours: float
+    """An estimate of how long the steps of the whole training take."""
+    evaluation_hours: float
+    """The same of its evaluations, during the training and at its end."""
 
 
 def preflight(config: Config, output: Path, *, device: torch.device) -> Preflight:
@@ -89,7 +93,23 @@ def preflight(config: Config, output: Path, *, device: torch.device) -> Prefligh
             f"preflight: {reached}, too little for {what} that it saw {times} times. Objects may be too small for the input "
             "(inference.short_side, model.decoder.mask_scale), or masks may be wrong (`data look`)"
         )
-    return Preflight(before, after, ap50, time.perf_counter() - began, statistics.median(seconds) / small.train.batch_size)
+    image_seconds = statistics.median(seconds) / small.train.batch_size
+    return Preflight(
+        before,
+        after,
+        ap50,
+        time.perf_counter() - began,
+        image_seconds,
+        image_seconds * config.train.batch_size * config.train.iterations / 3600,
+        result.seconds / IMAGES * _evaluated_inputs(config) / 3600,
+    )
+
+
+def _evaluated_inputs(config: Config) -> int:
+    """Return how many images or tiles the evaluations during a training and at its end segment together."""
+    tiles = [len(image_tiles((image.height, image.width), config.inference)) for image in val_split(config.data).images]
+    times = config.train.iterations // config.train.evaluate_every if config.train.evaluate_every is not None else 0
+    return times * sum(tiles[: config.train.evaluate_images]) + sum(tiles)
 
 
 def _eight_images(config: Config, output: Path) -> Path:

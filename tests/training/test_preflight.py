@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparseinst.config import Config
+from sparseinst.data.coco import val_split
 from sparseinst.errors import RunFailed
 from sparseinst.training import preflight as module
 from sparseinst.training.preflight import preflight
@@ -32,12 +33,28 @@ def test_settings_of_a_long_run_do_not_prevent_its_check(settings: dict[str, obj
     assert not small.train.checkpoint_activations
 
 
+def test_the_estimate_counts_every_evaluation(tiny: Config) -> None:
+    images = len(val_split(tiny.data).images)
+    settings = {"train.iterations": 7, "train.evaluate_every": 2, "train.evaluate_images": images - 1}
+    assert module._evaluated_inputs(tiny) == images
+    assert module._evaluated_inputs(tiny.replace(settings)) == 3 * (images - 1) + images
+    image = val_split(tiny.data).images[0]
+    assert image.height == image.width
+    assert (
+        module._evaluated_inputs(tiny.replace({"inference.tile": image.width * 3 // 4, "inference.tile_overlap": 0.0}))
+        == 4 * images
+    )
+
+
 @pytest.mark.slow
 def test_learnable_data_pass(tiny: Config, tmp_path: Path) -> None:
     found = preflight(tiny, tmp_path / "run", device=CPU)
     assert found.ap50 > module.LEAST_AP50
     assert found.loss_after < module.MOST_LEFT * found.loss_before
     assert found.image_seconds > 0
+    images = tiny.train.batch_size * tiny.train.iterations
+    assert found.training_hours == pytest.approx(found.image_seconds * images / 3600)
+    assert found.evaluation_hours > 0
 
 
 @pytest.mark.slow
