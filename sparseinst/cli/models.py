@@ -100,9 +100,10 @@ def _preflight(settings: Config, output: Path, device: torch.device) -> None:
         f"preflight passed in {found.seconds / 60:.1f} minutes: {STEPS} steps on {IMAGES} {what} lowered the loss from "
         f"{found.loss_before:.2f} to {found.loss_after:.2f}, and AP50 on them is {found.ap50:.1f}"
     )
+    one = "an image" if settings.data.tile is None else "a tile"
     print(
-        f"an image took {found.image_seconds:.2f} s, so {settings.train.iterations} steps of {settings.train.batch_size} {what} "
-        f"may take {found.training_hours:.1f} hours, and the evaluations {found.evaluation_hours:.1f} hours (estimates, without "
+        f"{one} took {found.image_seconds:.2f} s, so {settings.train.iterations} steps of {settings.train.batch_size} {what} may "
+        f"take {found.training_hours:.1f} hours, and the evaluations {found.evaluation_hours:.1f} hours (estimates, without "
         "pretraining)"
     )
 

@@ -111,6 +111,10 @@ class TrainConfig(OptimizerConfig):
         evaluations = {name: getattr(self, name) for name in ("evaluate_every", "evaluate_images")} if self.patience else {}
         return {**super().content(stage), **evaluations}
 
+    def evaluates_after(self, done: int) -> bool:
+        """Return whether an evaluation follows when this many steps are done; the one at the end is not part of the training."""
+        return self.evaluate_every is not None and 0 < done < self.iterations and done % self.evaluate_every == 0
+
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> Self:
         if self.patience is not None and self.evaluate_every is None:

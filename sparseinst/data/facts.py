@@ -26,7 +26,7 @@ class Facts:
     train_images: int
     val_images: int
     shared_images: int
-    """The number of file names that both splits have; Roboflow's endings of them do not count."""
+    """The number of validation images with the name of a training image, apart from the file type and Roboflow's ending."""
     classes: int
     rare: tuple[str, ...]
     """The categories with fewer than 20 training instances."""

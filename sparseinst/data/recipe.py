@@ -257,7 +257,8 @@ def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping
         chosen.warnings.append(f"with {facts.val_images} validation images AP is uncertain by several points.")
     if facts.shared_images:
         chosen.warnings.append(
-            f"{facts.shared_images} file names are in both splits: AP is too high if they are the same images."
+            f"{facts.shared_images} validation images have the name of a training image, apart from the file type and Roboflow's "
+            "ending .rf.…: AP is too high if they show the same photo."
         )
     if facts.missing:
         chosen.warnings.append(
@@ -267,7 +268,7 @@ def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping
     if facts.repeated_names:
         chosen.warnings.append(
             f"several categories have the same name ({', '.join(facts.repeated_names[:5])}), but the model learns them as "
-            "different ones: give each its own name, or give all of their annotations one id."
+            "different ones: give each its own name, or make them one category."
         )
     if scale * facts.small_object < 2 * cell:
         chosen.warnings.append(

@@ -15,12 +15,13 @@ import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -54,8 +55,8 @@ class CannotCompile(Exception):
 
 
 def has_compiler() -> bool:
-    """Return whether this machine has a C++ compiler, which compiling needs; loading a compiled library does not."""
-    return any(map(shutil.which, ("g++", "clang++", "c++")))
+    """Return whether torch finds a C++ compiler on this machine. Compiling needs one; loading a compiled library does not."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
 
 
 @torch.no_grad()
@@ -80,11 +81,14 @@ def compiled(
         CannotCompile: torch cannot compile the module for all sizes, the library computes something else, the disk is full, or
             there is neither a library nor a compiler.
     """
+    from torch._inductor.exc import InvalidCxxCompiler
+
     folder = libraries_folder()
     try:
         path = folder / f"{_key(module, example)}.pt2"
         if path.exists() and _is_whole(path):
-            os.utime(path)
+            with suppress(OSError):  # the folder may be another user's, or read-only
+                os.utime(path)
             return _load(path)
         refused = path.with_suffix(".refused")
         if refused.exists():
@@ -92,14 +96,18 @@ def compiled(
                 f"{refused.read_text(encoding='utf-8')}; so an earlier start found, remove {refused} to try again"
             )
         if not has_compiler():
-            raise CannotCompile("this machine has no C++ compiler, for example g++")
+            raise CannotCompile(
+                f"torch finds no C++ compiler on this machine (g++, or the one that CXX names), and {folder} has no library of "
+                f"{what} for this CPU and {torch.get_num_threads()} threads"
+            )
         _make_room(make_folder(folder))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as temporary:
             _log.info("compiling %s for this CPU; the next start loads it from %s", what, folder)
             try:
                 library = _compile(module, example, sides, Path(temporary))
             except Exception as error:
-                if not any(isinstance(cause, OSError | MemoryError) for cause in causes(error)):
+                passing = (OSError, MemoryError, InvalidCxxCompiler)  # another start may succeed
+                if not any(isinstance(cause, passing) for cause in causes(error)):
                     refused.write_text(_reason(error), encoding="utf-8")
                 raise
             with atomic(path) as whole:
@@ -159,7 +167,7 @@ def _is_whole(library: Path) -> bool:
         damaged = str(error)
     if damaged is None:
         return True
-    _log.warning("%s: is damaged (%s), so it is made again", library, damaged)
+    _log.warning("%s: is damaged (%s), so it is removed", library, damaged)
     library.unlink(missing_ok=True)
     return False
 

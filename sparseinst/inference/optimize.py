@@ -62,33 +62,35 @@ class OptimizedSparseInst(SparseInst):
                     self._compiled = self._compile_with = None
             return super().forward(images)
 
-    def load_compiled(self) -> bool:
-        """Load what an earlier process has compiled for this CPU, and return whether all of it is there."""
-        try:
-            loaded = self._compile_ahead()
-        except CannotCompile:
-            return False
-        if self._has_winograd() and not compile_winograd(self.dtype):
-            return False
-        self._compiled, self._compiled_for = loaded, ("cpu", torch.get_num_threads())
-        return True
+    def load_compiled(self) -> None:
+        """Load what an earlier process has compiled for this CPU.
 
-    def _has_winograd(self) -> bool:
-        return any(isinstance(module, WinogradConv2d) for module in self.modules())
+        Raises:
+            CannotCompile: something is not there, and there is no compiler.
+        """
+        self._compiled, self._compiled_for = self._compile_ahead(), ("cpu", torch.get_num_threads())
 
     def _compile(self, device: torch.device) -> Callable[[Tensor], Predictions]:
         """Return the compiled network: on a CPU ahead of time if that is possible, otherwise by torch.compile."""
-        if self._has_winograd():
-            compile_winograd(self.dtype)
         if device.type == "cpu":
             try:
                 return self._compile_ahead()
             except CannotCompile as error:
+                if self._compiled is not None and not has_compiler():
+                    _log.warning("%s; the library that was loaded before is used", error)
+                    return self._compiled
                 _log.warning("the network cannot be compiled ahead of time (%s), so every start compiles it", error)
         assert self._compile_with is not None
         return torch.compile(super().forward, **self._compile_with)
 
     def _compile_ahead(self) -> Callable[[Tensor], Predictions]:
+        if any(isinstance(module, WinogradConv2d) for module in self.modules()):
+            try:
+                compile_winograd(self.dtype)
+            except CannotCompile as error:
+                if not has_compiler():
+                    raise
+                _log.warning("Winograd's convolutions cannot be compiled (%s), so they are slow; mode compiled is faster", error)
         random = torch.Generator().manual_seed(0)
 
         def images(*shape: int) -> tuple[Tensor]:
@@ -123,14 +125,18 @@ def optimize(
         keep_freed_memory()
     options = _compile_options(device, mode)
     winograd = options is not None and mode == "best" and device.type == "cpu" and _winograd_pays(precision)
-    fast = _fast_copy(model, device, precision, options, winograd=winograd)
-    if options is not None and device.type == "cpu" and not has_compiler() and not fast.load_compiled():
-        _log.warning(
-            "torch.compile needs a C++ compiler, for example g++, and no earlier start has compiled this network; the model runs "
-            "without torch.compile"
-        )
-        fast = _fast_copy(model, device, precision, None)
-    return fast
+    if options is None or device.type != "cpu" or has_compiler():
+        return _fast_copy(model, device, precision, options, winograd=winograd)
+    for with_winograd in (True, False) if winograd else (False,):
+        fast = _fast_copy(model, device, precision, options, winograd=with_winograd)
+        try:
+            fast.load_compiled()
+        except CannotCompile as error:
+            reason = error
+        else:
+            return fast
+    _log.warning("%s; the model runs without torch.compile", reason)
+    return _fast_copy(model, device, precision, None)
 
 
 def _fast_copy(

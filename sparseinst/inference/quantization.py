@@ -136,7 +136,7 @@ def quantise(model: SparseInst, about: About, output: Path, score: Score) -> Pat
             attempts.append({"float": kept, "AP": after})
             drop = None if before is None or after is None else before - after
             if drop is None:
-                _log.info("int8: quantised; there is no AP of the model, which has random weights or no validation data")
+                _log.info("int8: quantised without a check of AP: the weights are random, or the validation data has no object")
             else:
                 _log.info("int8 with %s in float: AP %.2f, float %.2f", ", ".join(kept) or "nothing", after, before)
             if drop is None or drop <= inference.max_drop:

@@ -13,7 +13,6 @@ Shapes: B images, C input channels, D output channels, H W height and width, h w
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -24,8 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseinst.inference.ahead import CannotCompile, compiled
-
-_log = logging.getLogger(__name__)
 
 _STEP, _KERNEL = 4, 3
 _TILE = _STEP + _KERNEL - 1
@@ -140,18 +137,25 @@ class _Gather(nn.Module):
         return _gather(products, bias, floor)
 
 
-def compile_winograd(dtype: torch.dtype) -> bool:
+_compiled: dict[torch.dtype, tuple[_Part, _Part]] = {}
+"""The two parts that the operator runs. Those for another number of threads are correct, too."""
+
+
+def compile_winograd(dtype: torch.dtype) -> None:
     """Compile or load the two parts for a type of numbers, before a network that needs them runs or is compiled.
 
-    Returns:
-        Whether they are compiled. If not, a warning says why.
+    Raises:
+        CannotCompile: they cannot be compiled. The operator then runs those of an earlier call or, if there are none, eagerly.
     """
-    return _compiled_parts(dtype, torch.get_num_threads()) != (_spread, _gather)
+    found = _compile_parts(dtype, torch.get_num_threads())
+    if isinstance(found, CannotCompile):
+        raise found
+    _compiled[dtype] = found
 
 
 @cache
-def _compiled_parts(dtype: torch.dtype, threads: int) -> tuple[_Part, _Part]:  # noqa: ARG001 (the compiled code has as many)
-    """Return the two parts, compiled for all sizes and numbers of channels."""
+def _compile_parts(dtype: torch.dtype, threads: int) -> tuple[_Part, _Part] | CannotCompile:  # noqa: ARG001 (the code has as many)
+    """Return the two parts, compiled for all sizes and numbers of channels, or why they cannot be compiled."""
     random = torch.Generator().manual_seed(0)
 
     def inputs(images: int, down: int, across: int, channels: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -170,13 +174,12 @@ def _compiled_parts(dtype: torch.dtype, threads: int) -> tuple[_Part, _Part]:  #
             compiled(_Gather(), gather, [[1, 2, 3, 4], [0], []], [two for _, two in checks], "Winograd's convolution, part 2"),
         )
     except CannotCompile as error:
-        _log.warning("Winograd's convolutions cannot be compiled (%s), so they are slow; mode compiled is faster", error)
-        return _spread, _gather
+        return error
 
 
 @torch.library.custom_op("sparseinst::winograd", mutates_args=())
 def _operator(x: Tensor, weight: Tensor, bias: Tensor, floor: Tensor) -> Tensor:
-    return _convolve(*_compiled_parts(x.dtype, torch.get_num_threads()), x, weight, bias, floor).contiguous()
+    return _convolve(*_compiled.get(x.dtype, (_spread, _gather)), x, weight, bias, floor).contiguous()
 
 
 @_operator.register_fake

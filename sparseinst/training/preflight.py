@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from sparseinst.config import WITHOUT_AUGMENTATION, Config
-from sparseinst.data.coco import train_split, val_split
+from sparseinst.data.coco import check_categories, train_split, val_split
 from sparseinst.data.images import read_image
 from sparseinst.data.masks import encode
 from sparseinst.data.network_input import cut, image_tiles
@@ -20,8 +21,9 @@ from sparseinst.data.objects import Objects, fullest_tile
 from sparseinst.data.tiles import tiles_of
 from sparseinst.data.transforms import as_mask
 from sparseinst.errors import DataError, RunFailed
-from sparseinst.evaluation.weights import evaluate_run
+from sparseinst.evaluation.weights import evaluate_run, evaluate_weights
 from sparseinst.files import atomic, make_folder
+from sparseinst.nested import flatten
 from sparseinst.paths import RunPaths
 from sparseinst.training.train import train
 
@@ -49,7 +51,7 @@ class Preflight:
     training_hours: float
     """An estimate of how long the steps of the whole training take."""
     evaluation_hours: float
-    """The same of its evaluations, during the training and at its end."""
+    """An estimate of how long all evaluations take, during the training and at its end."""
 
 
 def preflight(config: Config, output: Path, *, device: torch.device) -> Preflight:
@@ -65,10 +67,11 @@ def preflight(config: Config, output: Path, *, device: torch.device) -> Prefligh
         output: the folder of this run.
 
     Raises:
-        UserError: the settings or the data are not valid for training.
+        UserError, DataError: the settings or the data are not valid for training, or the validation data for the evaluation.
         RunFailed: the model did not learn the images. The message gives the losses and the AP50.
     """
     began = time.perf_counter()
+    evaluated = _evaluated_inputs(config)
     if config.data.tile is None:
         what, images, annotations = "images", config.data.train_images, _eight_images(config, output)
     else:
@@ -101,15 +104,42 @@ def preflight(config: Config, output: Path, *, device: torch.device) -> Prefligh
         time.perf_counter() - began,
         image_seconds,
         image_seconds * config.train.batch_size * config.train.iterations / 3600,
-        result.seconds / IMAGES * _evaluated_inputs(config) / 3600,
+        evaluation_hours(
+            evaluated, _evaluation_seconds(output, small, 1, device), _evaluation_seconds(output, small, IMAGES, device)
+        ),
     )
 
 
-def _evaluated_inputs(config: Config) -> int:
-    """Return how many images or tiles the evaluations during a training and at its end segment together."""
-    tiles = [len(image_tiles((image.height, image.width), config.inference)) for image in val_split(config.data).images]
-    times = config.train.iterations // config.train.evaluate_every if config.train.evaluate_every is not None else 0
-    return times * sum(tiles[: config.train.evaluate_images]) + sum(tiles)
+def _evaluated_inputs(config: Config) -> list[int]:
+    """Return how many images or tiles each evaluation segments, during a training and at its end.
+
+    Raises:
+        DataError: the validation data cannot be read, or has other categories than the training data.
+    """
+    train, val = train_split(config.data), val_split(config.data)
+    check_categories(val, train.categories, f"{train.file}")
+    tiles = [len(image_tiles((image.height, image.width), config.inference)) for image in val.images]
+    during = sum(config.train.evaluates_after(done) for done in range(config.train.iterations))
+    return [sum(tiles[: config.train.evaluate_images])] * during + [sum(tiles)]
+
+
+def _evaluation_seconds(run: Path, small: Config, images: int, device: torch.device) -> float:
+    """Return how long an evaluation of the first images of the check takes."""
+    limited = small.replace({"data.val_limit": images}).model_dump(mode="json")
+    overrides = {**flatten(limited["data"], "data."), **flatten(limited["inference"], "inference.")}
+    return evaluate_weights(RunPaths(run).weights, overrides, device=device).seconds
+
+
+def evaluation_hours(inputs: Sequence[int], one: float, eight: float) -> float:
+    """Return how long evaluations take.
+
+    Args:
+        inputs: the number of images or tiles of each evaluation.
+        one, eight: the seconds for an evaluation of one, and of `IMAGES` images or tiles. Something of an evaluation takes the
+            same time for any number of images.
+    """
+    each = max(0.0, eight - one) / (IMAGES - 1)
+    return (len(inputs) * max(0.0, one - each) + sum(inputs) * each) / 3600
 
 
 def _eight_images(config: Config, output: Path) -> Path:

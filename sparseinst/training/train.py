@@ -171,7 +171,9 @@ class _Training:
             pending=self.pending,
         )
         with monitor, StopRequest() as stop:
-            if self._evaluates_after(start) and self.evaluated != start:  # the run was killed between checkpoint and evaluation
+            if (
+                self.config.train.evaluates_after(start) and self.evaluated != start
+            ):  # the run was killed between checkpoint and evaluation
                 self._evaluate(monitor, start)
             batches: Iterator[Batch] = iter(loader)
             for iteration in range(start, train.iterations):
@@ -195,7 +197,7 @@ class _Training:
                     if due:  # a stop writes no line of its own
                         monitor.flush(rate)
                     self._save(done, monitor.pending)
-                if self._evaluates_after(done):
+                if self.config.train.evaluates_after(done):
                     self._evaluate(monitor, done)
                     if due or stopping or self._gives_up():  # save (again), with the state of the evaluation
                         if due or self._gives_up():
@@ -206,11 +208,6 @@ class _Training:
         if rank() == 0:
             state = self.step.trained().state_dict()
             save_weights(self.paths.weights, state, self.config, self.categories, self.attempt.check)
-
-    def _evaluates_after(self, done: int) -> bool:
-        """Return whether an evaluation follows when this many steps are done."""
-        every = self.config.train.evaluate_every
-        return bool(every) and done % (every or 1) == 0 and 0 < done < self.config.train.iterations
 
     def _gives_up(self) -> bool:
         """Return whether the training ends early, because the last `train.patience` evaluations gave no better AP."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from sparseinst.inference import ahead
 from sparseinst.inference.ahead import CannotCompile, compiled
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not ahead.has_compiler(), reason="no C++ compiler")
 EXAMPLE = (torch.linspace(-1, 1, 60).view(3, 4, 5),)
 OTHER = (torch.linspace(-2, 1, 14).view(1, 2, 7),)
 SIDES = [[0, 1, 2]]
@@ -63,6 +63,13 @@ class TestLibrary:
         run = compiled(Scale(), EXAMPLE, SIDES, [], "a test")
         for x in (*EXAMPLE, *OTHER, torch.ones(1, 1, 1), torch.ones(9, 1, 30)):
             torch.testing.assert_close(run(x), Scale()(x))
+
+    def test_the_folder_of_another_user_serves(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def forbidden(*_: object) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(ahead.os, "utime", forbidden)
+        torch.testing.assert_close(compiled(Scale(), EXAMPLE, SIDES, [], "a test")(*OTHER), Scale()(*OTHER))
 
     @pytest.mark.parametrize("change", ["weight", "attribute", "threads", "code", "type"])
     def test_another_module_or_machine_needs_another_library(

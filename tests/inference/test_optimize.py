@@ -1,7 +1,6 @@
 """Check that a fast copy gives the model's outputs: folded norms, merged convolutions, Winograd and torch.compile."""
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from sparseinst.inference.winograd import WinogradConv2d
 from sparseinst.models.sparseinst import SparseInst, build_model
 from tests.conftest import CPU, run
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not ahead.has_compiler(), reason="no C++ compiler")
 
 
 def randomise_norms(model: SparseInst) -> SparseInst:
@@ -133,9 +132,44 @@ def test_half_precision_without_cuda_graphs_and_compiler(
         monkeypatch.setattr(ahead.shutil, "which", lambda _: None)
         monkeypatch.setenv("SPARSEINST_CACHE", str(tmp_path))
         plain = optimize(model, device=CPU, mode="best")
-        assert "needs a C++ compiler" in caplog.text
+        assert "finds no C++ compiler" in caplog.text
         assert not any(isinstance(module, WinogradConv2d) for module in plain.modules())
         torch.testing.assert_close(plain(image).mask_logits, expected.mask_logits, rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_compiler_best_loads_what_is_there(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without Winograd's libraries, the compiled network without Winograd is loaded."""
+    libraries: set[str] = set()
+
+    def load(module: nn.Module, _example: Any, _sides: Any, _checks: Any, what: str) -> Any:
+        winograd_inside = any(isinstance(part, WinogradConv2d) for part in module.modules())
+        if f"{what}{' with Winograd' if winograd_inside else ''}" not in libraries:
+            raise ahead.CannotCompile(f"no library of {what}")
+        return module
+
+    def loaded() -> tuple[bool, bool]:
+        winograd._compile_parts.cache_clear()
+        fast = optimize(model, device=CPU, mode="best")
+        return fast._compiled is not None, any(isinstance(module, WinogradConv2d) for module in fast.modules())
+
+    monkeypatch.setattr(ahead.shutil, "which", lambda _: None)
+    monkeypatch.setattr(optimizing, "compiled", load)
+    monkeypatch.setattr(winograd, "compiled", load)
+    monkeypatch.setattr(winograd, "_compiled", {})
+    monkeypatch.setattr(WinogradConv2d, "is_faster_for", lambda conv: conv.kernel_size == (3, 3) and conv.stride == (1, 1))
+    model = randomise_norms(build_model(tiny.model))
+    try:
+        assert loaded() == (False, False)
+        assert caplog.text.count("no library of the network; the model runs without torch.compile") == 1
+        libraries |= {"the network", "the network with Winograd"}
+        assert loaded() == (True, False)
+        libraries |= {"Winograd's convolution, part 1", "Winograd's convolution, part 2"}
+        assert loaded() == (True, True)
+        assert len(caplog.records) == 1
+    finally:
+        winograd._compile_parts.cache_clear()
 
 
 def test_a_failing_compiler_gives_a_warning(tiny: Config, caplog: pytest.LogCaptureFixture) -> None:
@@ -176,6 +210,14 @@ def test_a_compiled_model_equals_its_original_for_all_sizes(
             monkeypatch.setattr(ahead.shutil, "which", lambda _: None)
             assert len(list((tmp_path / "torch").iterdir())) == 1, f"one library and nothing else, attempt {attempt}"
         assert not [record for record in caplog.records if record.name.startswith("sparseinst")]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads + 1)
+        try:  # nothing is there for so many threads, and no compiler
+            torch.testing.assert_close(fast(image).mask_logits, model(image).mask_logits, rtol=1e-4, atol=1e-4)
+            assert "the library that was loaded before is used" in caplog.text
+            assert len(caplog.records) == 1
+        finally:
+            torch.set_num_threads(threads)
         monkeypatch.setattr(ahead.shutil, "which", lambda name: name)
         monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
         next(model.decoder.parameters()).add_(0.1)
@@ -209,7 +251,7 @@ def test_a_model_with_winograd_equals_its_original(tiny: Config, monkeypatch: py
 def test_compiled_winograd_equals_the_convolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size of the input is not a multiple of the tile size."""
     monkeypatch.setenv("SPARSEINST_CACHE", str(tmp_path))
-    winograd._compiled_parts.cache_clear()
+    winograd._compile_parts.cache_clear()
     winograd.compile_winograd(torch.float32)
     torch.manual_seed(0)
     convs = [nn.Conv2d(18, 32, 3, padding=1), nn.Conv2d(32, 20, 3, padding=1)]

@@ -8,7 +8,7 @@ import pytest
 
 from sparseinst.config import Config
 from sparseinst.data.coco import val_split
-from sparseinst.errors import RunFailed
+from sparseinst.errors import DataError, RunFailed
 from sparseinst.training import preflight as module
 from sparseinst.training.preflight import preflight
 from tests.conftest import CPU
@@ -35,15 +35,21 @@ def test_settings_of_a_long_run_do_not_prevent_its_check(settings: dict[str, obj
 
 def test_the_estimate_counts_every_evaluation(tiny: Config) -> None:
     images = len(val_split(tiny.data).images)
-    settings = {"train.iterations": 7, "train.evaluate_every": 2, "train.evaluate_images": images - 1}
-    assert module._evaluated_inputs(tiny) == images
-    assert module._evaluated_inputs(tiny.replace(settings)) == 3 * (images - 1) + images
+    settings = {"train.iterations": 8, "train.evaluate_every": 2, "train.evaluate_images": images - 1}
+    assert module._evaluated_inputs(tiny) == [images]
+    assert module._evaluated_inputs(tiny.replace(settings)) == [images - 1] * 3 + [images], "the last one is at the end"
     image = val_split(tiny.data).images[0]
     assert image.height == image.width
-    assert (
-        module._evaluated_inputs(tiny.replace({"inference.tile": image.width * 3 // 4, "inference.tile_overlap": 0.0}))
-        == 4 * images
-    )
+    in_tiles = tiny.replace({"inference.tile": image.width * 3 // 4, "inference.tile_overlap": 0.0})
+    assert module._evaluated_inputs(in_tiles) == [4 * images]
+    assert module.evaluation_hours([100, 200], one=3.0, eight=10.0) == pytest.approx((2 * 2 + 300) / 3600)
+    assert module.evaluation_hours([100, 200], one=3.0, eight=2.9) == pytest.approx(2 * 3 / 3600), "a noisy clock"
+
+
+def test_validation_data_that_cannot_be_read_fail_before_the_steps(tiny: Config, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing.json"):
+        preflight(tiny.replace({"data.source": "coco", "data.val_annotations": "missing.json"}), tmp_path / "run", device=CPU)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
