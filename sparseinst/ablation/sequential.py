@@ -1,10 +1,10 @@
 """Decide after each look at the results which rows get more seeds. Imports no torch.
 
 This is a group-sequential design. All rows are compared with the reference row when they have one seed. Rows that are not settled
-get more seeds, and are compared again when they have 2, 3, 5 and 8. Repeated tests find more false differences, so each look
-demands stronger evidence than a single test. The boundaries are those of O'Brien and Fleming (1979). They are strictest at the
-first look. The last one is close to the boundary of a single test. A row also stops if it is unlikely to be settled with 8 seeds
-(futility). At the first look, a row can stop only for this reason, because one seed cannot cross the boundary.
+get more seeds, and are compared again when they have 2, 3, 4, 6 and 8. Repeated tests find more false differences, so each look
+demands stronger evidence than a single test. The boundaries are from the family of Wang and Tsiatis (1987). They are strictest at
+the first look. The last one is close to the boundary of a single test. A row also stops if it is unlikely to be settled with 8
+seeds (futility). At the first look, a row can hardly stop for another reason, because one seed says little about the noise.
 
 With k comparisons, the reference row gets about sqrt(k) times the seeds of another row, because every comparison uses it. This is
 the best division of a fixed number of trainings (Dunnett, 1955).
@@ -21,15 +21,15 @@ from scipy import special
 
 from sparseinst.ablation.statistics import FALSE_DISCOVERIES, Comparison, Difference, Judgement, SeedNoise, Verdict, judge
 
-LOOKS = (1, 2, 3, 5, 8)
+LOOKS = (1, 2, 3, 4, 6, 8)
 """The number of seeds of a row at each look."""
 MOST_REFERENCE_SEEDS = 12
-BOUNDARIES = (5.653, 3.997, 3.264, 2.528, 1.999)
-"""For each look, how many standard errors a difference must exceed in a table with one comparison: 1.999 / sqrt(seeds / 8). A
-Brownian motion crosses one of the five boundaries, on either side, with a probability of 5 % (Jennison and Turnbull, "Group
-Sequential Methods", 2000, chapters 2 and 19). We simulated about 20 designs, with other looks, with boundaries between those of
-O'Brien and Fleming and those of Pocock, and with other values of `LEAST_POWER`. For the same number of right verdicts, this
-design needs the fewest trainings."""
+BOUNDARIES = (4.294, 3.369, 2.923, 2.643, 2.293, 2.074)
+"""For each look, how many standard errors a difference must exceed in a table with one comparison:
+2.074 * (seeds / 8) ** (0.15 - 0.5). A Brownian motion crosses one of the six boundaries, on either side, with a probability of 5 %
+(Jennison and Turnbull, "Group Sequential Methods", 2000, chapters 2 and 19). With 0 instead of 0.15, they would be the boundaries
+of O'Brien and Fleming, and with 0.5 those of Pocock. We simulated about 25 designs, with other looks, other boundaries of this
+family, and other values of `LEAST_POWER`. For the same number of right verdicts, this design needs the fewest trainings."""
 PENALTIES = tuple(FALSE_DISCOVERIES / (2 * float(special.ndtr(-boundary))) for boundary in BOUNDARIES)
 """The factor that multiplies a row's p-values at each look, so that the boundary has a p-value of 5 %."""
 LEAST_POWER = 0.4

@@ -35,7 +35,7 @@ def verify(
 
     found = verify_record(key, Store(results), device, threads=threads, progress=not as_json)
     if as_json:
-        print(json.dumps({"key": found.key, "outcome": found.outcome}))
+        print(json.dumps({"key": found.key, "outcome": found.outcome, "compared": found.lines}))
     else:
         print("\n".join([*found.lines, found.outcome]))
     if found.outcome == "different":
