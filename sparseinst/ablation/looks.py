@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -51,6 +52,13 @@ def look_name(table: Table, profile: Profile) -> str:
 def look_file(results: Path, name: str, number: int) -> Path:
     """Return the file of a look. `name` comes from `look_name`."""
     return results / "looks" / f"{name}-{number + 1}.json"
+
+
+def other_looks(results: Path, table: Table, profile: Profile) -> list[Path]:
+    """Return the files of looks at a table that its verdicts do not account for, because the table or the design has changed."""
+    own = look_name(table, profile)
+    logged = sorted((results / "looks").glob(f"{escape(f'{table.name}-{profile.name}')}-????????-*.json"))
+    return [file for file in logged if not file.name.startswith(f"{own}-")]
 
 
 def read_looks(results: Path, name: str) -> list[Look]:

@@ -3,8 +3,8 @@
 This is a group-sequential design. All rows are compared with the reference row when they have one seed. Rows that are not settled
 get more seeds, and are compared again when they have 2, 3, 4, 6 and 8. Repeated tests find more false differences, so each look
 demands stronger evidence than a single test. The boundaries are from the family of Wang and Tsiatis (1987). They are strictest at
-the first look. The last one is close to the boundary of a single test. A row also stops if it is unlikely to be settled with 8
-seeds (futility). At the first look, a row can hardly stop for another reason, because one seed says little about the noise.
+the first look that tests anything, and the last one is close to the boundary of a single test. A row also stops if it is unlikely
+to be settled with 8 seeds (futility). This is all that the first look decides, because a row with one seed has no test.
 
 With k comparisons, the reference row gets about sqrt(k) times the seeds of another row, because every comparison uses it. This is
 the best division of a fixed number of trainings (Dunnett, 1955).
@@ -14,24 +14,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from scipy import special
 
-from sparseinst.ablation.statistics import FALSE_DISCOVERIES, Comparison, Difference, Judgement, SeedNoise, Verdict, judge
+from sparseinst.ablation.statistics import FALSE_DISCOVERIES, Comparison, Difference, Judgement, Verdict, judge
 
 LOOKS = (1, 2, 3, 4, 6, 8)
 """The number of seeds of a row at each look."""
 MOST_REFERENCE_SEEDS = 12
-BOUNDARIES = (4.294, 3.369, 2.923, 2.643, 2.293, 2.074)
-"""For each look, how many standard errors a difference must exceed in a table with one comparison:
-2.074 * (seeds / 8) ** (0.15 - 0.5). A Brownian motion crosses one of the six boundaries, on either side, with a probability of 5 %
-(Jennison and Turnbull, "Group Sequential Methods", 2000, chapters 2 and 19). With 0 instead of 0.15, they would be the boundaries
-of O'Brien and Fleming, and with 0.5 those of Pocock. We simulated about 25 designs, with other looks, other boundaries of this
-family, and other values of `LEAST_POWER`. For the same number of right verdicts, this design needs the fewest trainings."""
-PENALTIES = tuple(FALSE_DISCOVERIES / (2 * float(special.ndtr(-boundary))) for boundary in BOUNDARIES)
-"""The factor that multiplies a row's p-values at each look, so that the boundary has a p-value of 5 %."""
+BOUNDARIES = (3.369, 2.923, 2.643, 2.293, 2.074)
+"""For each look from the second, how many standard errors a difference must exceed in a table with one comparison:
+2.074 * (seeds / 8) ** (0.15 - 0.5). A Brownian motion crosses one of them, on either side, with a probability of 5 % (Jennison
+and Turnbull, "Group Sequential Methods", 2000, chapters 2 and 19). With 0 instead of 0.15, they would be the boundaries of
+O'Brien and Fleming, and with 0.5 those of Pocock."""
+LOWER_LEVELS = 1.16
+"""With several comparisons, tests have lower levels than 5 %. Factors that are right at 5 % then let a Brownian motion cross more
+often than the level says, at a level of 0.1 % 1.16 times as often. All factors are therefore this much larger."""
+PENALTIES = (1.0, *(LOWER_LEVELS * FALSE_DISCOVERIES / (2 * float(special.ndtr(-boundary))) for boundary in BOUNDARIES))
+"""The factor that multiplies a row's p-values at each look; the first look tests nothing."""
 LEAST_POWER = 0.4
 """A row stops if its chance to be settled at the last look is below this."""
 
@@ -124,8 +126,8 @@ def _at_last_look(now: Difference, look: int) -> Difference:
     for place, row in enumerate(now.rows):
         last = LOOKS[-1] if place == 0 else min(round(row.seeds * grown), MOST_REFERENCE_SEEDS)  # the reference row comes second
         seeds = max(row.seeds, last)
-        rows.append(SeedNoise(row.variance, row.degrees + seeds - row.seeds, seeds))
-    return Difference(now.value, tuple(rows), now.image_error)
+        rows.append(row.with_seeds(seeds))
+    return replace(now, rows=tuple(rows))
 
 
 def next_seeds(names: Sequence[str], decisions: Mapping[str, Decision], look: int, reference: str) -> dict[str, int]:

@@ -5,7 +5,10 @@ A measured difference between two rows has two sources of noise: the seeds of th
 - The variance over seeds of each row is shrunk towards the variance pooled over all rows (Smyth, "Linear models and empirical
   Bayes methods", 2004, as in limma). The prior degrees of freedom are estimated from how much the rows' variances differ.
 - The part of the images is the variance of the difference of the seeds' mean APs over joint resamplings of the images.
-- Both parts are added. Student's t has the degrees of freedom of Satterthwaite (1946), so that rows may be unequally noisy.
+- Both parts are added. Student's t has the degrees of freedom of Satterthwaite (1946), so that rows may be unequally noisy. The
+  pooled variance is one estimate for both rows, so its uncertainty counts for both together. The part of the images adds no
+  degrees of freedom: if the seeds of a row agree by chance, the difference would otherwise seem to be well known.
+- A row with one seed has an interval, from the pooled variance, and no verdict.
 - The tests of all comparisons in a table share a false discovery rate of 5 % (Benjamini and Hochberg, 1995).
 """
 
@@ -14,7 +17,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -118,14 +121,25 @@ class SeedNoise:
     degrees: float
     """The degrees of freedom with which the variance is known."""
     seeds: int
+    pooled: float = 0.0
+    """The part of the variance that comes from the variance pooled over all rows."""
+    pooled_degrees: float = math.inf
+    """The degrees of freedom of the pooled variance."""
 
     @classmethod
     def of(cls, sample: Sample, prior: Prior) -> SeedNoise:
         """Return the row's variance, shrunk towards the prior's."""
         own = len(sample.values) - 1
         squares = own * statistics.variance(sample.values) if own else 0.0
-        variance = (prior.degrees * prior.variance + squares) / (prior.degrees + own)
-        return cls(variance, min(prior.degrees + own, max(float(prior.pooled_degrees), 1.0)), len(sample.values))
+        degrees = prior.degrees + own
+        pooled = prior.degrees * prior.variance / degrees
+        return cls(pooled + squares / degrees, degrees, len(sample.values), pooled, max(float(prior.pooled_degrees), 1.0))
+
+    def with_seeds(self, seeds: int) -> SeedNoise:
+        """Return the noise with another number of seeds, if the estimated variance stays the same."""
+        more = seeds - self.seeds
+        pooled = self.pooled * self.degrees / (self.degrees + more)
+        return SeedNoise(self.variance, self.degrees + more, seeds, pooled, self.pooled_degrees + more)
 
 
 @dataclass(frozen=True)
@@ -137,6 +151,8 @@ class Difference:
     """The noise of both rows; one entry if both evaluate the same trainings; empty if the noise of seeds is unknown."""
     image_error: float | None
     """The standard error over images; None if it is unknown."""
+    confidence: float = CONFIDENCE
+    """The confidence of `interval`."""
 
     @property
     def seeds_known(self) -> bool:
@@ -145,8 +161,13 @@ class Difference:
 
     @property
     def complete(self) -> bool:
-        """Whether the noise of seeds and the noise of images are both known. Only then there is a verdict."""
+        """Whether the noise of seeds and the noise of images are both known."""
         return self.seeds_known and self.image_error is not None
+
+    @property
+    def testable(self) -> bool:
+        """Whether there is a verdict: the noise is known, and each row has several seeds, which show its own noise."""
+        return self.complete and all(row.seeds > 1 for row in self.rows)
 
     @property
     def error(self) -> float:
@@ -155,10 +176,12 @@ class Difference:
 
     @property
     def degrees(self) -> float:
-        """The degrees of freedom (Satterthwaite); infinite for the part of the images."""
+        """The degrees of freedom of the part of the seeds (Satterthwaite); infinite if that part is unknown or zero."""
         parts = [(row.variance / row.seeds, row.degrees) for row in self.rows]
+        shared = sum(row.pooled / row.seeds for row in self.rows)
         unsure = sum(part**2 / degrees for part, degrees in parts)
-        return self.error**4 / unsure if unsure else math.inf
+        unsure += shared**2 / min((row.pooled_degrees for row in self.rows), default=math.inf)
+        return sum(part for part, _ in parts) ** 2 / unsure if unsure else math.inf
 
     def quantile(self, probability: float) -> float:
         """Return the quantile of the t distribution with the difference's degrees of freedom."""
@@ -171,18 +194,25 @@ class Difference:
         scaled = distance / self.error
         return float(special.ndtr(-scaled) if math.isinf(self.degrees) else special.stdtr(self.degrees, -scaled))
 
-    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
-        half = self.quantile((1 + confidence) / 2) * self.error if self.error else 0.0
+    def interval(self) -> tuple[float, float]:
+        half = self.quantile((1 + self.confidence) / 2) * self.error if self.error else 0.0
         return self.value - half, self.value + half
+
+    def reach(self, level: float) -> float:
+        """Return the smallest true difference that a one-sided test at this level finds with 80 % power."""
+        if math.isinf(self.degrees):
+            return float(special.ndtri(1 - level) + special.ndtri(POWER)) * self.error
+        # The noncentrality at which Student's t exceeds its quantile with this probability.
+        return float(special.nctdtrinc(self.degrees, 1 - POWER, self.quantile(1 - level))) * self.error
 
     @property
     def low(self) -> float:
-        """The lower end of the 95 % interval."""
+        """The lower end of the interval."""
         return self.interval()[0]
 
     @property
     def high(self) -> float:
-        """The upper end of the 95 % interval."""
+        """The upper end of the interval."""
         return self.interval()[1]
 
     @property
@@ -191,8 +221,7 @@ class Difference:
 
     def with_more_seeds(self, more: int) -> Difference:
         """Return the difference as it would be if each row had this many more seeds and the estimates stayed the same."""
-        rows = tuple(SeedNoise(row.variance, row.degrees + more, row.seeds + more) for row in self.rows)
-        return Difference(self.value, rows, self.image_error)
+        return replace(self, rows=tuple(row.with_seeds(row.seeds + more) for row in self.rows))
 
 
 def difference(
@@ -257,9 +286,10 @@ class Judgement:
     """The p-value of the sign, adjusted for the comparisons of the table (Benjamini and Hochberg)."""
     p_equivalence: float
     """The adjusted p-value of equivalence."""
-    interval: tuple[float, float]
-    """The interval that is compared with the paper's difference. It is adjusted for the selection of the differences that are
-    settled (Benjamini and Yekutieli, 2005)."""
+    confidence: float
+    """The confidence of the interval that is compared with the paper's difference: 95 % if the comparison is undecided. That of a
+    settled one is higher, because it is adjusted for the selection of the settled differences (Benjamini and Yekutieli, 2005) and
+    for repeated looks (Jennison and Turnbull, 1989)."""
     more_seeds: int | None = None
     """For an undecided comparison: about how many more seeds of both rows would settle it with 80 % power, if its estimates are
     right. None if up to 50 would not, or if the noise of seeds is unknown."""
@@ -285,23 +315,22 @@ def judge(comparisons: Sequence[Comparison]) -> list[Judgement]:
     """Judge the distinct comparisons of one table together.
 
     Each comparison has two tests: one of its sign, one of equivalence. At most one of their null hypotheses is true, so at most
-    half of all null hypotheses are, and Benjamini and Hochberg's procedure at twice the rate holds the rate. A comparison whose
-    noise of seeds or images is unknown has no test.
+    half of all null hypotheses are, and Benjamini and Hochberg's procedure at twice the rate holds the rate. A comparison has no
+    test if the noise of seeds or images is unknown, or if a row has one seed.
     """
-    tested = [number for number, comparison in enumerate(comparisons) if comparison.difference.complete]
+    tested = [number for number, comparison in enumerate(comparisons) if comparison.difference.testable]
     raw = [p for number in tested for p in (comparisons[number].p_sign(), comparisons[number].p_equivalence())]
     adjusted = _adjusted(raw)
     by_number = {number: (adjusted[2 * place], adjusted[2 * place + 1]) for place, number in enumerate(tested)}
     settled = sum(min(pair) <= FALSE_DISCOVERIES for pair in by_number.values())
-    confidence = 1 - FALSE_DISCOVERIES * max(settled, 1) / max(len(comparisons), 1)
-    return [
-        _judge(comparison, *by_number.get(n, (1.0, 1.0)), confidence, len(tested)) for n, comparison in enumerate(comparisons)
-    ]
+    miss = FALSE_DISCOVERIES * max(settled, 1) / max(len(comparisons), 1)
+    return [_judge(comparison, *by_number.get(n, (1.0, 1.0)), miss, len(tested)) for n, comparison in enumerate(comparisons)]
 
 
-def _judge(comparison: Comparison, p_sign: float, p_equivalence: float, confidence: float, tested: int) -> Judgement:
-    found, paper = comparison.difference, comparison.paper
-    interval = found.interval(confidence)
+def _judge(comparison: Comparison, p_sign: float, p_equivalence: float, miss: float, tested: int) -> Judgement:
+    settled = min(p_sign, p_equivalence) <= FALSE_DISCOVERIES
+    confidence = 1 - miss / comparison.penalty if settled else CONFIDENCE
+    found, paper = replace(comparison.difference, confidence=confidence), comparison.paper
     verdict: Verdict = "undecided"
     if p_sign <= FALSE_DISCOVERIES:
         if paper is None:
@@ -311,12 +340,12 @@ def _judge(comparison: Comparison, p_sign: float, p_equivalence: float, confiden
         elif (found.value > 0) != (paper > 0):
             verdict = "opposite sign"
         else:
-            compatible = interval[0] - PAPER_ROUNDING <= paper <= interval[1] + PAPER_ROUNDING
+            compatible = found.low - PAPER_ROUNDING <= paper <= found.high + PAPER_ROUNDING
             verdict = "same sign, size compatible" if compatible else "same sign, other size"
     elif p_equivalence <= FALSE_DISCOVERIES:
         verdict = "equivalent"
     more = seeds_to_settle(comparison, tested) if verdict == "undecided" else None
-    return Judgement(verdict, p_sign, p_equivalence, interval, more)
+    return Judgement(verdict, p_sign, p_equivalence, confidence, more)
 
 
 def seeds_to_settle(comparison: Comparison, tested: int = 1) -> int | None:
@@ -335,10 +364,7 @@ def seeds_to_settle(comparison: Comparison, tested: int = 1) -> int | None:
     size = abs(comparison.difference.value)
     for more in range(1, _MOST_SEEDS + 1):
         found = comparison.difference.with_more_seeds(more)
-        power = found.quantile(POWER)
         from_zero = size - (comparison.margin if comparison.asks_equivalence else 0.0)
-        if from_zero >= (found.quantile(1 - level / 2) + power) * found.error:
-            return more
-        if comparison.margin - size >= (found.quantile(1 - level) + power) * found.error:
+        if from_zero >= found.reach(level / 2) or comparison.margin - size >= found.reach(level):
             return more
     return None

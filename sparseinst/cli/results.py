@@ -92,8 +92,7 @@ def _print_report(tables: list[str] | None, profile: str, results: Path, *, show
         page = collected if "all" in names else read_results(["all", *names], profile, results, states)
     changed = write_report(collected, results, page=page)
     if as_json:
-        comparisons = [line for result in collected for line in comparisons_json(result)]
-        print(json.dumps({"profile": table_plan.profile.name, "comparisons": comparisons}))
+        print(json.dumps({"profile": table_plan.profile.name, "comparisons": comparisons_json(collected)}))
         return
     if show:
         from sparseinst.report.terminal import print_table

@@ -7,12 +7,13 @@ logs it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparseinst.ablation.looks import Look, last_decisions, look_name, make_look, read_looks, write_look
+from sparseinst.ablation.looks import Look, last_decisions, look_name, make_look, other_looks, read_looks, write_look
 from sparseinst.ablation.plan import Plan, make_plan
 from sparseinst.ablation.sequential import LOOKS, Decision, decide, next_seeds
 from sparseinst.ablation.store import Store
@@ -21,6 +22,8 @@ from sparseinst.errors import UserError
 from sparseinst.files import atomic, read_text
 from sparseinst.paths import look_of_process
 from sparseinst.report.collect import TableResult, collect, compared_rows, seed_priors
+
+_log = logging.getLogger(__name__)
 
 Wanted = dict[str, dict[str, int]]
 """The number of seeds that each row needs for the current look, by table and row."""
@@ -66,6 +69,13 @@ def advance(
             # A row can have more records than the look asked for, and its decision is made from all of them.
             held = {row.row.name: len(row.evaluations) for row in result.rows if row.row.name in seeds}
             look = make_look(number, held, {row: decisions[row] for row in names if row in seeds})
+            if log and not looks and (others := other_looks(store.results, table, profile)):
+                _log.warning(
+                    "%s: earlier looks at this table (%s) belong to other settings or another design; the verdicts do not account "
+                    "for them",
+                    table.name,
+                    ", ".join(map(str, others)),
+                )
             looks.append(write_look(store.results, look_name(table, profile), look) if log else look)
     return wanted
 

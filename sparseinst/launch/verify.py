@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from sparseinst.ablation.gate import untrained_ap
 from sparseinst.ablation.provenance import code_digest
-from sparseinst.ablation.statistics import CONFIDENCE, Prior, Sample, estimate_prior
+from sparseinst.ablation.statistics import Difference, Sample, SeedNoise, estimate_prior
 from sparseinst.ablation.store import Record, Store
 from sparseinst.config import Config
 from sparseinst.errors import UserError
@@ -85,7 +85,7 @@ def _verify_training(
     lines.append(f"AP: {_text(figures['AP'])} here, {_text(theirs['AP'])} in the record")
     if record.kind == "evaluate" and figures == theirs and known in (None, found):
         return Verification(record.key, "same bits", lines)
-    return Verification(record.key, _within_noise(figures["AP"], theirs["AP"], _prior(evaluation, store), lines), lines)
+    return Verification(record.key, _within_noise(figures["AP"], theirs["AP"], _noise(evaluation, store), lines), lines)
 
 
 def find_record(key: str, store: Store) -> Record:
@@ -123,36 +123,47 @@ def _evaluate(weights: Path, config: Config, device: str | None, progress: bool)
     return evaluate(network, val_split(config.data), config, device=chosen, progress=progress).figures
 
 
-def _prior(record: Record, store: Store) -> Prior | None:
-    """Estimate the variance of AP over seeds from the store's evaluations of the same profile."""
+def _noise(record: Record, store: Store) -> SeedNoise | None:
+    """Estimate the noise of AP over seeds of a record's row, as the report does.
+
+    Returns:
+        None if the row has one seed: the noise of other rows says little about it.
+    """
     profile = record.provenance.get("profile")
-    keys = store.keys()
-    records = (found for key in sorted(keys) if (found := store.load(key)) is not None)
-    return estimate_prior(_by_row(r for r in records if r.kind == "evaluate" and r.provenance.get("profile") == profile))
+    loaded = (found for key in sorted(store.keys()) if (found := store.load(key)) is not None)
+    rows = _by_row((r for r in loaded if r.kind == "evaluate" and r.provenance.get("profile") == profile), store)
+    own = rows.get(_row_key(record))
+    prior = estimate_prior(rows.values())
+    return SeedNoise.of(own, prior) if own is not None and len(own.values) > 1 and prior is not None else None
 
 
-def _by_row(records: Iterable[Record]) -> list[Sample]:
-    """Return one sample for each config: the APs of the records that differ only in the seed."""
+def _row_key(record: Record) -> str:
+    config: Any = parse_config(record.config)
+    return str(config.replace({"train.seed": 0}).evaluate_key())
+
+
+def _by_row(records: Iterable[Record], store: Store) -> dict[str, Sample]:
+    """Return one sample for each config: the APs of the records that differ only in the seed, without rejected trainings."""
     rows: dict[str, list[float]] = {}
     for record in records:
-        config: Any = parse_config(record.config)
-        key = config.replace({"train.seed": 0}).evaluate_key()
-        if record.result["figures"].get("AP") is not None:
-            rows.setdefault(key, []).append(record.result["figures"]["AP"])
-    return [Sample(tuple(values)) for values in rows.values()]
+        ap = record.result["figures"].get("AP")
+        training = store.load(parse_config(record.config).train_key())
+        if not untrained_ap(ap) and not (training is not None and training.result.get("not_trained")):
+            rows.setdefault(_row_key(record), []).append(ap)
+    return {key: Sample(tuple(values)) for key, values in rows.items()}
 
 
-def _within_noise(here: float | None, there: float | None, prior: Prior | None, lines: list[str]) -> Outcome:
-    from scipy import stats
-
-    if here is None or there is None or prior is None:
+def _within_noise(here: float | None, there: float | None, noise: SeedNoise | None, lines: list[str]) -> Outcome:
+    if here is None or there is None or noise is None:
         lines.append(
-            "AP has no value" if prior is not None else "no row has several seeds, so the noise of AP over seeds is unknown"
+            "AP has no value" if noise is not None else "this row has no other seed, so its noise of AP over seeds is unknown"
         )
         return "different"
-    limit = float(stats.t.ppf((1 + CONFIDENCE) / 2, prior.pooled_degrees)) * prior.deviation * math.sqrt(2)
+    two_seeds = replace(noise, variance=2 * noise.variance, pooled=2 * noise.pooled, seeds=1)
+    limit = Difference(0.0, (two_seeds,), 0.0).high
     lines.append(
-        f"in 95 % of cases, two seeds differ by less than {limit:.2f} AP; here the difference is {abs(here - there):.2f} AP"
+        f"in 95 % of cases, two seeds of this row differ by less than {limit:.2f} AP; here the difference is "
+        f"{abs(here - there):.2f} AP"
     )
     return "same within noise" if abs(here - there) <= limit else "different"
 

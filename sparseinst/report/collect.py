@@ -275,12 +275,35 @@ def compared_rows(result: TableResult) -> dict[str, Comparison]:
     return compared
 
 
+def repeated_comparisons(results: Sequence[TableResult]) -> set[tuple[str, str]]:
+    """Return the table and the row of each comparison that an earlier table or an earlier row shows already.
+
+    Two comparisons are one if they have the same evaluations of both rows. Each table has its own false discovery rate, so the
+    verdicts on them can differ.
+    """
+    seen: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
+    repeated = set()
+    for result in results:
+        reference = next((row.evaluations for row in result.rows if row.row.name == result.table.spec.reference), ())
+        for row in result.rows:
+            if row.row.name == result.table.spec.reference or not row.evaluations:
+                continue
+            pair = (row.evaluations, reference)
+            if pair in seen:
+                repeated.add((result.table.name, row.row.name))
+            seen.add(pair)
+    return repeated
+
+
 def _judged(result: TableResult, looks: Sequence[Look]) -> list[RowResult]:
     """Return the rows with their verdicts.
 
     Args:
         looks: the looks at the table while its seeds were added. The p-values are corrected for them, and a comparison that a
             look has settled stays settled.
+
+    Returns:
+        The rows; the interval of a settled difference is the one that was compared with the paper's difference.
     """
     penalty, decisions = penalties(looks), last_decisions(looks)
     compared = {name: replace(comparison, penalty=penalty.get(name, 1.0)) for name, comparison in compared_rows(result).items()}
@@ -295,7 +318,12 @@ def _judged(result: TableResult, looks: Sequence[Look]) -> list[RowResult]:
         if first is None or row.not_trained or row.cells[Column("AP")].difference is None:
             rows.append(row)
         else:
-            rows.append(replace(row, judgement=judgements[first], same_as=first if first != row.row.name else None))
+            judgement = judgements[first]
+            ap = row.cells[Column("AP")]
+            assert ap.difference is not None
+            shown = replace(ap, difference=replace(ap.difference, confidence=judgement.confidence))
+            cells = {**row.cells, Column("AP"): shown}
+            rows.append(replace(row, cells=cells, judgement=judgement, same_as=first if first != row.row.name else None))
     return rows
 
 

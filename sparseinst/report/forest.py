@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import SymmetricalLogLocator
 
 from sparseinst.report import style
-from sparseinst.report.collect import RowResult, TableResult
+from sparseinst.report.collect import RowResult, TableResult, repeated_comparisons
 from sparseinst.report.records import Column
 
 _AP = Column("AP")
@@ -43,7 +43,11 @@ def forest(results: Sequence[TableResult]) -> Figure | None:
     Returns:
         None if no difference is measured.
     """
-    groups = [(result, [row for row in result.rows if _is_shown(row)]) for result in results]
+    repeated = repeated_comparisons(results)
+    groups = [
+        (result, [row for row in result.rows if _is_shown(row) and (result.table.name, row.row.name) not in repeated])
+        for result in results
+    ]
     groups = [(result, rows) for result, rows in groups if rows]
     if not groups:
         return None
@@ -77,8 +81,8 @@ def forest(results: Sequence[TableResult]) -> Figure | None:
 
 
 def _is_shown(row: RowResult) -> bool:
-    """Return whether a row has a measured difference that no earlier row shows."""
-    return row.same_as is None and _AP in row.cells and row.cells[_AP].difference is not None
+    """Return whether a row has a measured difference."""
+    return _AP in row.cells and row.cells[_AP].difference is not None
 
 
 def _draw(axes: matplotlib.axes.Axes, row: RowResult, reference: RowResult, at: int, seen: set[str]) -> None:

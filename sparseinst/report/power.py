@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sparseinst.ablation.statistics import FALSE_DISCOVERIES, POWER, Difference, Prior, SeedNoise
+from sparseinst.ablation.statistics import FALSE_DISCOVERIES, Difference, Prior, SeedNoise
 from sparseinst.report.collect import TableResult
 from sparseinst.report.records import Column
 from sparseinst.words import counted
@@ -29,7 +28,8 @@ class RowPower:
     table: str
     row: str
     detectable: float | None
-    """The smallest difference that the planned seeds settle with 80 % power; None if the noise of seeds is unknown."""
+    """The smallest difference that the planned seeds settle with 80 % power; None for one seed, which settles nothing, and if the
+    noise of seeds is unknown."""
     seeds_for: dict[str, int | None]
     """How many seeds each of the two rows needs to settle a difference of `SIZES` and, under `paper`, the paper's difference.
     None if up to `MOST_SEEDS` do not settle it, or if something is unknown."""
@@ -53,8 +53,7 @@ class RowPower:
 def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours_per_seed: float | None) -> list[RowPower]:
     """Return which differences each comparison of the tables can settle.
 
-    Each comparison is treated as the only one of its table. The false discovery rate over several comparisons needs somewhat more
-    seeds.
+    The comparisons of a table share the false discovery rate. The worst case is assumed: no other one is settled.
 
     Args:
         prior: the noise of AP over seeds; None if no row has several seeds yet.
@@ -73,15 +72,16 @@ def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours
             image_error = difference.image_error if difference is not None and difference.image_error is not None else typical
             variances = _variances(difference, prior)
             margin = result.table.spec.margin
-            needed = {f"{size:g}": _seeds_for(size, variances, image_error) for size in SIZES}
-            needed["paper"] = settles = _seeds_for(row.paper_difference, variances, image_error, margin)
+            level = FALSE_DISCOVERIES / (len(result.table.spec.rows) - 1)
+            needed = {f"{size:g}": _seeds_for(size, variances, image_error, level) for size in SIZES}
+            needed["paper"] = settles = _seeds_for(row.paper_difference, variances, image_error, level, margin)
             lines.append(
                 RowPower(
                     result.table.name,
                     row.row.name,
-                    _detectable(variances, seeds, image_error) if variances else None,
+                    _detectable(variances, seeds, image_error, level / 2) if variances and seeds > 1 else None,
                     needed,
-                    _quantiles(math.inf) * image_error if image_error is not None else None,
+                    Difference(0.0, (), image_error).reach(level / 2) if image_error is not None else None,
                     len(variances) * settles * hours_per_seed if settles is not None and hours_per_seed is not None else None,
                 )
             )
@@ -98,31 +98,27 @@ def _variances(difference: Difference | None, prior: Prior | None) -> list[float
     return [prior.variance] * 2 if prior is not None else []
 
 
-def _quantiles(degrees: float) -> float:
-    """Return the smallest difference in standard errors that a two-sided test settles with 80 % power."""
-    noise = SeedNoise(1.0, degrees, 1)
-    found = Difference(0.0, (noise,) if not math.isinf(degrees) else (), 1.0 if math.isinf(degrees) else None)
-    return found.quantile(1 - FALSE_DISCOVERIES / 2) + found.quantile(POWER)
+def _detectable(variances: Sequence[float], seeds: int, image_error: float | None, level: float) -> float:
+    """Return the smallest difference that a one-sided test at this level settles."""
+    rows = tuple(SeedNoise(variance, seeds, seeds) for variance in variances)
+    return Difference(0.0, rows, image_error).reach(level)
 
 
-def _detectable(variances: Sequence[float], seeds: int, image_error: float | None, tails: int = 2) -> float:
-    rows = tuple(SeedNoise(variance, max(seeds, 1), seeds) for variance in variances)
-    found = Difference(0.0, rows, image_error)
-    return (found.quantile(1 - FALSE_DISCOVERIES / tails) + found.quantile(POWER)) * found.error
-
-
-def _seeds_for(size: float | None, variances: Sequence[float], image_error: float | None, margin: float = 0.0) -> int | None:
+def _seeds_for(
+    size: float | None, variances: Sequence[float], image_error: float | None, level: float, margin: float = 0.0
+) -> int | None:
     """Return how many seeds of each row settle a difference; None if up to `MOST_SEEDS` do not, or if something is unknown.
 
     Args:
+        level: of the test.
         margin: a difference below the margin is tested for equivalence, and any other for its sign.
     """
     if size is None or not variances:
         return None
     equivalence = abs(size) < margin
     distance = margin - abs(size) if equivalence else abs(size)
-    tails = 1 if equivalence else 2
-    fits = (seeds for seeds in range(2, MOST_SEEDS + 1) if _detectable(variances, seeds, image_error, tails) <= distance)
+    tail = level if equivalence else level / 2
+    fits = (seeds for seeds in range(2, MOST_SEEDS + 1) if _detectable(variances, seeds, image_error, tail) <= distance)
     return next(fits, None)
 
 
@@ -147,8 +143,11 @@ def show(found: Sequence[RowPower], seeds: int, unit: str) -> None:
     print(f"{sizes} AP and paper's: how many seeds each of the two rows needs to settle such a difference.")
     print("Hours: the cost of settling the paper's difference, for the runs of both rows.")
     print("Floor: the smallest difference that can be settled with these validation images, however many seeds there are.")
+    print("All comparisons of a table share a false discovery rate of 5 %; the numbers assume that no other one is settled.")
     print(f"-: unknown, or not settled by any number of seeds up to {MOST_SEEDS}.")
-    if any(line.detectable is None for line in found):
+    if seeds == 1:
+        print("One seed of each row settles nothing, because it does not show the row's own noise.")
+    elif any(line.detectable is None for line in found):
         print("The noise of seeds is unknown until one row of this profile has two seeds.")
 
 

@@ -140,7 +140,8 @@ def evaluate_same_weights(row: RowRecords, reference: RowRecords) -> bool:
 def share_images(row: RowRecords, reference: RowRecords) -> bool:
     """Return whether all evaluations of two rows are of the same validation images."""
     records = [*row.evaluations.values(), *reference.evaluations.values()]
-    return len({(record.provenance.get("data"), record.result.get("images")) for record in records}) <= 1
+    contents = {record.provenance.get("images") for record in records} - {None}  # old records do not state it
+    return len({(record.provenance.get("data"), record.result.get("images")) for record in records}) <= 1 and len(contents) <= 1
 
 
 def image_error(row: RowRecords, reference: RowRecords, metric: str, reference_seeds: Container[int]) -> float | None:
@@ -181,6 +182,10 @@ def provenance_of(rows: Iterable[RowRecords]) -> list[str]:
                 values.add(str(value))
         return ", ".join(sorted(values)) or "unknown"
 
+    def differing(name: str, *path: str) -> list[str]:
+        text = distinct(*path)
+        return [f"{name} {text}"] if ", " in text else []
+
     code = [about for r in records for about in (r.provenance, r.provenance.get("trained", {}), *_earlier_code(r)) if about]
     commits = sorted({commit_of(about) for about in code})
     return [
@@ -191,6 +196,10 @@ def provenance_of(rows: Iterable[RowRecords]) -> list[str]:
         f"torch {distinct('versions', 'torch')}",
         f"evaluator hotcoco {distinct('versions', 'hotcoco')}",
         f"validation data {distinct('data')}",
+        # The same in almost all tables, so they are only worth their room if the records differ.
+        *differing("image content", "images"),
+        *differing("threads", "arithmetic", "threads"),
+        *differing("instructions", "arithmetic", "instructions"),
     ]
 
 

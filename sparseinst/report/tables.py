@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv as csv_module
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sparseinst.ablation.statistics import CONFIDENCE
 from sparseinst.report import escape
-from sparseinst.report.collect import TableResult
+from sparseinst.report.collect import TableResult, repeated_comparisons
 from sparseinst.report.grid import IMAGES_ALONE, SEEDS_ALONE, grid
 from sparseinst.report.records import Column
 from sparseinst.words import counted
@@ -65,6 +66,12 @@ def _comparison_notes(result: TableResult) -> list[str]:
         f"table ({counted(result.comparisons, 'comparison')} so far) have a false discovery rate of at most 5 %. 'equivalent' "
         f"means within {spec.margin:g} AP. docs/verdicts.md explains each word."
     ]
+    judged = [row.judgement for row in result.rows if row.judgement is not None]
+    if any(judgement.confidence > CONFIDENCE for judgement in judged):
+        lines.append(
+            "The interval of a settled difference is wider than 95 %, because settled differences are a selection; it decides "
+            "whether the size is compatible with the paper's."
+        )
     differences = [cell.difference for row in result.rows for cell in row.cells.values() if cell.difference is not None]
     if not all(found.seeds_known for found in differences):
         lines.append(
@@ -76,7 +83,9 @@ def _comparison_notes(result: TableResult) -> list[str]:
             f"{SEEDS_ALONE} The interval is over seeds alone, because an evaluation holds no resamplings of the images. The "
             "difference stays undecided. Remove the record of the evaluation, and run the table again."
         )
-    if any(row.judgement is not None and row.judgement.more_seeds for row in result.rows):
+    if any(found.complete and not found.testable for found in differences):
+        lines.append("A row with one seed has the noise of the other rows in its interval, and it stays undecided.")
+    if any(judgement.more_seeds for judgement in judged):
         lines.append(
             "(+n seeds) means: about n more seeds of both rows would settle the comparison with 80 % power, if its estimates "
             "are right."
@@ -168,14 +177,16 @@ def _csv_label(label: str | float) -> str | float:
     return escape.csv(label) if isinstance(label, str) else label
 
 
-def comparisons_json(result: TableResult) -> list[dict[str, Any]]:
-    """Return every comparison of a table as plain data for scripts."""
+def comparisons_json(results: Sequence[TableResult]) -> list[dict[str, Any]]:
+    """Return every comparison of the tables as plain data for scripts."""
     found = []
-    for entry in result.rows:
+    repeated = repeated_comparisons(results)
+    for result, entry in ((table, row) for table in results for row in table.rows):
         ap = entry.cells.get(Column("AP"))
         if entry.row.name == result.table.spec.reference or ap is None or ap.difference is None:
             continue
         judgement = entry.judgement
+        reference = next(row for row in result.rows if row.row.name == result.table.spec.reference)
         found.append(
             {
                 "table": result.table.name,
@@ -183,6 +194,7 @@ def comparisons_json(result: TableResult) -> list[dict[str, Any]]:
                 "reference": result.table.spec.reference,
                 "difference": round(ap.difference.value, 4),
                 "interval": [round(ap.difference.low, 4), round(ap.difference.high, 4)],
+                "confidence": round(ap.difference.confidence, 6),
                 "seeds_known": ap.difference.seeds_known,
                 "paper": entry.paper_difference,
                 "verdict": "not trained" if entry.not_trained else judgement.verdict if judgement is not None else None,
@@ -190,7 +202,10 @@ def comparisons_json(result: TableResult) -> list[dict[str, Any]]:
                 "p_equivalence": round(judgement.p_equivalence, 6) if judgement is not None else None,
                 "more_seeds": judgement.more_seeds if judgement is not None else None,
                 "not_trained": list(entry.not_trained),
-                "counts": judgement is not None and entry.same_as is None,
+                "counts": judgement is not None and (result.table.name, entry.row.name) not in repeated,
+                "evaluations": list(entry.evaluations),
+                "reference_evaluations": list(reference.evaluations),
+                "provenance": result.provenance,
             }
         )
     return found

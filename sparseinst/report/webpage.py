@@ -18,7 +18,7 @@ from markupsafe import Markup
 from sparseinst.ablation.store import Record, Store
 from sparseinst.config import Config
 from sparseinst.nested import flatten
-from sparseinst.report.collect import Cell, RowResult, TableResult
+from sparseinst.report.collect import Cell, RowResult, TableResult, repeated_comparisons
 from sparseinst.report.figures import figure_file, figure_texts, forest_file
 from sparseinst.report.grid import DIFFERENCE, VERDICT, grid
 from sparseinst.report.records import ACCURACY, Column
@@ -54,7 +54,13 @@ def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str
         for row in result.rows
         if row.missing is not None
     ]
-    verdicts = Counter(_verdict(row) for result in results for row in result.rows if row.verdict and row.same_as is None)
+    repeated = repeated_comparisons(results)
+    verdicts = Counter(
+        _verdict(row)
+        for result in results
+        for row in result.rows
+        if row.verdict and (result.table.name, row.row.name) not in repeated
+    )
     measured = sum(row.missing is None for result in results for row in result.rows)
     counts = [
         (len(results), _noun(len(results), "table")),

@@ -96,28 +96,28 @@ class Design:
     """The mean share of false verdicts among those that settle a comparison."""
 
 
-COMPARED = 19
-
-
-def study(seeds: int | None, deviation: float, effect: float, repetitions: int, image_error: float = 0.2) -> Design:
-    """Simulate studies of 19 rows and a reference row.
+def study(
+    seeds: int | None, deviation: float, effect: float, repetitions: int, *, compared: int = 19, image_error: float = IMAGE_ERROR
+) -> Design:
+    """Simulate studies of some rows that are compared with a reference row.
 
     Args:
         seeds: the seeds of every row; None for the group-sequential design.
         deviation: the median deviation over seeds; the rows' own are log-normal around it.
         effect: the deviation of the true differences; a third of them are zero.
+        compared: the number of rows without the reference row.
     """
     random = np.random.default_rng(1)
     trainings, right, false = [], [], []
     for _ in range(repetitions):
-        deviations = deviation * np.exp(random.normal(0, 0.4, COMPARED + 1))
-        effects = random.normal(0, effect, COMPARED + 1) * (random.random(COMPARED + 1) > 1 / 3)
+        deviations = deviation * np.exp(random.normal(0, 0.4, compared + 1))
+        effects = random.normal(0, effect, compared + 1) * (random.random(compared + 1) > 1 / 3)
         effects[0] = 0.0
-        values = effects[:, None] + random.normal(size=(COMPARED + 1, MOST_REFERENCE_SEEDS)) * deviations[:, None]
-        images = random.normal(0, image_error, COMPARED + 1)
+        values = effects[:, None] + random.normal(size=(compared + 1, MOST_REFERENCE_SEEDS)) * deviations[:, None]
+        images = random.normal(0, image_error, compared + 1)
         images[0] = 0.0
         if seeds is not None:
-            counts = [seeds] * (COMPARED + 1)
+            counts = [seeds] * (compared + 1)
             verdicts = [j.verdict for j in judge(_compare(values, counts, images, image_error))]
         else:
             counts, verdicts = _sequential(values, images, image_error)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from sparseinst.ablation.sequential import BOUNDARIES, PENALTIES
+from sparseinst.ablation.sequential import BOUNDARIES, LOWER_LEVELS, PENALTIES
 from sparseinst.ablation.statistics import (
     FALSE_DISCOVERIES,
     Comparison,
@@ -24,7 +24,9 @@ from tests.ablation.simulation import MARGIN, PATTERNS, ROWS, simulate, study
 
 def test_penalties_have_the_bits_of_scipys_normal_distribution() -> None:
     """They are part of the names of logged looks."""
-    assert tuple(FALSE_DISCOVERIES / (2 * float(stats.norm.sf(boundary))) for boundary in BOUNDARIES) == PENALTIES
+    assert PENALTIES[0] == 1
+    factors = (LOWER_LEVELS * FALSE_DISCOVERIES / (2 * float(stats.norm.sf(boundary))) for boundary in BOUNDARIES)
+    assert tuple(factors) == PENALTIES[1:]
 
 
 def test_the_prior_pools_variances_by_degrees_of_freedom() -> None:
@@ -58,7 +60,8 @@ def test_the_interval_contains_the_noise_of_images_and_of_seeds() -> None:
     variances = (4 / 3 + 2.0) / 2, (4 / 3 + 2.0) / 3  # prior and own squares, over prior and own degrees
     parts = variances[0] / 2, variances[1] / 3
     total = sum(parts) + 0.36
-    degrees = total**2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 3)
+    shared = 4 / 3 / 2 / 2 + 4 / 3 / 3 / 3  # the pooled variance's weight in each row, over the row's seeds
+    degrees = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 3 + shared**2 / 3)
     half = stats.t.ppf(0.975, degrees) * math.sqrt(total)
     assert (found.value, found.low, found.high) == pytest.approx((1.0, 1 - half, 1 + half))
     assert found.within_noise
@@ -93,7 +96,7 @@ def test_two_evaluations_of_the_same_weights_are_compared_seed_by_seed() -> None
 
 def known(value: float, error: float = 0.05) -> Difference:
     """Return a difference whose noise is known well."""
-    return Difference(value, (SeedNoise(error**2, 1000.0, 1),), 0.0)
+    return Difference(value, (SeedNoise(2 * error**2, 1000.0, 2),), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +123,8 @@ def test_the_comparisons_of_a_table_share_one_false_discovery_rate() -> None:
     found = known(stats.t.isf(0.015, 1000) * 0.05)
     doubtful = Comparison(found, 0.6, 0.6)
     assert doubtful.p_sign() == pytest.approx(0.03)
-    nothing = Comparison(Difference(0.4, (SeedNoise(1.0, 1000.0, 1),), 0.0), 0.6, 0.6)
-    wide = Comparison(Difference(found.value * 20, (SeedNoise(1.0, 1000.0, 1),), 0.0), 2.0, 0.6)
+    nothing = Comparison(Difference(0.4, (SeedNoise(2.0, 1000.0, 2),), 0.0), 0.6, 0.6)
+    wide = Comparison(Difference(found.value * 20, (SeedNoise(2.0, 1000.0, 2),), 0.0), 2.0, 0.6)
     assert judge([wide])[0].verdict != "undecided"
     assert judge([wide, *[nothing] * 9])[0].verdict == "undecided"
 
@@ -136,6 +139,44 @@ def test_seeds_to_settle_counts_what_power_needs() -> None:
     assert alone is not None
     assert shared is not None
     assert shared > alone, "comparisons that share a rate need more"
+
+
+def test_a_row_with_one_seed_has_an_interval_and_no_verdict() -> None:
+    prior = Prior(0.01, 1.0, 8)
+    found = difference(Sample((10.0,)), Sample((30.0, 30.1)), prior, 0.1)
+    assert found is not None
+    assert found.high < -15, "far from zero, compared with the noise of the other rows"
+    [judgement] = judge([Comparison(found, -8.0, 0.5)])
+    assert judgement.verdict == "undecided"
+    assert judgement.confidence == 0.95
+
+
+def test_the_pooled_variance_is_one_estimate_for_both_rows() -> None:
+    """If both variances come from one pooled estimate, they are not known better than it."""
+    prior = Prior(1.0, 1.0, 1)
+    found = difference(Sample((10.0,)), Sample((30.0,)), prior, 0.1)
+    assert found is not None
+    assert found.degrees < 1
+
+
+def test_the_noise_of_images_adds_no_degrees() -> None:
+    """Seeds that agree by chance do not make the difference well known."""
+    rows = (SeedNoise(1e-4, 2.0, 2), SeedNoise(1e-4, 2.0, 2))
+    assert Difference(1.0, rows, 0.2).degrees == pytest.approx(4)
+
+
+def test_a_settled_difference_has_the_interval_that_its_size_is_judged_by() -> None:
+    """One settled comparison of four has a confidence of 1 - 0.05 / 4, and of less than that if it was looked at repeatedly."""
+    nothing = Comparison(Difference(0.4, (SeedNoise(2.0, 1000.0, 2),), 0.0), 2.0, 0.5)
+    assert judge([Comparison(known(-8.0), -8.0, 0.5), *[nothing] * 3])[0].confidence == pytest.approx(1 - 0.05 / 4)
+    assert judge([Comparison(known(-8.0), -8.0, 0.5, penalty=2.0)])[0].confidence == pytest.approx(1 - 0.05 / 2)
+
+
+def test_the_reach_of_a_test_has_the_stated_power() -> None:
+    found = Difference(0.0, (SeedNoise(2.0, 3.0, 2),), 0.0)
+    power = stats.nct.sf(stats.t.ppf(0.975, 3), 3, found.reach(0.025) / found.error)
+    assert power == pytest.approx(0.8, abs=1e-6)
+    assert Difference(0.0, (), 0.5).reach(0.025) == pytest.approx(0.5 * (1.959964 + 0.841621), abs=1e-5)
 
 
 def test_unknown_noise_gives_no_verdict() -> None:

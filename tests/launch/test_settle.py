@@ -80,7 +80,7 @@ def test_the_reference_row_has_more_seeds() -> None:
 
 def test_the_boundaries_are_crossed_by_chance_in_one_of_twenty_studies() -> None:
     """Without a difference, the standardised difference at the looks is a Brownian motion at the times seeds / 8."""
-    times = np.array(LOOKS) / LOOKS[-1]
+    times = np.array(LOOKS[1:]) / LOOKS[-1]  # the first look tests nothing
     correlation = np.sqrt(np.minimum.outer(times, times) / np.maximum.outer(times, times))
     random = np.random.default_rng(0)
     inside = stats.multivariate_normal.cdf(BOUNDARIES, cov=correlation, lower_limit=-np.array(BOUNDARIES), rng=random)
@@ -107,7 +107,8 @@ def test_predictive_power_is_how_often_the_last_look_settles() -> None:
     truth = random.normal(-1.0, np.sqrt(2 / 6), 20000)
     further = random.normal(truth, np.sqrt(2 / 2))  # the mean of two more seeds of both rows
     last = (6 * -1.0 + 2 * further) / 8
-    settled = np.mean(np.abs(last) > BOUNDARIES[-1] * np.sqrt(2 / 8))
+    boundary = stats.norm.isf(0.05 / PENALTIES[-1] / 2)
+    settled = np.mean(np.abs(last) > boundary * np.sqrt(2 / 8))
     assert predictive_power(now, 4) == pytest.approx(settled, abs=0.02)
 
 
@@ -225,6 +226,18 @@ def test_a_look_names_the_seeds_that_records_hold(tmp_path: Path) -> None:
     advance(TABLES, TABLES, MINI, store, "cpu")
     [first, *_] = read_looks(store.results, look_name(TABLES[0], MINI))
     assert set(first.seeds.values()) == {3}
+
+
+def test_looks_of_another_design_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path / "results")
+    old = write_look(store.results, "table5-mini-01234567", make_look(0, {}, {}))
+    write_look(store.results, "table5-small-01234567", old)
+    finish(advance(TABLES, TABLES, MINI, store, "cpu"), store)
+    assert advance(TABLES, TABLES, MINI, store, "cpu")
+    assert "looks/table5-mini-01234567-1.json) belong to other settings" in caplog.text
+    caplog.clear()
+    assert advance(TABLES, TABLES, MINI, store, "cpu")
+    assert not caplog.text
 
 
 def test_retry_reads_the_seeds_of_the_look(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,14 +1,16 @@
 """Check that a record's work can be done again."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from scipy import stats
 
 from sparseinst.ablation.plan import make_plan
-from sparseinst.ablation.statistics import Prior
+from sparseinst.ablation.statistics import SeedNoise
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables
 from sparseinst.cli import run_cli
@@ -89,9 +91,10 @@ def test_another_result_is_reported(done: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_noise_is_that_of_two_seeds() -> None:
     lines: list[str] = []
-    prior = Prior(1.0, 1.0, 8)
-    assert _within_noise(30.0, 33.0, prior, lines) == "same within noise"  # t(0.975, 8) * sqrt(2) = 3.26
-    assert _within_noise(30.0, 33.5, prior, lines) == "different"
+    noise = SeedNoise(1.0, 8.0, 3)
+    limit = float(stats.t.ppf(0.975, 8)) * math.sqrt(2)  # 3.26
+    assert _within_noise(30.0, 30.0 + limit - 0.01, noise, lines) == "same within noise"
+    assert _within_noise(30.0, 30.0 + limit + 0.01, noise, lines) == "different"
     assert _within_noise(30.0, 30.1, None, lines) == "different"
     assert "unknown" in lines[-1]
 

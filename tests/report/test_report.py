@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from sparseinst.ablation import store as store_module
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import Profile, Table, read_profile, read_spec, read_tables, row_config
 from sparseinst.report import escape
-from sparseinst.report.collect import TableResult, collect, read_results, seed_priors
+from sparseinst.report.collect import TableResult, collect, read_results, repeated_comparisons, seed_priors
 from sparseinst.report.pages import write_report
 from sparseinst.report.plots import differences
+from sparseinst.report.records import Column
 from sparseinst.report.style import _STYLE, save
 from sparseinst.report.tables import FORMATS, _csv_texts, comparisons_json, frame, notes
 from sparseinst.report.terminal import print_table
@@ -106,14 +108,17 @@ def test_other_tables_change_a_verdict_only_through_the_prior(store: Store) -> N
 
 
 def test_every_comparison_is_listed_for_scripts(store: Store) -> None:
-    lines = comparisons_json(table5(store))
+    lines = comparisons_json([table5(store)])
     assert [line["row"] for line in lines] == ["BCE alone", "dice alone"]
+    assert len(lines[0].pop("evaluations")) == len(lines[0].pop("reference_evaluations")) == 3
+    assert "device A card" in lines[0].pop("provenance")
     assert lines[0] | {"interval": 0, "p_sign": 0, "p_equivalence": 0} == {
         "table": "table5",
         "row": "BCE alone",
         "reference": "dice + BCE",
         "difference": -21.0,
         "interval": 0,
+        "confidence": 0.975,
         "seeds_known": True,
         "paper": -8.1,
         "verdict": "same sign, other size",
@@ -123,6 +128,26 @@ def test_every_comparison_is_listed_for_scripts(store: Store) -> None:
         "not_trained": [],
         "counts": True,
     }
+
+
+def test_a_comparison_that_two_tables_show_counts_once(store: Store) -> None:
+    one = table5(store)
+    found = [one, replace(one, table=Table(name="other", spec=one.table.spec))]
+    counts = [line["counts"] for line in comparisons_json(found)]
+    assert counts == [True, True, False, False]
+    assert repeated_comparisons(found[:1]) == set()
+
+
+def test_other_images_are_no_comparison(tmp_path: Path) -> None:
+    """The annotations can be the same while the images are not."""
+    store, spec = Store(tmp_path / "results"), read_spec("table5", EXPERIMENTS)
+    row = spec.rows[0]
+    for seed, ap in enumerate(MEASURED[row.name]):
+        found = evaluation(row_config(spec, row, MINI, seed).evaluate_key(), ap, seed)
+        store.write(replace(found, provenance={**found.provenance, "images": "other"}))
+        reference = evaluation(row_config(spec, spec.rows[-1], MINI, seed).evaluate_key(), 30.0 + seed, seed)
+        store.write(replace(reference, provenance={**reference.provenance, "images": "these"}))
+    assert table5(store).rows[0].cells[Column("AP")].difference is None
 
 
 def test_a_printed_table_has_at_most_100_columns(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
