@@ -56,3 +56,12 @@ _MEMORY = re.compile(
     "array is too big|Maximum allowed (dimension|size) exceeded|numel: integer"
 )
 """Parts of torch's and numpy's messages for sizes that cannot be allocated."""
+
+
+def device_failed(error: BaseException) -> bool:
+    """Return whether a GPU or its driver caused the error. Older versions of torch have no error class for this."""
+    return type(error).__name__ == "AcceleratorError" or (isinstance(error, RuntimeError) and bool(_DEVICE.search(str(error))))
+
+
+_DEVICE = re.compile(r"\b(CUDA|HIP|XPU|MPS|NVIDIA|NCCL|cuDNN|(CUBLAS|CUDNN|CUSOLVER|CUFFT)_STATUS\w*)\b")
+"""Names in torch's messages about a device that fails."""

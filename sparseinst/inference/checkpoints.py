@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparseinst.errors import UserError
+from sparseinst.errors import RunFailed, UserError, device_failed, out_of_memory
+from sparseinst.files import causes
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths
 
@@ -31,6 +34,7 @@ def find_weights(path: Path, checkpoint: str | None = None) -> Path:
 
     Raises:
         UserError: the run has no such weights, or `checkpoint` is given and the path is no folder.
+        RunFailed: the newest checkpoint cannot be read now, see `damage`.
     """
     if not path.is_dir():
         if checkpoint is not None:
@@ -60,7 +64,7 @@ def _best(paths: RunPaths) -> Path:
             about = json.loads((file.metadata() or {})["training"])
             step, ap = int(about["step"]), float(about["AP"])
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{paths.best}: is damaged ({str(error).splitlines()[0]}); use --checkpoint last") from None
+        raise UserError(f"{paths.best}: is damaged ({damage(paths.best, error)}); use --checkpoint last") from None
     total, average = _training(paths)
     _log.warning("using the best checkpoint of %s, after step %d of %s: AP %.1f%s", paths.root, step, total, ap, average)
     return paths.best
@@ -91,28 +95,53 @@ def _training(paths: RunPaths) -> tuple[str, str]:
 
 
 def archive_damage(path: Path) -> str | None:
-    """Return what is damaged in a checkpoint, by the checksums of the zip archive that torch.save writes; None if nothing is."""
+    """Return what is damaged in a checkpoint, by the checksums of the zip archive that torch.save writes; None if nothing is.
+
+    Raises:
+        RunFailed: the file cannot be read now, see `damage`.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except Exception as error:  # noqa: BLE001 (damaged names and headers raise errors of many kinds)
-        return first_line(error)
+        return damage(path, error)
     return f"entry {broken} fails its checksum" if broken is not None else None
 
 
-def first_line(error: Exception) -> str:
-    """Return an error's kind and the beginning of its message, in one line."""
+def damage(path: Path, error: Exception) -> str:
+    """Return an error of reading a checkpoint as one line that says what is damaged.
+
+    Raises:
+        RunFailed: the file cannot be read now, for example because its disk does not answer. Its content may be whole.
+        BaseException: the error again, if the file did not cause it, but too little memory, a device that fails, or a signal.
+    """
+    for cause in causes(error):  # zipfile and torch hide the first error behind one of their own
+        if not isinstance(cause, Exception):
+            raise cause from None
+        if isinstance(cause, OSError) and cause.errno is not None and cause.errno not in _ERRORS_OF_CONTENT:
+            raise RunFailed(f"{path}: cannot be read now ({os.strerror(cause.errno)}); it stays as it is") from error
+        if out_of_memory(cause) is not None or device_failed(cause):
+            raise error
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
 
 
+_ERRORS_OF_CONTENT = (errno.EINVAL, errno.EISDIR)
+"""The system's errors for places in the file that a damaged header names, and for a folder in place of a file."""
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the state in a training's checkpoint, on the CPU. Raises `UserError` if the file is damaged."""
+    """Return the state in a training's checkpoint, on the CPU.
+
+    Raises:
+        UserError: the file is damaged, or is no checkpoint of a training.
+        RunFailed: it cannot be read now, see `damage`.
+    """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (MemoryError, torch.OutOfMemoryError):  # this says nothing about the file
-        raise
     except Exception as error:  # noqa: BLE001 (as in `archive_damage`)
-        raise UserError(f"{path}: is damaged ({first_line(error)}); choose another one with --checkpoint") from None
+        # The checksums come first, because a damaged size asks for more memory than there is.
+        problem = archive_damage(path) or damage(path, error)
+        raise UserError(f"{path}: is damaged ({problem}); choose another one with --checkpoint") from None
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"{path}: is not a checkpoint of a training")
     return state

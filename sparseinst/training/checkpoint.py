@@ -14,7 +14,7 @@ import torch
 
 from sparseinst.errors import RunFailed
 from sparseinst.files import atomic, causes
-from sparseinst.inference.checkpoints import archive_damage, first_line
+from sparseinst.inference.checkpoints import archive_damage, damage
 from sparseinst.paths import RunPaths
 
 _log = logging.getLogger(__name__)
@@ -23,6 +23,8 @@ Check = Callable[[], None] | None
 
 DAMAGED = ".damaged"
 """The suffix of a checkpoint that cannot be read."""
+MISFIT = f".misfit{DAMAGED}"
+"""The suffix of one that can be read, but whose content does not fit the run. It stays so however often it is read."""
 
 
 def save_checkpoint(paths: RunPaths, iteration: int, state: dict[str, Any], keep: int, check: Check = None) -> None:
@@ -66,23 +68,40 @@ def newest_checkpoint(paths: RunPaths, restore: Callable[[dict[str, Any]], None]
 
     Raises:
         RunFailed: all checkpoints are damaged. This stays so until the user gives --from-scratch (`remove_if_all_damaged`).
+        RunFailed, Exception: a checkpoint cannot be read or loaded for another reason (see `damage`). It keeps its name.
     """
     for path in paths.saved_checkpoints():
-        problem = _damage(path, restore)
+        state, problem = _read(path)
+        suffix = DAMAGED
+        if state is not None and restore is not None:
+            problem, suffix = _misfit(path, state, restore), MISFIT
         if problem is None:
             return path
-        path.rename(path.with_suffix(DAMAGED))
-        _log.warning("checkpoint %s is damaged (%s) and was renamed to %s%s", path, problem, path.stem, DAMAGED)
+        renamed = path.rename(path.with_suffix(suffix))
+        _log.warning("checkpoint %s is damaged (%s) and was renamed to %s", path, problem, renamed.name)
     if any(paths.checkpoints.glob(f"[0-9]*{DAMAGED}")):
         raise RunFailed(f"{paths.checkpoints}: every checkpoint is damaged; --from-scratch trains again from step 0")
     return None
 
 
 def remove_if_all_damaged(paths: RunPaths) -> None:
-    """Remove a run's checkpoints if all of them are damaged, so that the run begins at step 0. Otherwise change nothing."""
-    if any(_damage(path, None) is None for path in paths.saved_checkpoints()):
+    """Remove a run's checkpoints if all of them are damaged, so that the run begins at step 0. Otherwise remove none.
+
+    The renamed ones are read again first, because a disk may have failed only for a while. The newest that is whole gets its name
+    back, unless its content did not fit the run.
+
+    Raises:
+        RunFailed, Exception: see `newest_checkpoint`. Nothing is removed.
+    """
+    if any(_read(path)[1] is None for path in paths.saved_checkpoints()):
         return
-    for path in [*paths.saved_checkpoints(), *paths.checkpoints.glob(f"[0-9]*{DAMAGED}")]:
+    damaged = sorted(paths.checkpoints.glob(f"[0-9]*{DAMAGED}"), reverse=True)
+    for path in damaged:
+        if not path.name.endswith(MISFIT) and _read(path)[1] is None:
+            path.rename(path.with_suffix(".pt"))
+            _log.warning("checkpoint %s is whole after all and has its name back", path.with_suffix(".pt"))
+            return
+    for path in [*paths.saved_checkpoints(), *damaged]:
         path.unlink()
         _log.warning("removed the damaged checkpoint %s; the run begins at step 0", path)
 
@@ -93,18 +112,23 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     return state
 
 
-def _damage(path: Path, restore: Callable[[dict[str, Any]], None] | None) -> str | None:
-    """Return what is damaged in a checkpoint; None if it is complete and `restore`, if there is one, can load it."""
+def _read(path: Path) -> tuple[dict[str, Any], None] | tuple[None, str]:
+    """Return a checkpoint's state if it is whole, and what is damaged if it is not."""
     if problem := archive_damage(path):
-        return problem
+        return None, problem
     try:
         state = load_checkpoint(path, torch.device("cpu"))
         if state["iteration"] != int(path.stem):
-            return f"it holds step {state['iteration']}"
-        if restore is not None:
-            restore(state)
-    except (MemoryError, torch.OutOfMemoryError):  # this says nothing about the file
-        raise
+            return None, f"it holds step {state['iteration']}"
     except Exception as error:  # noqa: BLE001 (damaged headers and foreign content raise errors of many kinds)
-        return first_line(error)
+        return None, damage(path, error)
+    return state, None
+
+
+def _misfit(path: Path, state: dict[str, Any], restore: Callable[[dict[str, Any]], None]) -> str | None:
+    """Return why a state cannot be loaded into the run; None if `restore` has loaded it."""
+    try:
+        restore(state)
+    except Exception as error:  # noqa: BLE001 (foreign content raises errors of many kinds)
+        return damage(path, error)
     return None

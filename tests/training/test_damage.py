@@ -1,5 +1,6 @@
 """Check that damaged files of a run are named, and cost no more than what they held."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -13,11 +14,12 @@ from safetensors.torch import load_file
 from sparseinst.config import Config
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.evaluation.weights import evaluate_run
+from sparseinst.inference.checkpoints import read_checkpoint
 from sparseinst.inference.weights import load_weights, save_weights
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths
 from sparseinst.report.curves import read_metrics
-from sparseinst.training.checkpoint import newest_checkpoint
+from sparseinst.training.checkpoint import newest_checkpoint, remove_if_all_damaged
 from sparseinst.training.train import train
 from tests.conftest import CPU, THREADS, TINY, run
 
@@ -77,7 +79,7 @@ def _find(content: bytes, mark: bytes) -> list[int]:
 def test_foreign_content_falls_back(stopped: RunPaths, trained: Path, tiny: Config, state: Any) -> None:
     torch.save(state, stopped.checkpoint(6))
     run(tiny, stopped.root)
-    assert stopped.checkpoint(6).with_suffix(".damaged").exists()
+    assert len(list(stopped.checkpoints.glob("00000006.*damaged"))) == 1
     assert same(stopped, trained)
 
 
@@ -90,6 +92,80 @@ def test_a_run_with_damaged_checkpoints_alone_stays_refused(stopped: RunPaths, t
     train(tiny, stopped.root, device=CPU, progress=False, from_scratch=True)
     assert same(stopped, trained)
     assert not list(stopped.checkpoints.glob("*.damaged"))
+
+
+def test_from_scratch_removes_content_that_does_not_fit_the_run(stopped: RunPaths, trained: Path, tiny: Config) -> None:
+    """Such a file is whole, so it would get its name back each time if it were only read."""
+    for step in (4, 6):
+        torch.save({"iteration": step, "model": {}}, stopped.checkpoint(step))
+    with pytest.raises(RunFailed, match="every checkpoint is damaged"):
+        train(tiny, stopped.root, device=CPU, progress=False)
+    train(tiny, stopped.root, device=CPU, progress=False, from_scratch=True)
+    assert same(stopped, trained)
+
+
+def test_from_scratch_gives_a_whole_checkpoint_its_name_back(stopped: RunPaths, caplog: Any) -> None:
+    for step in (4, 6):
+        stopped.checkpoint(step).rename(stopped.checkpoint(step).with_suffix(".damaged"))
+    stopped.checkpoint(6).with_suffix(".damaged").write_bytes(b"damaged")
+    remove_if_all_damaged(stopped)
+    assert newest_checkpoint(stopped) == stopped.checkpoint(4)
+    assert "00000004.pt is whole after all" in caplog.text
+
+
+FAILURES = [
+    (OSError(errno.EIO, "Input/output error"), RunFailed, "cannot be read now"),
+    (OSError(errno.ESTALE, "Stale file handle"), RunFailed, "cannot be read now"),
+    (PermissionError(errno.EACCES, "Permission denied"), RunFailed, "cannot be read now"),
+    (MemoryError("no memory"), MemoryError, "no memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."), RuntimeError, "Allocator"),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError, "CUDA error"),
+]
+
+
+@pytest.mark.parametrize("place", ["zipfile.ZipFile.testzip", "torch.load", "restore"])
+@pytest.mark.parametrize(("error", "kind", "words"), FAILURES, ids=lambda value: str(value)[:20])
+def test_a_failure_of_the_machine_condemns_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception, kind: type[Exception], words: str
+) -> None:
+    """The checkpoint may be whole, so it is neither renamed nor removed."""
+    paths = RunPaths(tmp_path)
+    paths.checkpoints.mkdir()
+    torch.save({"iteration": 4, "model": {}}, paths.checkpoint(4))
+    torch.save({"iteration": 6, "model": {}}, paths.checkpoint(6))
+    paths.checkpoint(4).rename(paths.checkpoint(4).with_suffix(".damaged"))
+    before = sorted(path.name for path in paths.checkpoints.iterdir())
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    if place != "restore":
+        monkeypatch.setattr(place, fail)
+        with pytest.raises(kind, match=words):
+            remove_if_all_damaged(paths)
+    if place == "torch.load":
+        with pytest.raises(kind, match=words):
+            read_checkpoint(paths.checkpoint(6))
+    with pytest.raises(kind, match=words):
+        newest_checkpoint(paths, fail)
+    assert sorted(path.name for path in paths.checkpoints.iterdir()) == before
+
+
+def test_a_disk_that_fails_in_the_directory_of_the_archive_condemns_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """zipfile reports every error there as a file that is no archive."""
+    paths = RunPaths(tmp_path)
+    paths.checkpoints.mkdir()
+    torch.save({"iteration": 6}, paths.checkpoint(6))
+
+    def fail(_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("zipfile._EndRecData", fail)
+    with pytest.raises(RunFailed, match="00000006.pt: cannot be read now"):
+        newest_checkpoint(paths)
+    assert paths.checkpoint(6).exists()
 
 
 def test_from_scratch_keeps_a_run_whose_checkpoint_is_whole(stopped: RunPaths, trained: Path, tiny: Config) -> None:
