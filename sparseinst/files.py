@@ -125,6 +125,19 @@ def _remove(temporary: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def private_files() -> Iterator[int]:
+    """Let only this user read and write the files that are created meanwhile, and return the file mode mask from before.
+
+    submitit pickles the jobs, and whoever can write a pickle runs code as the user who sent it.
+    """
+    mask = os.umask(0o077)
+    try:
+        yield mask
+    finally:
+        os.umask(mask)
+
+
 def remove_temporaries(folder: Path, *, older_than: float = 0.0) -> None:
     """Remove the temporary files that killed writers left in a folder.
 

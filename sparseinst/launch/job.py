@@ -22,6 +22,7 @@ from sparseinst.ablation.provenance import COMMAND
 from sparseinst.ablation.store import Store
 from sparseinst.attempts import Attempt, Held, Job, reason
 from sparseinst.errors import RunFailed
+from sparseinst.files import private_files
 from sparseinst.launch.work import StageContext, do_stage
 from sparseinst.machine import device_name
 from sparseinst.overrides import parse_config
@@ -67,7 +68,16 @@ class StageJob:
 
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGCONT))
 
-        return DelayedSubmission(self)
+        class Private(DelayedSubmission):
+            """Write the pickle for this user alone; the files that this process still writes keep the mask of the user."""
+
+            def dump(self, filepath: str | Path) -> None:
+                plain = DelayedSubmission(self.function)  # submitit loads no other class
+                plain.set_timeout(self._timeout_min, self._timeout_countdown)
+                with private_files():
+                    plain.dump(filepath)
+
+        return Private(self)
 
     def __call__(self) -> None:
         """Do all stages. Raises `RunFailed` if some failed, after the others are done."""

@@ -29,7 +29,7 @@ from sparseinst.ablation.provenance import PACKAGE, SNAPSHOT, code_digest, code_
 from sparseinst.ablation.store import Store
 from sparseinst.attempts import latest_attempt
 from sparseinst.errors import RunFailed, UserError
-from sparseinst.files import write_error
+from sparseinst.files import private_files, write_error
 from sparseinst.launch.arrange import Array, Element
 from sparseinst.launch.cluster import Cluster, Resources
 from sparseinst.launch.job import StageJob, plain
@@ -125,19 +125,6 @@ def _job_before(element: Element, sent: dict[str, str], done: Container[str]) ->
         return None
     submission = read_submission(run_folder(element.after))
     return sent.get(element.after) or (submission.job if submission is not None and submission.kind == "slurm" else None)
-
-
-@contextmanager
-def private_files() -> Iterator[int]:
-    """Let only this user read and write the files that are created meanwhile, and return the file mode mask from before.
-
-    submitit pickles the jobs, and whoever can write a pickle runs code as the user who sent it.
-    """
-    mask = os.umask(0o077)
-    try:
-        yield mask
-    finally:
-        os.umask(mask)
 
 
 def _stage_job(element: Element, plan: Plan, store: Store, cluster: Cluster, from_scratch: bool) -> StageJob:

@@ -15,6 +15,7 @@ from sparseinst.ablation.study import read_profile, read_tables
 from sparseinst.attempts import Attempt, Job
 from sparseinst.cli import run_cli
 from sparseinst.errors import UserError
+from sparseinst.files import private_files
 from sparseinst.launch import arrange
 from sparseinst.launch import submit as launch
 from sparseinst.launch.cluster import Cluster, list_clusters, read_cluster
@@ -365,8 +366,32 @@ def test_cancel_signals_only_its_own_processes(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_pickles_of_jobs_are_private(tmp_path: Path) -> None:
-    with launch.private_files() as mask:
+    with private_files() as mask:
         (tmp_path / "job.pkl").write_text("")
     (tmp_path / "other").write_text("")
     assert (tmp_path / "job.pkl").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "other").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_the_pickle_of_a_requeued_job_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """submitit writes it anew when the job reaches its time limit, in a process that has the user's own file mode mask."""
+    from submitit.core.job_environment import _checkpoint
+    from submitit.helpers import DelayedSubmission
+
+    monkeypatch.setattr("signal.pthread_sigmask", lambda *_: None)
+    plan = planned("table5", row="dice alone")
+    element = arrange.Element(tuple(plan.runs.values())[:1], None)
+    job = launch._stage_job(element, plan, Store(), read_cluster("debug", CLUSTERS), False)
+    mask = os.umask(0o002)
+    try:
+        delayed = DelayedSubmission(job)
+        delayed.set_timeout(60, 5)
+        assert not _checkpoint(delayed, tmp_path / "job.pkl", 4)
+        (tmp_path / "other").write_text("")
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "job.pkl").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "other").stat().st_mode & 0o777 == 0o664, "the attempt's end must stay readable for the group"
+    requeued = DelayedSubmission.load(tmp_path / "job.pkl")
+    assert requeued.function == job
+    assert (requeued._timeout_min, requeued._timeout_countdown) == (60, 4)
