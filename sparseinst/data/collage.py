@@ -87,7 +87,7 @@ def find_cutouts(folder: Path) -> Cutouts:
     classes: Cutouts = {}
     unusable = 0
     for class_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = [file for file in sorted(class_folder.rglob("*")) if file.suffix.lower() in SUFFIXES]
+        files = [file for file in sorted(class_folder.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()]
         usable = [file for file in files if _is_cutout(file)]
         unusable += len(files) - len(usable)
         if len(usable) >= 2:
@@ -107,7 +107,7 @@ def find_backgrounds(folder: Path) -> list[Path]:
     """Return the images in a folder and its subfolders, sorted. Raises `UserError` if there are fewer than two."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in BACKGROUND_SUFFIXES]
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in BACKGROUND_SUFFIXES and file.is_file()]
     if len(files) < 2:
         raise UserError(f"{folder}: {len(files)} images found, but at least two backgrounds are needed")
     return files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import warnings
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
         DataError: the file is missing, truncated, not an image, or has another size; the message names the file.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for a writer, which may never come
+            raise DataError(f"{path}: is a folder, a device or a pipe, an image was expected")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # Pillow warns of metadata that we do not read.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice the size is an error, reported below

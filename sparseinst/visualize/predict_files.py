@@ -31,7 +31,7 @@ def is_video(file: Path) -> bool:
 
 
 def find_images(inputs: Iterable[Path], *, videos: bool = False) -> list[Path]:
-    """Return the given files and the images in the given folders.
+    """Return the given files and the images in the given folders. What is no file, such as a pipe, is left out with a warning.
 
     Args:
         videos: also return videos.
@@ -43,7 +43,13 @@ def find_images(inputs: Iterable[Path], *, videos: bool = False) -> list[Path]:
     wanted = {*IMAGE_SUFFIXES, *(VIDEO_SUFFIXES if videos else ())}
     for path in inputs:
         if path.is_dir():
-            files += sorted(file for file in path.iterdir() if file.suffix.lower() in wanted)
+            named = sorted(file for file in path.iterdir() if file.suffix.lower() in wanted)
+            special = {
+                file for file in named if file.exists() and not file.is_file()
+            }  # a broken link is reported when it is read
+            files += [file for file in named if file not in special]
+            for file in sorted(special):
+                _log.warning("%s: is a folder, a device or a pipe and left out", file)
         elif path.is_file():
             files.append(path)
         else:

@@ -1,6 +1,9 @@
 """Check that image files of every kind are read alike."""
 
+import os
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,10 @@ from PIL import Image
 
 from sparseinst.config import DataConfig
 from sparseinst.data.check import check_folder
+from sparseinst.data.collage import find_backgrounds
 from sparseinst.data.images import read_image
 from sparseinst.errors import DataError
+from sparseinst.visualize.predict_files import find_images
 from tests.conftest import annotation, box, write_coco
 
 
@@ -50,6 +55,37 @@ def test_exif_rotation(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="is 60 x 40, its annotations say 50 x 40"):
         read_image(tmp_path / "turned.jpg", (40, 50))
+
+
+@pytest.fixture
+def _no_hang() -> Iterator[None]:
+    """Fail the test after a minute, since to open a pipe may wait forever."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("_no_hang")
+def test_a_pipe_among_the_images_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train2017", "val2017"):
+        (tmp_path / split).mkdir()
+        os.mkfifo(tmp_path / split / "1.png")
+        write_kind(tmp_path / split / "2.png", "grey")
+    (tmp_path / "train2017" / "gone.png").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"1\.png: is a folder, a device or a pipe"):
+        read_image(tmp_path / "train2017" / "1.png")
+    images = [{"id": n, "file_name": f"{n}.png", "height": 40, "width": 60} for n in (1, 2)]
+    write_coco(tmp_path, images, [annotation(1, 2, 7, box(1, 1, 5, 5))])
+    assert "1.png: is a folder, a device or a pipe" in "".join(check_folder(DataConfig(root=str(tmp_path)))["train"].problems)
+    assert [file.name for file in find_images([tmp_path / "train2017"])] == ["2.png", "gone.png"]
+    assert "1.png: is a folder, a device or a pipe and left out" in caplog.text
+    assert [file.name for file in find_backgrounds(tmp_path)] == ["2.png", "2.png"]
 
 
 def test_dark_16_bit_images_are_read_alike_and_reported(tmp_path: Path) -> None:
