@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from sparseinst.files import atomic, causes, file_digest, make_folder
 from sparseinst.inference.artifacts import libraries_folder
-from sparseinst.inference.weights import tensors_digest
+from sparseinst.models.tensors import tensors_digest
 from sparseinst.section import content_hash
 from sparseinst.words import shorten
 

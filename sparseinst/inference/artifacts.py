@@ -25,9 +25,9 @@ from sparseinst.engines.base import missing_package
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import atomic, file_digest, make_folder
 from sparseinst.inference.export import OPSET, export_network
-from sparseinst.inference.weights import tensors_digest
 from sparseinst.models.layers import DeformableConv2d
 from sparseinst.models.sparseinst import SparseInst
+from sparseinst.models.tensors import tensors_digest
 from sparseinst.overrides import parse_config
 from sparseinst.section import content_hash
 from sparseinst.words import shorten

@@ -26,9 +26,10 @@ from sparseinst.inference.artifacts import (
     state_on_cpu,
 )
 from sparseinst.inference.quantization import Score, int8_artifact
-from sparseinst.inference.weights import load_weights, tensors_digest
+from sparseinst.inference.weights import load_weights
 from sparseinst.models.decoder import Predictions
 from sparseinst.models.sparseinst import SparseInst, mask_size
+from sparseinst.models.tensors import tensors_digest
 
 Optimize = OptimizeMode | None
 

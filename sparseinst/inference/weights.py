@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from sparseinst.errors import UserError
 from sparseinst.files import atomic, check_is_file
 from sparseinst.inference.checkpoints import CHECKPOINT_SUFFIX, find_weights, model_state, read_checkpoint
 from sparseinst.models.sparseinst import SparseInst, build_model
+from sparseinst.models.tensors import not_finite, read_safetensors, tensors_digest
 from sparseinst.overrides import load_config, parse_config
 from sparseinst.paths import SHIPPED, RunPaths
 from sparseinst.words import shorten
@@ -57,18 +58,6 @@ def save_weights(
         temporary.write_bytes(save(tensors, metadata))
 
 
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of tensors on the CPU: their names, types, shapes and bits.
-
-    The file itself is no measure, because safetensors writes its metadata in a random order.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def file_tensors_digest(path: Path) -> str:
     """Return the `tensors_digest` of a safetensors file. Raises `UserError` if it cannot be read."""
     return tensors_digest(_read(path)[0])
@@ -78,8 +67,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file. Raises `UserError` if it cannot be read."""
     check_is_file(path)
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+        return read_safetensors(path)
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is no readable safetensors file ({shorten((str(error).splitlines() or [''])[0])})") from None
 
@@ -122,9 +110,8 @@ def load_weights(path: Path) -> tuple[SparseInst, Config, tuple[Category, ...]]:
     unknown = metadata.keys() - {"config", "categories", "sparseinst", "checksum", "training"}  # a damaged name
     if unknown or (checksum is not None and checksum != _checksum(state, metadata)):
         raise UserError(f"{path}: is damaged: its content does not match its checksum; copy it again, or train again")
-    not_finite = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if not_finite:
-        raise UserError(f"{path}: {not_finite[0]} holds NaN or infinite values: the training diverged; train again")
+    if (name := not_finite(state)) is not None:
+        raise UserError(f"{path}: {name} holds NaN or infinite values: the training diverged; train again")
     try:
         settings, entries = json.loads(metadata["config"]), json.loads(metadata["categories"])
         categories = read_categories(entries)

@@ -5,6 +5,7 @@ Shapes: B images, C channels, H W padded height and width.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sparseinst.errors import UserError
 from sparseinst.files import check_is_file
 from sparseinst.models import small  # noqa: F401 (the import registers its models in timm)
 from sparseinst.models.layers import DeformableConv2d
+from sparseinst.models.tensors import not_finite, read_safetensors, tensors_digest
 from sparseinst.nested import nearest
 from sparseinst.paths import SHIPPED
 from sparseinst.words import shorten
@@ -157,23 +159,47 @@ def _from_hub(name: str) -> dict[str, Tensor]:
     return state
 
 
+def backbone_metadata(tensors: Mapping[str, Tensor], name: str, key: str) -> dict[str, str]:
+    """Return the metadata of a backbone's weights file: its model, the key of the pretraining, and a checksum of all content."""
+    text = "\n".join([tensors_digest(tensors), name, key])
+    return {"backbone": name, "key": key, "checksum": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _check_backbone_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Raise `UserError` if the file is one of `backbone_metadata` and does not match its checksum."""
+    names = {"backbone", "key", "checksum"}
+    if len(names & metadata.keys()) < 2:  # another program wrote it; one name may be damaged
+        return
+    if metadata.keys() == {"backbone", "key"}:  # files of earlier versions
+        return
+    if metadata != backbone_metadata(tensors, metadata.get("backbone", ""), metadata.get("key", "")):
+        raise UserError(f"{path}: is damaged: its content does not match its checksum; copy it again, or pretrain again")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors file or of a torch checkpoint. Nothing in the file is executed.
 
     A checkpoint holds the tensors at its top level, under `model` or under `state_dict`.
 
     Raises:
-        UserError: there is no such file, or it has another format.
+        UserError: there is no such file, it has another format, it does not match the checksum that this package wrote into it,
+            or it holds NaN or infinite values.
     """
-    from safetensors.torch import load_file
-
     check_is_file(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        tensors, metadata = read_safetensors(path) if path.suffix == ".safetensors" else (_read_checkpoint(path), {})
+    except UserError:
+        raise
     except Exception as error:  # noqa: BLE001 (damaged bytes make torch's unpickler raise anything, such as an IndexError)
         raise UserError(f"{path} holds no readable weights ({shorten(' '.join(str(error).split()))})") from None
+    _check_backbone_file(path, tensors, metadata)
+    if (name := not_finite(tensors)) is not None:
+        raise UserError(f"{path}: {name} holds NaN or infinite values")
+    return tensors
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    data = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("model", "state_dict"):
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]

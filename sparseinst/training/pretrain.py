@@ -31,7 +31,7 @@ from sparseinst.distributed import average, largest, rank, same_for_all, share_n
 from sparseinst.errors import memory_explained
 from sparseinst.files import atomic, make_folder
 from sparseinst.inference.weights import halved
-from sparseinst.models.backbone import Backbone
+from sparseinst.models.backbone import Backbone, backbone_metadata
 from sparseinst.models.sparseinst import normalise
 from sparseinst.paths import SHIPPED, RunPaths
 from sparseinst.training.checkpoint import load_checkpoint, newest_checkpoint, remove_if_all_damaged, save_checkpoint
@@ -310,5 +310,6 @@ class _Pretraining:
     def _save_weights(self) -> None:
         state = halved(self.model.backbone.body.state_dict())
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        metadata = backbone_metadata(state, self.config.model.backbone.name, self.config.pretrain_key())
         with atomic(self.paths.weights, self.attempt.check) as temporary:
-            temporary.write_bytes(save(state, {"backbone": self.config.model.backbone.name, "key": self.config.pretrain_key()}))
+            temporary.write_bytes(save(state, metadata))

@@ -14,8 +14,9 @@ from sparseinst.config import Config
 from sparseinst.data.coco import Category
 from sparseinst.errors import UserError
 from sparseinst.inference.start import Start, start_from
-from sparseinst.inference.weights import file_tensors_digest, halved, load_weights, save_weights, tensors_digest
+from sparseinst.inference.weights import file_tensors_digest, halved, load_weights, save_weights
 from sparseinst.models.sparseinst import build_model
+from sparseinst.models.tensors import tensors_digest
 from tests.attacks import wrong
 
 

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 
 from sparseinst.ablation import store as ablation_store
 from sparseinst.ablation.plan import make_plan
@@ -15,7 +17,8 @@ from sparseinst.attempts import Attempt
 from sparseinst.config import Config
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.launch.run import run_plan
-from sparseinst.models.backbone import Backbone
+from sparseinst.models.backbone import Backbone, backbone_metadata, read_tensors
+from sparseinst.paths import SHIPPED
 from sparseinst.training import pretrain as module
 from sparseinst.training.pretrain import dense_losses, dense_targets, pretrain
 from sparseinst.training.train import train
@@ -185,6 +188,51 @@ def test_a_pretraining_in_the_package_is_not_repeated(config: Config, tmp_path: 
     monkeypatch.setattr(module, "SHIPPED", tmp_path / "shipped")
     train(config, tmp_path / "run", device=CPU, progress=False)
     assert not (tmp_path / "run" / "pretrain").exists()
+
+
+def test_damaged_weights_of_a_backbone_are_refused(tmp_path: Path) -> None:
+    """50 seeded flips of one bit: each gives a one-line error, wherever it is."""
+    random = np.random.default_rng(0)
+    state = {"conv1.weight": torch.from_numpy(random.normal(size=(8, 3, 3, 3)).astype(np.float16)), "bn1.bias": torch.zeros(8)}
+    file = tmp_path / "start.safetensors"
+    content = save(state, backbone_metadata(state, "small_resnet", "0123456789abcdef"))
+    file.write_bytes(content)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in read_tensors(file).items())
+    for place in random.integers(0, len(content), 50):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(random.integers(8))
+        file.write_bytes(damaged)
+        with pytest.raises(UserError) as raised:
+            read_tensors(file)
+        assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["start.safetensors", "start.pt"])
+def test_weights_of_a_backbone_that_are_not_finite_are_refused(tmp_path: Path, name: str) -> None:
+    state = {"conv1.weight": torch.tensor([1.0, float("nan")]), "steps": torch.tensor(3)}
+    file = tmp_path / name
+    if file.suffix == ".pt":
+        torch.save({"model": state}, file)
+    else:
+        file.write_bytes(save(state, {"checksum": "that of another program"}))
+    with pytest.raises(UserError, match=rf"{name}: conv1\.weight holds NaN or infinite values"):
+        read_tensors(file)
+
+
+def test_a_pretraining_writes_its_checksum(config: Config, tmp_path: Path) -> None:
+    weights = pretrain(config, tmp_path, device=CPU, progress=False)
+    with safe_open(weights, "pt") as file:
+        assert file.metadata() == backbone_metadata(load_file(weights), "small_resnet", config.pretrain_key())
+
+
+def test_the_weights_of_the_package_need_no_checksum() -> None:
+    shipped = [file for file in SHIPPED.glob("*.safetensors") if file.stem != "demo"]
+    assert shipped
+    for file in shipped:
+        tensors = load_file(file)
+        found = read_tensors(file)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
 def test_a_damaged_record_of_the_package_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
