@@ -3,7 +3,7 @@
     attempts/0003.json     the process that began the attempt, when and where
     attempts/0003.0.beat   rank 0's heartbeat: its current phase, and when that phase began
     attempts/0003.0.end    how the attempt ended for rank 0
-    attempts/0003.0.stacks what each thread of rank 0 was doing when it hung
+    attempts/0003.0.stacks what each thread of rank 0 was doing when it hung; empty while it does not
 
 A lock is not enough on a cluster: a lost node never releases it, and a requeued job may run beside an old copy of itself that its
 node did not kill. A process therefore begins an attempt by creating the file with the next number, which only one process can do.
@@ -24,7 +24,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TextIO
 
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import atomic, make_folder, remove_temporaries, write_error
@@ -171,6 +171,7 @@ class Attempt:
         self._at: dict[str, Any] = {"phase": "start", "step": None, "since": time.time()}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat_until_stopped, daemon=True, name="heartbeat")
+        self._stacks: TextIO | None = None
 
     @property
     def world_size(self) -> int:
@@ -241,14 +242,20 @@ class Attempt:
     def __enter__(self) -> Self:
         try:
             self._beat()
+            if self.about.get("hang_seconds"):
+                self._stacks = self.paths.stacks(self.number, self.rank).open("w", encoding="utf-8")
         except OSError as error:
             raise write_error(self.paths.root, error) or error from None
+        self._watch_heartbeat()
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
+        if self._stacks is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._close_stacks(self._stacks)
         if self.paths.end(self.number, self.rank).exists():  # the end is recorded already
             return
         if error is None:
@@ -278,6 +285,7 @@ class Attempt:
 
     def _beat_until_stopped(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
+            self._watch_heartbeat()
             with contextlib.suppress(OSError):  # a full disk must not end the run here; the run's own writes report it
                 self._beat()
             with contextlib.suppress(OSError):
@@ -306,12 +314,29 @@ class Attempt:
             self._end("failed", hang)
             os._exit(1)
 
+    def _watch_heartbeat(self) -> None:
+        """Let Python's watchdog write the stacks if the next heartbeats do not come. On rank 0, it then ends the process.
+
+        Code that hangs and holds the interpreter's lock stops the thread of the heartbeat, too. The watchdog needs no lock. The
+        other ranks write theirs a heartbeat earlier, because rank 0 then records the reason and ends the job.
+        """
+        if self._stacks is None:
+            return
+        after = float(self.about["hang_seconds"]) + (1 if self.rank else 2) * BEAT_SECONDS
+        with contextlib.suppress(RuntimeError):  # no thread can be started now; the next heartbeat tries again
+            faulthandler.dump_traceback_later(after, file=self._stacks, exit=self.rank == 0)
+
     def _write_stacks(self) -> None:
         """Write the stack of each thread of this process to a file of the attempt, once."""
-        path = self.paths.stacks(self.number, self.rank)
-        if not path.exists():
-            with path.open("w", encoding="utf-8") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
+        if self._stacks is not None and not os.fstat(self._stacks.fileno()).st_size:
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
+
+    def _close_stacks(self, file: TextIO) -> None:
+        with contextlib.suppress(OSError):
+            empty = not os.fstat(file.fileno()).st_size
+            file.close()
+            if empty:
+                self.paths.stacks(self.number, self.rank).unlink(missing_ok=True)
 
     def _end(self, outcome: Outcome, why: str | None = None, trace: str | None = None) -> None:
         end = {"outcome": outcome, "reason": why, "at": time.time(), "traceback": trace}

@@ -163,6 +163,41 @@ def test_a_hanging_process_ends_itself_and_records_the_reason(paths: RunPaths) -
     assert 'File "<string>", line' in stacks, "the line in which the main thread hangs"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_hangs_in_compiled_code_writes_its_stacks(paths: RunPaths, rank: int) -> None:
+    """This regular expression takes forever and holds the interpreter's lock, so that no other thread of Python runs."""
+    code = (
+        "import re; from pathlib import Path; from sparseinst import attempts; from sparseinst.paths import RunPaths\n"
+        "attempts.BEAT_SECONDS = 0.2\n"
+        f"paths, job = RunPaths(Path({str(paths.root)!r})), attempts.Job('7')\n"
+        "attempt = attempts.Attempt.begin(paths, job=job, world_size=2, hang_seconds=1)\n"
+        f"with attempt if {rank} == 0 else attempts.Attempt.join(paths, job, {rank}):\n"
+        "    re.match(r'(a+)+$', 'a' * 60 + 'b')"
+    )
+    deadline = time.monotonic() + 60
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        try:
+            while time.monotonic() < deadline and not (paths.stacks(1, rank).exists() and paths.stacks(1, rank).stat().st_size):
+                time.sleep(0.1)
+            if rank == 0:
+                assert process.wait(10) == 1
+            else:  # rank 0 ends the job
+                time.sleep(0.5)
+                assert process.poll() is None
+        finally:
+            process.kill()
+    assert 'File "<string>", line 6' in paths.stacks(1, rank).read_text(), "the line in which the main thread hangs"
+
+
+def test_an_attempt_that_does_not_hang_leaves_no_stacks(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "BEAT_SECONDS", 0.1)
+    with Attempt.begin(paths, hang_seconds=3) as attempt:
+        for _ in range(18):  # longer than the watchdog's limit
+            attempt.at("data")
+            time.sleep(0.2)
+    assert not paths.stacks(1, 0).exists()
+
+
 def test_damaged_files_count_as_empty(paths: RunPaths) -> None:
     with Attempt.begin(paths):
         pass
