@@ -170,6 +170,11 @@ class Difference:
         return self.complete and all(row.seeds > 1 for row in self.rows)
 
     @property
+    def guessed(self) -> bool:
+        """Whether a row has one seed, so that its noise is that of other rows. People are then shown no interval."""
+        return self.seeds_known and any(row.seeds == 1 for row in self.rows)
+
+    @property
     def error(self) -> float:
         """The standard error, from the noise that is known."""
         return math.sqrt(sum(row.variance / row.seeds for row in self.rows) + (self.image_error or 0.0) ** 2)

@@ -71,8 +71,8 @@ def advance(
             look = make_look(number, held, {row: decisions[row] for row in names if row in seeds})
             if log and not looks and (others := other_looks(store.results, table, profile)):
                 _log.warning(
-                    "%s: earlier looks at this table (%s) belong to other settings or another design; the verdicts do not account "
-                    "for them",
+                    "%s: earlier looks at this table (%s) belong to other settings or another design; the verdicts do not "
+                    "account for them",
                     table.name,
                     ", ".join(map(str, others)),
                 )

@@ -33,7 +33,8 @@ _LINEAR = 2.0
 
 @style.styled
 def forest(results: Sequence[TableResult]) -> Figure | None:
-    """Draw each distinct comparison with its seeds, its interval, the paper's difference and its verdict.
+    """Draw each distinct comparison with its seeds, its interval, the paper's difference and its verdict. A row with one seed has
+    no interval.
 
     The shape of the mark and a word at the right edge both show the verdict.
 
@@ -103,7 +104,7 @@ def _draw(axes: matplotlib.axes.Axes, row: RowResult, reference: RowResult, at: 
         axes.plot(seeds, np.full(len(seeds), at), ".", color="0.6", ms=4, label=once("one seed"))
     verdict = row.judgement.verdict if row.judgement is not None else ""
     look = _LOOKS.get(verdict, _OPEN)
-    errors = [[found.value - found.low], [found.high - found.value]]
+    errors = None if found.guessed else [[found.value - found.low], [found.high - found.value]]
     label = once(verdict or "not trained")
     axes.errorbar([found.value], [at], xerr=errors, capsize=2, lw=1.1, ms=5.5, label=label, **look)
     if row.paper_difference is not None:

@@ -15,6 +15,8 @@ IMAGES_ALONE = "†"
 """This sign marks an interval that covers the noise of images alone, because too few rows have several seeds."""
 SEEDS_ALONE = "‡"
 """This sign marks an interval that covers the noise of seeds alone, because an evaluation has no resamplings of the images."""
+ONE_SEED = "(one seed)"
+"""These words stand in place of an interval if a row has one seed."""
 DIFFERENCE, PAPER_DIFFERENCE, VERDICT = "difference in AP", "in the paper", "verdict"
 AS_RUN = "as run"
 """The titles of the columns that a report adds to those of the spec."""
@@ -112,6 +114,8 @@ def _quoted_value(values: Mapping[Figure, float], metric: Figure) -> float | Non
 def _interval(difference: Difference | None) -> str:
     if difference is None:
         return ""
+    if difference.guessed:
+        return f"{difference.value:+.1f} {ONE_SEED}"
     text = f"{difference.value:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
     if not difference.seeds_known:
         return f"{text} {IMAGES_ALONE}"

@@ -150,10 +150,11 @@ def differences(result: TableResult) -> Figure | None:
     for index, row in enumerate(rows):
         measured = row.cells[Column("AP")].difference
         assert measured is not None
-        errors = [[measured.value - measured.low], [measured.high - measured.value]]
-        look = style.MEASURED if measured.seeds_known else style.IMAGES_ALONE
+        errors = None if measured.guessed else [[measured.value - measured.low], [measured.high - measured.value]]
+        look = style.MEASURED if measured.testable else style.IMAGES_ALONE
         noise = "over seeds and images" if measured.seeds_known else "over images alone"
-        label = once(f"measured at {result.profile} scale, 95 % {noise}")
+        interval = "one seed" if measured.guessed else f"with its interval {noise}"
+        label = once(f"measured at {result.profile} scale, {interval}")
         axes.errorbar([measured.value], [index - 0.12], xerr=errors, capsize=3, label=label, **look)
         if row.paper_difference is not None:
             axes.plot([row.paper_difference], [index + 0.12], label=once("the paper, on COCO"), **{**style.PAPER, "ls": ""})

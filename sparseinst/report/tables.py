@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sparseinst.ablation.statistics import CONFIDENCE
 from sparseinst.report import escape
 from sparseinst.report.collect import TableResult, repeated_comparisons
-from sparseinst.report.grid import IMAGES_ALONE, SEEDS_ALONE, grid
+from sparseinst.report.grid import IMAGES_ALONE, ONE_SEED, SEEDS_ALONE, grid
 from sparseinst.report.records import Column
 from sparseinst.words import counted
 
@@ -83,8 +83,8 @@ def _comparison_notes(result: TableResult) -> list[str]:
             f"{SEEDS_ALONE} The interval is over seeds alone, because an evaluation holds no resamplings of the images. The "
             "difference stays undecided. Remove the record of the evaluation, and run the table again."
         )
-    if any(found.complete and not found.testable for found in differences):
-        lines.append("A row with one seed has the noise of the other rows in its interval, and it stays undecided.")
+    if any(found.guessed for found in differences):
+        lines.append(f"{ONE_SEED}: one seed does not show a row's noise, so the difference has no interval and stays undecided.")
     if any(judgement.more_seeds for judgement in judged):
         lines.append(
             "(+n seeds) means: about n more seeds of both rows would settle the comparison with 80 % power, if its estimates "
