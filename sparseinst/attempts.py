@@ -24,10 +24,12 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TextIO
+from typing import Annotated, Any, Literal, Self, TextIO
+
+from pydantic import BaseModel, Field
 
 from sparseinst.errors import RunFailed, UserError
-from sparseinst.files import atomic, make_folder, remove_temporaries, write_error
+from sparseinst.files import atomic, json_fields, make_folder, remove_temporaries, write_error
 from sparseinst.machine import machine_name, process_name
 from sparseinst.paths import RunPaths
 
@@ -38,6 +40,46 @@ JOIN_SECONDS = 300.0
 """The other ranks of a job wait this long for rank 0 to begin the attempt."""
 
 Outcome = Literal["done", "failed", "interrupted", "superseded"]
+
+
+Seconds = Annotated[float, Field(ge=0, le=1e15)]
+Whole = Annotated[int, Field(ge=0, le=2**22)]
+"""A process id, a rank or a count; Linux allows no larger process id."""
+
+
+class _About(BaseModel):
+    """The types of the fields of an attempt's own file."""
+
+    began: Seconds = 0
+    host: str = ""
+    machine: str = ""
+    pid: Whole = 0
+    process: str | None = None
+    job: str | None = None
+    restarts: Whole = 0
+    world_size: Whole = 1
+    address: str | None = None
+    hang_seconds: Seconds | None = None
+
+
+class _Beat(BaseModel):
+    """The types of the fields of a heartbeat."""
+
+    phase: str = ""
+    step: int | None = None
+    since: Seconds = 0
+    pid: Whole = 0
+    process: str | None = None
+    machine: str = ""
+
+
+class _End(BaseModel):
+    """The types of the fields of an end."""
+
+    outcome: Outcome
+    reason: str | None = None
+    at: Seconds = 0
+    traceback: str | None = None
 
 
 class Held(UserError):
@@ -124,39 +166,38 @@ def _newest_number(paths: RunPaths) -> int:
         names = os.listdir(paths.attempts)  # noqa: PTH208 (faster; status lists thousands of folders)
     except FileNotFoundError:
         return 0
-    return max((int(name[:4]) for name in names if name.endswith(".json") and name[:4].isdigit()), default=0)
+    return max((int(name[:4]) for name in names if name.endswith(".json") and name[:4].isdecimal()), default=0)
 
 
 def _read(paths: RunPaths, number: int) -> AttemptRecord:
     beats, ends = {}, {}
     for file in paths.attempts.glob(f"{number:04d}.*.*"):
         rank = file.name.split(".")[1]
-        if not rank.isdigit():
+        if not rank.isdecimal():
             continue
         if file.suffix == ".beat":
             beats[int(rank)] = _read_beat(file)
         elif file.suffix == ".end":
-            ends[int(rank)] = _read_json(file)
-    return AttemptRecord(number, _read_json(paths.attempt(number)), beats, ends)
+            ends[int(rank)] = _read_fields(file, _End)
+    return AttemptRecord(number, _read_fields(paths.attempt(number), _About), beats, ends)
 
 
 def _read_beat(path: Path) -> tuple[float, dict[str, Any]]:
     try:
-        with path.open(encoding="utf-8") as file:  # opening the file makes a network file system fetch its current time stamp
+        with path.open("rb") as file:  # opening the file makes a network file system fetch its current time stamp
             written = os.fstat(file.fileno()).st_mtime
-            content = json.loads(file.read())
-    except (FileNotFoundError, ValueError):
+            content = json_fields(file.read(), _Beat)
+    except FileNotFoundError:
         return float("inf"), {}
-    return max(0.0, time.time() - written), content
+    return max(0.0, time.time() - written) if content else float("inf"), content
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty one if the file is missing or damaged."""
+def _read_fields(path: Path, model: type[BaseModel]) -> dict[str, Any]:
+    """Return the fields of a file; an empty dict if the file is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return json_fields(path.read_bytes(), model)
+    except FileNotFoundError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 class Attempt:

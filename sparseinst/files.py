@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.words import shorten
 
@@ -150,6 +152,18 @@ def remove_temporaries(folder: Path, *, older_than: float = 0.0) -> None:
                 path.unlink()
         except FileNotFoundError:  # its writer has just ended, or another process removed it
             continue
+
+
+def json_fields(text: bytes | str, model: type[BaseModel]) -> dict[str, Any]:
+    """Return the fields that a JSON object holds; an empty dict if it is damaged or a field has a wrong type.
+
+    Args:
+        model: the types of the fields.
+    """
+    try:
+        return model.model_validate_json(text, strict=True).model_dump(exclude_unset=True)
+    except ValueError:  # pydantic raises it for every kind of damage: no UTF-8, no JSON, no object, too deep, a wrong type
+        return {}
 
 
 def read_json_lines(path: Path, number: str) -> list[dict[str, Any]]:

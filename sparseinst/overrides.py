@@ -10,7 +10,7 @@ from typing import Any
 
 from sparseinst.config import MODELS, PRESETS, Config
 from sparseinst.errors import UserError
-from sparseinst.files import read_text, state_of_file
+from sparseinst.files import check_is_file, read_text, state_of_file
 from sparseinst.nested import merge, nearest, nest, parse
 from sparseinst.plain import MOST_CHARACTERS, parse_yaml
 from sparseinst.words import shorten
@@ -108,6 +108,7 @@ def read_layer(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         UserError: a file cannot be read, is not a mapping, extends itself, or the chain of files is too long.
     """
+    check_is_file(path)  # links that form a loop cannot be resolved
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself")
     if len(seen) > _LONGEST_CHAIN:

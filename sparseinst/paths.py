@@ -25,11 +25,15 @@ class RunPaths:
         """The run's name for people, in one line: table, row, seed, stage, profile. Only runs of tables have the file."""
         return self.root / "name.txt"
 
+    def read_name(self) -> str:
+        """Return the run's name. Bytes that are not UTF-8 are shown as a replacement character."""
+        return self.name.read_text(encoding="utf-8", errors="replace").strip()
+
     def title(self) -> str:
         """Return the name with the key, `table5 dice seed 1, train, profile mini (0ae70553)`; the folder if it has no name."""
         if not self.name.exists():
             return str(self.root)
-        return f"{self.name.read_text(encoding='utf-8').strip()} ({self.root.name[:8]})"
+        return f"{self.read_name()} ({self.root.name[:8]})"
 
     @property
     def log(self) -> Path:

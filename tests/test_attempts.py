@@ -209,3 +209,32 @@ def test_damaged_files_count_as_empty(paths: RunPaths) -> None:
     with Attempt.begin(paths) as second:
         assert second.number == 2
     assert socket.gethostname() == second.about["host"]
+
+
+DAMAGED = ["", "[]", "12", "null", '"x"', "{", "[" * 100_000, b"\xff\xfe", '{"a": "\\ud800"}']
+
+
+@pytest.mark.parametrize("content", [*DAMAGED, '{"since": null}', '{"since": "x"}', '{"phase": 3}', '{"since": 1e400}'])
+def test_a_damaged_heartbeat_counts_as_empty(paths: RunPaths, content: str | bytes) -> None:
+    attempt = Attempt.begin(paths)
+    paths.beat(1, 0).write_bytes(content if isinstance(content, bytes) else content.encode())
+    last = latest_attempt(paths)
+    assert last is not None
+    assert last.beats == {0: (float("inf"), {})}
+    assert last.at_work()
+    assert describe_hang(last, 60) == f"rank 0 hung in None for {time.time() - attempt.about['began']:.0f} s"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [*DAMAGED, '{"began": null}', '{"pid": "x"}', '{"restarts": []}', '{"world_size": 1e30}', '{"machine": 1}', '{"job": {}}'],
+)
+def test_a_damaged_attempt_counts_as_empty(paths: RunPaths, content: str | bytes) -> None:
+    Attempt.begin(paths)
+    for path in (paths.attempt(1), paths.end(1, 0)):
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    last = latest_attempt(paths)
+    assert last is not None
+    assert (last.about, last.ends, last.began, last.job) == ({}, {0: {}}, 0.0, None)
+    assert last.failure() is None
+    assert Attempt.begin(paths, job=Job("1", restarts=1)).number == 2

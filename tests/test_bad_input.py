@@ -90,6 +90,11 @@ def test_devices_pipes_and_long_chains_are_no_settings(tmp_path: Path) -> None:
         (tmp_path / "own.yaml").write_text(f"extends: {name}")
         with pytest.raises(UserError, match="is a device or a pipe"):
             load_config(tmp_path / "own.yaml")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    (tmp_path / "own.yaml").write_text("extends: loop.yaml")
+    for name in ("loop.yaml", "own.yaml"):
+        with pytest.raises(UserError, match="loop.yaml: cannot be read .Too many levels of symbolic links"):
+            load_config(tmp_path / name)
     for link in range(40):
         (tmp_path / f"{link}.yaml").write_text(f"extends: {link + 1}.yaml")
     with pytest.raises(UserError, match="extends files over more than 20 steps"):

@@ -17,6 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from sparseinst.files import json_fields
 from sparseinst.machine import gpu_driver, processor_model
 from sparseinst.paths import RunPaths
 
@@ -75,29 +78,29 @@ def note_code(paths: RunPaths) -> None:
         file.write("\n" * cut_off + json.dumps({**code_version(), "versions": versions()}) + "\n")
 
 
+class _Code(BaseModel):
+    """The types of the fields of a line of code.jsonl."""
+
+    commit: str | None = None
+    changes: str | None = None
+    versions: dict[str, str] = {}
+
+
 def trained_by(paths: RunPaths) -> dict[str, Any]:
     """Return the code that trained a run's weights, which may differ from the code that records the run.
 
     Returns:
         `commit`, `changes` and `versions` of the last code that trained them, and under `earlier` those of any others. `commit`
-        and `changes` are None if nothing was recorded or a kill left the line incomplete.
+        and `changes` are None if nothing was recorded or the line is damaged.
     """
     unknown: dict[str, Any] = {"commit": None, "changes": None, "versions": {}}
     recorded = [unknown]
     if paths.code.exists():
-        recorded = [_parsed(line) or unknown for line in paths.code.read_text(encoding="utf-8").splitlines()] or recorded
+        lines = paths.code.read_bytes().splitlines()
+        recorded = [{**unknown, **json_fields(line, _Code)} for line in lines] or recorded
     *before, last = recorded
     earlier = [code for index, code in enumerate(before) if code != last and code not in before[:index]]
     return {**last, **({"earlier": earlier} if earlier else {})}
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """Return the JSON object in a line; None if the line is incomplete."""
-    try:
-        code: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return code
 
 
 def versions() -> dict[str, str]:

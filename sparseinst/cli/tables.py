@@ -295,7 +295,7 @@ def logs(
 
     path = find_log(run, make_plan(None, profile, seeds, None, results, None, cluster=cluster)[0], rank)
     if not follow:
-        print(path.read_text(encoding="utf-8"), end="")
+        print(path.read_text(encoding="utf-8", errors="replace"), end="")
         return
     for line in follow_lines(path):
         sys.stdout.write(line)

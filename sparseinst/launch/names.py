@@ -36,7 +36,7 @@ def named_runs() -> Iterable[tuple[RunPaths, str]]:
     """Yield the folders of runs of tables in `runs`, whatever their profile, with their names."""
     for file in sorted(RUNS.glob("*/name.txt")):
         paths = RunPaths(file.parent)
-        yield paths, paths.name.read_text(encoding="utf-8").strip()
+        yield paths, paths.read_name()
 
 
 def folded(text: str) -> str:

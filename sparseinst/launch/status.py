@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+from pydantic import BaseModel, Field
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -19,6 +19,7 @@ from rich.table import Table
 from sparseinst.ablation.plan import Plan, StageRun
 from sparseinst.attempts import AttemptRecord, describe_hang, latest_attempt
 from sparseinst.errors import UserError
+from sparseinst.files import json_fields
 from sparseinst.launch.names import folded, named_runs
 from sparseinst.launch.submission import (
     Queue,
@@ -41,6 +42,14 @@ _REQUEUED = ("REQUEUE", "PREEMPTION", "NODE FAILURE")
 """Words in SLURM's messages about a job that it stops and will start again."""
 HANG_SECONDS = 1800.0
 """A rank that makes no progress for this long is reported as hung, if its attempt has no limit of its own."""
+
+
+class _Step(BaseModel):
+    """The types of the fields of a line of metrics.jsonl that tell the progress."""
+
+    iteration: Annotated[int, Field(ge=0)] = 0
+    seconds: Annotated[float, Field(ge=0, le=1e6)] = 0
+
 
 _TAIL = 4096  # bytes; the last line of metrics.jsonl is far shorter
 
@@ -166,11 +175,10 @@ def _progress(run: StageRun, paths: RunPaths) -> tuple[float, float | None]:
         file.seek(max(0, paths.metrics.stat().st_size - _TAIL))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
     for line in reversed(lines):
-        try:
-            record = json.loads(line)
-            done, seconds = int(record["iteration"]), float(record["seconds"])
-        except (ValueError, KeyError, TypeError, OverflowError):  # a damaged line, or the metrics of an evaluation
+        record = json_fields(line, _Step)
+        if not {"iteration", "seconds"} <= record.keys():  # a damaged line, or the metrics of an evaluation
             continue
+        done, seconds = record["iteration"], record["seconds"]
         total = (run.config.train if run.stage == "train" else run.config.pretrain).iterations
         return done / total, seconds * (total - done)
     return 0.0, None
@@ -285,7 +293,7 @@ def _find_folders(text: str, plan: Plan) -> dict[str, tuple[RunPaths, str]]:
 
 def follow(path: Path, *, every: float = 1.0) -> Iterable[str]:
     """Yield the lines of a growing file; this never ends."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         while True:
             line = file.readline()
             if line:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import json
 import re
@@ -9,6 +10,9 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
 
 from sparseinst.errors import RunFailed
 from sparseinst.files import atomic
@@ -26,15 +30,15 @@ class Submission:
     """The profile's name."""
     kind: str
     """slurm, local or debug."""
-    job: str
+    job: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     """The scheduler's name of the job, with the array index."""
-    folder: str
+    folder: Annotated[str, Field(pattern=r"^[^\x00]+$")]
     """The folder of its processes' outputs."""
     at: float
     """When it was sent, in seconds since 1970."""
     user: str = ""
     """The user who sent it."""
-    process: str | None = None
+    process: Annotated[str, Field(pattern=r"^\d{1,10}( \d+)?$")] | None = None
     """The process of a local job, named as by `machine.process_name`; None on a cluster."""
     machine: str | None = None
     """The machine of a local job, named as by `machine.machine_name`; None on a cluster."""
@@ -65,9 +69,14 @@ def write_submission(paths: RunPaths, submission: Submission) -> None:
 def read_submission(paths: RunPaths) -> Submission | None:
     """Return a stage's last submission; None if there is none or the file is damaged."""
     try:
-        return Submission(**json.loads(paths.submitted.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        return _submission().validate_json(paths.submitted.read_bytes(), strict=True)
+    except (FileNotFoundError, ValueError):
         return None
+
+
+@functools.cache
+def _submission() -> TypeAdapter[Submission]:
+    return TypeAdapter(Submission)
 
 
 START = "sparseinst: the job starts, restarts:"
@@ -93,7 +102,8 @@ def read_exit(submission: Submission, restarts: int | None = None) -> Exit | Non
         restarts: how often the job had been requeued before this start; None for the last start that ended.
     """
     name = f"{submission.job}.{'*' if restarts is None else restarts}.exit"
-    files = sorted(Path(submission.folder).glob(name), key=lambda path: int(path.suffixes[-2][1:]))
+    starts = {path: path.suffixes[-2][1:] for path in Path(submission.folder).glob(name)}
+    files = sorted((path for path, start in starts.items() if start.isdecimal()), key=lambda path: int(starts[path]))
     if not files:
         return None
     try:

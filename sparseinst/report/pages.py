@@ -83,7 +83,7 @@ def page_file(folder: Path, profile: str) -> Path:
 
 def _write(path: Path, text: str) -> bool:
     """Write a text file if its content changes; return whether it does."""
-    if path.exists() and path.read_text(encoding="utf-8") == text:
+    if path.exists() and path.read_bytes() == text.encode():
         return False
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -97,7 +97,7 @@ def _index(folder: Path) -> str:
         "HTML, each figure as PNG and SVG.\n"
     ]
     for table in sorted((folder / "tables").glob("*.md")):
-        text = table.read_text(encoding="utf-8").replace("# ", "## ", 1).rstrip()
+        text = table.read_text(encoding="utf-8", errors="replace").replace("# ", "## ", 1).rstrip()
         title, _, body = text.partition("\n")
         others = ", ".join(f"[{suffix}](tables/{table.stem}.{suffix})" for suffix in FORMATS if suffix != "md")
         parts.append(f"{title}\n{body}\n\n{others}\n")

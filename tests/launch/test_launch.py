@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from sparseinst.launch import arrange
 from sparseinst.launch import submit as launch
 from sparseinst.launch.cluster import Cluster, list_clusters, read_cluster
 from sparseinst.launch.status import Status, plan_status
+from sparseinst.launch.status import as_json as states_as_json
 from sparseinst.launch.submission import Queue, Submission, read_submission, write_submission
 from sparseinst.machine import machine_name, process_name
 from sparseinst.paths import RunPaths, run_folder
@@ -288,6 +290,36 @@ def test_cancelled_failed_and_lost_are_distinguished_without_a_scheduler(tmp_pat
     assert state_of(2) == ("queued", None, 1)
     write_submission(paths, Submission("c", "slurm", "6", str(jobs), time.time(), cancelled=True))
     assert state_of(2)[0] == "cancelled"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "null", "[" * 100_000, b"\xff", {"at": "x"}, {"job": 5}, {"job": "/a"}, {"process": ""}, {"folder": "a\0"}],
+)
+def test_a_damaged_submission_counts_as_missing(content: str | bytes | dict[str, Any], tmp_path: Path) -> None:
+    plan = planned("table5", row="dice")
+    run = next(iter(plan.runs.values()))
+    paths = run_folder(run.key)
+    write_submission(paths, Submission("c", "slurm", "5_0", str(tmp_path), time.time()))
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(paths.submitted.read_text()), **content})
+    paths.submitted.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert read_submission(paths) is None
+    assert {status.state for status in plan_status(plan)} == {"pending"}
+
+
+@pytest.mark.parametrize("line", ["[" * 4000, '{"iteration": 1, "seconds": NaN}', '{"iteration": "x", "seconds": 1}', "5"])
+def test_damaged_metrics_show_no_progress(line: str) -> None:
+    plan = planned("table5", row="dice")
+    run = next(run for run in plan.runs.values() if run.stage == "train")
+    paths = run_folder(run.key)
+    with Attempt.begin(paths):
+        paths.metrics.write_text('{"iteration": 1, "seconds": 0.5, "loss": NaN}\n')
+        assert next(status for status in plan_status(plan) if status.run.key == run.key).eta_seconds == 0.5
+        paths.metrics.write_text(f"{line}\n")
+        status = next(status for status in plan_status(plan) if status.run.key == run.key)
+    assert (status.state, status.progress, status.eta_seconds) == ("running", 0.0, None)
+    states_as_json([status])
 
 
 def test_a_stage_that_must_be_done_again_is_sent_again(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from sparseinst.ablation.store import Store
 from sparseinst.cli import run_cli
 from sparseinst.launch.names import give_name
+from sparseinst.launch.status import follow
 from sparseinst.paths import NAMES, RunPaths, run_folder
 from tests.launch.test_run import EXPERIMENTS, smoke
 
@@ -66,3 +67,14 @@ def test_a_link_follows_the_newest_run_of_its_name() -> None:
     assert link.resolve() == run_folder("b" * 16).root.resolve()
     assert run_folder("a" * 16).title() == "table1 a/b: c seed 1, train, profile p (aaaaaaaa)"
     assert RunPaths(Path("runs/mine")).title() == "runs/mine"
+
+
+def test_names_and_logs_that_are_not_utf8_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    paths = run_folder("a" * 16)
+    paths.root.mkdir(parents=True)
+    paths.name.write_bytes(b"table1 caf\xe9\n")
+    paths.log.write_bytes(b"\xff first line\n")
+    assert paths.title() == "table1 caf\ufffd (aaaaaaaa)"
+    assert run_cli(["logs", "table1 caf"]) == 0
+    assert capsys.readouterr().out == "\ufffd first line\n"
+    assert next(iter(follow(paths.log))) == "\ufffd first line\n"

@@ -286,6 +286,17 @@ def test_a_record_names_the_code_that_trained(monkeypatch: pytest.MonkeyPatch) -
     assert provenance.trained_by(paths)["commit"] is None, "unknown for a run without code.jsonl"
 
 
+@pytest.mark.parametrize("line", [b"5", b'"x"', b"[]", b"\xff", b"[" * 100_000, b'{"commit": 5}', b'{"versions": null}'])
+def test_a_damaged_line_of_the_code_counts_as_unknown(line: bytes, tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    known = {"commit": "a" * 40, "changes": None, "versions": {"torch": "9"}}
+    unknown = {"commit": None, "changes": None, "versions": {}}
+    paths.code.write_bytes(line + b"\n" + json.dumps(known).encode() + b"\n")
+    assert provenance.trained_by(paths) == {**known, "earlier": [unknown]}
+    paths.code.write_bytes(line)
+    assert provenance.trained_by(paths) == unknown
+
+
 def test_an_evaluation_without_objects_has_no_ap(capsys: pytest.CaptureFixture[str]) -> None:
     store = Store()
     plan = smoke(store, "table5", row="dice alone")

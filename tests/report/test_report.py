@@ -228,6 +228,17 @@ def test_an_unchanged_report_is_not_written_again(store: Store) -> None:
         assert (store.results / link).exists()
 
 
+def test_a_damaged_table_is_written_again_or_shown(store: Store) -> None:
+    results, folder = [table5(store)], store.folder.parent
+    write_report(results, folder)
+    own, other = (folder / "tables" / f"{name}.md" for name in (results[0].name, "another"))
+    own.write_bytes(b"\xff")
+    other.write_bytes(b"# caf\xe9\n")
+    write_report(results, folder)
+    assert own.read_text().startswith("# ")
+    assert "## caf\ufffd\n" in (folder / "README.md").read_text()
+
+
 def test_a_report_reads_each_record_and_each_spec_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of records are read at each report, and rows of several tables share them."""
     read: Counter[bytes] = Counter()
