@@ -27,7 +27,7 @@ def write_records(folder: Path, profile: str) -> Store:
         for row in table.spec.rows:
             config = row_config(table.spec, row, settings, 0)
             ap = TABLE5[row.name] if table.name == "table5" else row.paper.get("AP", 30.0)
-            metrics = {"AP": ap, "AP50": ap + 20, "AP75": ap + 1, "APs": ap - 10, "APm": ap, "APl": ap + 10}
+            metrics = {"AP": ap, "AP50": ap + 20, "AP75": ap + 1, "APs": max(0.0, ap - 10), "APm": ap, "APl": ap + 10}
             resampled = {name: [value - 0.5, value, value + 0.5] for name, value in metrics.items()}
             results = {
                 "train": {"steps": 1, "seconds": 1.0, "losses": {"loss": 1.0}, "parameters": 1},

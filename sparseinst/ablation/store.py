@@ -11,9 +11,9 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 
 from sparseinst.errors import UserError
@@ -50,25 +50,79 @@ class Record:
     trained the weights."""
 
 
-class _Trained(BaseModel):
+def _has_median(times: dict[str, float]) -> dict[str, float]:
+    if "median" not in times:
+        raise ValueError("the median is missing")
+    return times
+
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Times = Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], AfterValidator(_has_median)]
+"""Times in milliseconds; images per second are their inverse, so that none can be zero."""
+
+
+class _Content(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Step(_Content):
+    """The metrics of an evaluation during training."""
+
+    iteration: int
+    AP: _Percent | None = None
+
+
+class _Trained(_Content):
+    steps: int
+    losses: dict[str, float] = {}
+    history: list[_Step] = []
     not_trained: list[str] = []
 
 
-class _Evaluated(BaseModel):
-    figures: dict[str, float | None]
-    resampled: dict[str, list[float | None]] = {}
+class _Evaluated(_Content):
+    figures: dict[str, _Percent | None]
+    mechanism: dict[str, _Finite | None] = {}
+    images: int | None = None
+    resampled: dict[str, list[_Finite | None]] = {}
+    """There are thousands of these values, and to check their bounds would take a tenth of the time to read the record."""
 
 
-class _Timed(BaseModel):
-    whole_ms: dict[str, float]
-    modules_ms: dict[str, float]
+class _Timed(_Content):
+    whole_ms: _Times
+    modules_ms: dict[str, _Seconds]
 
 
-class _Peer(BaseModel):
+class _Peer(_Content):
     peer: str
     short_side: int
-    figures: dict[str, float | None] = {}
-    whole_ms: dict[str, float] = {}
+    figures: dict[str, _Percent | None] = {}
+    whole_ms: _Times = {}
+
+
+class _Code(_Content):
+    """The code that trained weights."""
+
+    commit: str | None = None
+    changes: str | None = None
+    versions: dict[str, str] = {}
+
+
+class _Trainer(_Code):
+    earlier: list[_Code] = []
+
+
+class _Provenance(_Trainer):
+    profile: str | None = None
+    device: str | None = None
+    seed: int | None = None
+    data: str | None = None
+    weights: str | None = None
+    seconds: _Seconds = 0
+    world_size: int = 1
+    arithmetic: dict[str, Any] | None = None
+    trained: _Trainer = _Trainer()
 
 
 _CONTENTS: dict[Kind, type[BaseModel]] = {
@@ -78,7 +132,7 @@ _CONTENTS: dict[Kind, type[BaseModel]] = {
     "latency": _Timed,
     "peer": _Peer,
 }
-"""The values of each kind that a report reads; a record without them counts as damaged."""
+"""The values of each kind that a report reads; a record without them, or with values of other types, counts as damaged."""
 
 
 _RETIRED = ("compare",)
@@ -141,6 +195,9 @@ class Store:
                 return None
             record = Record(**content)
             _CONTENTS[record.kind].model_validate(record.result)
+            _Provenance.model_validate(record.provenance)
+            if not isinstance(record.config, dict):
+                raise TypeError("its config is not a group of settings")
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -179,8 +179,8 @@ def test_costs_come_from_records_of_the_same_profile_and_device(tmp_path: Path, 
     assert costs(plan, store).of(plan.to_do()) == pytest.approx(4 * 368 + 4 * 0.2)
     done, elsewhere = plan.to_do()[:2]
     about = {"profile": "coco", "device": plan.device, "seconds": 3600.0, "world_size": 8}
-    store.write(Record("train", done.key, {}, provenance=about))
-    store.write(Record("train", elsewhere.key, {}, provenance={**about, "device": "another", "seconds": 1.0}))
+    store.write(Record("train", done.key, {"steps": 1}, provenance=about))
+    store.write(Record("train", elsewhere.key, {"steps": 1}, provenance={**about, "device": "another", "seconds": 1.0}))
     for key in (done.key, elsewhere.key):
         run_folder(key).root.mkdir(parents=True)
         run_folder(key).weights.touch()

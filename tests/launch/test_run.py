@@ -195,7 +195,7 @@ def test_missing_weights_are_trained_again(caplog: pytest.LogCaptureFixture) -> 
 
 def test_concurrent_writers_leave_complete_records() -> None:
     store = Store()
-    record = Record("train", "0" * 16, {"values": list(range(1000))})
+    record = Record("train", "0" * 16, {"steps": 1, "values": list(range(1000))})
     threads = [threading.Thread(target=store.write, args=(record,)) for _ in range(16)]
     for thread in threads:
         thread.start()
@@ -203,7 +203,7 @@ def test_concurrent_writers_leave_complete_records() -> None:
         thread.join()
     assert store.load(record.key) == record
     assert [path.name for path in store.folder.iterdir()] == [f"{record.key}.json"]
-    store.write(Record("train", "0" * 16, {"values": []}))
+    store.write(Record("train", "0" * 16, {"steps": 1, "values": []}))
     assert store.load(record.key) == record, "an existing record is never changed"
 
 

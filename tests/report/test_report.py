@@ -35,7 +35,7 @@ MEASURED = {"BCE alone": (9.0, 10.0, 11.0), "dice alone": (29.6, 30.0), "dice + 
 
 def evaluation(key: str, ap: float, seed: int = 0) -> Record:
     """Return an evaluation whose AP has a standard error of 0.5 over images, the same resamplings for all."""
-    metrics = {"AP": ap, "AP50": 2 * ap, "AP75": ap - 1, "APs": None, "APm": ap, "APl": None}
+    metrics = {"AP": ap, "AP50": 2 * ap, "AP75": max(0.0, ap - 1), "APs": None, "APm": ap, "APl": None}
     random = np.random.default_rng(int(10 * ap))
     resampled = {name: list(value + random.normal(0, 0.5, 50)) for name, value in metrics.items() if value is not None}
     about = {"device": "A card", "seed": seed, "commit": "abcdef0123456", "versions": {"torch": "9.9"}, "data": "d1"}
