@@ -1,6 +1,7 @@
 """Records hold the results of stages: one small JSON file for each key. Imports no torch.
 
-A record is written atomically and never edited. A stage is done if its record's file exists.
+A record is written atomically and never edited. A stage is done if its record's file exists. The file holds a checksum of its
+other fields, so that a changed digit counts as damage; records of earlier versions have none.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -139,6 +141,38 @@ _RETIRED = ("compare",)
 """Kinds that earlier versions wrote; nothing reads them."""
 
 
+_CHECKSUM_LINE = '"checksum": "{}",\n '
+"""The file's first field. The checksum is that of the file without this text."""
+
+
+def _with_checksum(content: dict[str, Any]) -> str:
+    """Return the text of a record's file."""
+    text = _canonical(content)
+    return text.replace('"', _CHECKSUM_LINE.format(_checksum(text.encode())) + '"', 1)
+
+
+def _checked(text: bytes) -> dict[str, Any]:
+    """Return the content of a record's file without its checksum. Raises `ValueError` if the checksum is another."""
+    content: dict[str, Any] = from_json(text)  # three times as fast as json.loads
+    checksum = content.pop("checksum", None)
+    if checksum is None:
+        return content
+    without = text.replace(_CHECKSUM_LINE.format(checksum).encode(), b"", 1)
+    # A tool may have changed the spaces of the file, but not its values.
+    if checksum != _checksum(without) and checksum != _checksum(_canonical(content).encode()):
+        raise ValueError("its checksum is another")
+    return content
+
+
+def _canonical(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def _checksum(text: bytes) -> str:
+    """Return the CRC-32. It shows every change of one or two bits in a record, in a third of the time that SHA-256 takes."""
+    return f"{zlib.crc32(text):08x}"
+
+
 def _shipped(key: str) -> Path:
     return SHIPPED / f"{key}.json"
 
@@ -190,7 +224,7 @@ class Store:
         if not path.exists() and _shipped(key).exists():
             path = _shipped(key)
         try:
-            content = from_json(path.read_bytes())  # three times as fast as json.loads
+            content = _checked(path.read_bytes())
             if content.get("kind") in _RETIRED:
                 return None
             record = Record(**content)
@@ -216,7 +250,7 @@ class Store:
         """
         if not self.has(record.key):
             with atomic(self.path(record.key), check) as temporary:
-                temporary.write_text(json.dumps(asdict(record), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+                temporary.write_text(_with_checksum(asdict(record)), encoding="utf-8")
 
     def retire(self, key: str, check: Callable[[], None]) -> None:
         """Rename the record of a training whose weights are gone and were made again with other bits."""

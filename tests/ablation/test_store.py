@@ -64,3 +64,32 @@ def test_a_record_with_wrong_values_is_set_aside(
     assert [file.name for file in store.folder.iterdir()] == ["k.damaged"]
     assert len(caplog.messages) == 1
     assert "its stage counts as not done" in caplog.text
+
+
+@pytest.mark.parametrize("kind", list(RESULTS))
+def test_a_flipped_bit_is_damage(kind: Kind, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(Record(kind, "k", RESULTS[kind], {"a": "b"}, ABOUT))
+    whole = store.path("k").read_bytes()
+    for place in range(len(whole)):
+        store.path("k").write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert store.load("k") is None, place
+    store.path("k").write_bytes(whole)
+    assert store.load("k") is not None
+
+
+def test_the_checksum_is_that_of_the_content(tmp_path: Path) -> None:
+    """Other spaces change nothing, records without a checksum are accepted, and a checksum of another type is damage."""
+    store = Store(tmp_path)
+    record = Record("evaluate", "k", RESULTS["evaluate"], {"x": 1e-7, "y": '\u00e9 "checksum": '}, ABOUT)
+    store.write(record)
+    content = json.loads(store.path("k").read_text())
+    assert store.load("k") == record
+    store.path("k").write_text(json.dumps(content))
+    assert store.load("k") == record
+    content["result"]["figures"]["AP"] = 70
+    store.path("k").write_text(json.dumps(content))
+    assert store.load("k") is None
+    for checksum, accepted in ((None, True), (5, False), ([], False)):
+        store.path("k").write_text(json.dumps({**content, "checksum": checksum}))
+        assert (store.load("k") is not None) == accepted
