@@ -204,6 +204,10 @@ def _same_conditions(record: Record, plan: Plan) -> bool:
     return (about.get("profile"), about.get("device")) == (plan.profile.name, plan.device) and "seconds" in about
 
 
+MOST_LINES = 200
+"""The longest list of rows that is printed for people."""
+
+
 def as_json(plan: Plan, cost: Costs) -> dict[str, Any]:
     """Return rows, stages and remaining hours as JSON data, for scripts."""
     return {
@@ -223,15 +227,17 @@ def as_json(plan: Plan, cost: Costs) -> dict[str, Any]:
 
 
 def show(plan: Plan, cost: Costs) -> None:
-    """Print the plan for people."""
+    """Print the plan for people, with a line for each row, or for each table if there are more than `MOST_LINES` rows."""
     table = Table(title=f"profile {escape(plan.profile.name)}; latency on {plan.device}", title_justify="left")
     shown = [stage for stage in STAGES if any(run.stage == stage for run in plan.runs.values())]
-    for name in ("table", "row", "seed", *shown):
+    short = len(plan.rows) > MOST_LINES
+    for name in ("table", "rows" if short else "row", "seeds" if short else "seed", *shown):
         table.add_column(name)
-    for planned in plan.rows:
-        marks = [_mark(planned.keys.get(stage), plan) for stage in shown]
-        table.add_row(escape(planned.table.name), escape(planned.row.name), str(planned.seed), *marks)
+    for cells in _summary(plan, shown) if short else _lines(plan, shown):
+        table.add_row(*map(escape, cells))
     Console(width=max(Console().width, 100)).print(table)
+    if short:
+        print(f"{len(plan.rows)} rows are too many to show; --json lists them all")
     left = plan.to_do()
     for stage in STAGES:
         runs = [run for run in plan.runs.values() if run.stage == stage]
@@ -240,11 +246,34 @@ def show(plan: Plan, cost: Costs) -> None:
         hours = f", {cost.hours[stage]:.3g} {cost.unit} each" if stage in cost.hours else ""
         measured = cost.measured.get(stage)
         source = f" (mean of {counted(measured, 'record')})" if measured else " (estimate)" if hours else ""
-        print(f"{stage}: {counted(len(runs), 'distinct run')}, {len(runs) - sum(r in left for r in runs)} done{hours}{source}")
+        print(f"{stage}: {counted(len(runs), 'distinct run')}, {sum(run.key in plan.done for run in runs)} done{hours}{source}")
     total = f"{counted(len(plan.rows), 'row')}, {counted(len(plan.runs), 'distinct run')}"
     print(f"{total}, {len(left)} to do: about {cost.of(left):.3g} {cost.unit}")
     if plan.profile.cost is not None and any(not cost.measured.get(run.stage) for run in left):
         print(f"Estimates: {plan.profile.cost.source}")
+
+
+def _lines(plan: Plan, stages: Sequence[Stage]) -> list[list[str]]:
+    """Return the cells of each row and seed."""
+    return [
+        [planned.table.name, planned.row.name, str(planned.seed), *(_mark(planned.keys.get(stage), plan) for stage in stages)]
+        for planned in plan.rows
+    ]
+
+
+def _summary(plan: Plan, stages: Sequence[Stage]) -> list[list[str]]:
+    """Return the cells of each table: the number of rows and seeds, and how many distinct runs of each stage are done."""
+    tables: dict[str, list[PlannedRow]] = {}
+    for planned in plan.rows:
+        tables.setdefault(planned.table.name, []).append(planned)
+    lines = []
+    for name, rows in tables.items():
+        line = [name, str(len({planned.row.name for planned in rows})), str(len({planned.seed for planned in rows}))]
+        for stage in stages:
+            keys = {planned.keys[stage] for planned in rows if stage in planned.keys}
+            line.append(f"{len(keys & plan.done)} of {len(keys)} done" if keys else "")
+        lines.append(line)
+    return lines
 
 
 def _mark(key: str | None, plan: Plan) -> str:

@@ -1,13 +1,15 @@
 """Check specs and profiles: the paper's counts, golden keys, mistakes, and a new table without code."""
 
 import json
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sparseinst.ablation.plan import as_json, costs, make_plan
+from sparseinst.ablation.plan import StageRun, as_json, costs, make_plan, show
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import Profile, list_tables, overruled, read_profile, read_spec, read_tables, row_config
 from sparseinst.cli import run_cli
@@ -196,6 +198,26 @@ def test_costs_come_from_records_of_the_same_profile_and_device(tmp_path: Path, 
     assert (len(again.to_do()), costs(again, store).hours["train"]) == (7, 8.0)
     run_folder(done.key).weights.touch()
     assert plan_again() == plan
+
+
+def test_a_plan_of_many_rows_is_shown_by_table_and_in_linear_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store, profile = Store(tmp_path), read_profile("coco", EXPERIMENTS)
+    tables = read_tables(["table5", "table6"], EXPERIMENTS)
+    few = make_plan(tables, profile, store, seeds=range(2), device="cpu")
+    cost = costs(few, store)
+    show(few, cost)
+    assert "dice + BCE" in capsys.readouterr().out
+    # Each stage of the plan is looked up by its key, and never compared with the others.
+    monkeypatch.setattr(StageRun, "__eq__", lambda *_: pytest.fail("stages are compared"))
+    many = make_plan(tables, profile, store, seeds=range(60), device="cpu")
+    show(replace(many, done={key for key, run in many.runs.items() if run.config.train.seed < 2}), cost)
+    printed = capsys.readouterr().out
+    assert "dice + BCE" not in printed
+    assert re.search(r"table5 +│ 4 +│ 60 +│ 8 of 240 done", printed)
+    assert "rows are too many to show; --json lists them all" in printed
 
 
 RESULTS: dict[str, dict[str, Any]] = {
