@@ -49,6 +49,11 @@ def _folder_name(name: str) -> str:
 _LONGEST_NAME = 100
 _LONGEST_LINE = 1000
 OneLine = Annotated[str, AfterValidator(_one_line)]
+CSV_COLUMNS = (
+    *("table", "profile", "row", "figure", "device", "state", "measured", "deviation", "seeds", "paper"),
+    *("difference", "low", "high", "verdict", "p_sign", "p_equivalence", "more_seeds"),
+)
+"""The columns that the CSV file of every table has beside those of its labels."""
 Labels = dict[str, OneLine | int | float]
 
 
@@ -66,9 +71,9 @@ class Row(Section):
 class Protocol(Section):
     """How quoted values were measured. Values of two protocols are never compared without a mark."""
 
-    device: str
-    description: str
-    source: str
+    device: OneLine
+    description: OneLine
+    source: OneLine
 
 
 class Quoted(Section):
@@ -98,13 +103,18 @@ class Spec(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     """Settings that all rows share, by dotted path."""
     quoted: tuple[Quoted, ...] = ()
-    protocols: dict[str, Protocol] = Field(default_factory=dict)
+    protocols: dict[OneLine, Protocol] = Field(default_factory=dict)
     peers: tuple[str, ...] = ()
     """Other systems whose records are shown if they exist, by the names that `bench` and `evaluate` accept."""
     footnotes: tuple[OneLine, ...] = ()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        for number, column in enumerate(self.columns):
+            if column in CSV_COLUMNS:
+                raise ValueError(f"columns: {column!r} is a column of every CSV file: choose another name")
+            if column in self.columns[:number]:
+                raise ValueError(f"columns: two columns are called {column!r}")
         names = [row.name for row in self.rows]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two rows are called {twice[0]!r}")
@@ -136,7 +146,7 @@ class Spec(Section):
 class Table(Section):
     """A spec with its name."""
 
-    name: str
+    name: Annotated[OneLine, AfterValidator(_folder_name)]
     spec: Spec
 
 
@@ -237,10 +247,15 @@ def read_profile(name: str, folder: Path = EXPERIMENTS) -> Profile:
     return profile
 
 
+_ACTING = "{}\\%#[]<>"
+
+
 def _find(what: str, name: str, folder: Path) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.stem.isprintable() or path.stem.startswith("."):
         raise UserError(f"{path.name!r}: results are saved under this name, so it must be printable, with no dot at its start")
+    if acting := sorted(set(path.stem) & set(_ACTING)):
+        raise UserError(f"{path.name!r}: reports use this name, and {acting[0]} would act in LaTeX or Markdown: rename the file")
     if not path.exists():
         raise UserError(f"no such {what}: {name!r} ({path}){nearest(name, list_tables(folder))}")
     other = folder / f"{path.stem}.yaml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html as html_module
+import re
 
 _TEX = {
     "\\": "\\textbackslash{}",
@@ -24,6 +25,11 @@ _TEX = {
 }
 
 
+_MARKDOWN = re.compile(r"\\|\*|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])")
+"""Characters that act: a backslash, emphasis that is not inside a word, and the end of a link's or picture's text. Intervals and
+names such as small_resnet stay as they are."""
+
+
 def tex(text: str) -> str:
     """Return text that LaTeX prints as it is."""
     return "".join(_TEX.get(character, character) for character in text)
@@ -35,7 +41,8 @@ def html(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """Return text that Markdown shows as it is in a cell of a table, without HTML."""
+    """Return text that Markdown shows as it is in a cell of a table, without HTML, links, pictures or emphasis."""
+    text = _MARKDOWN.sub(r"\\\g<0>", text)
     for plain, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`"), ("\n", " ")):
         text = text.replace(plain, escaped)
     return text

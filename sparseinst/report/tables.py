@@ -118,12 +118,7 @@ def markdown(result: TableResult) -> str:
 
     text = f"# {escape.markdown(result.table.spec.title)} ({result.profile})\n\n" + line(titles) + line(["---"] * len(titles))
     text += "".join(map(line, rows))
-    return text + "\n" + "".join(f"- {_plain_html(note)}\n" for note in notes(result))
-
-
-def _plain_html(text: str) -> str:
-    """Return a note for Markdown, in which no HTML can stand."""
-    return text.replace("<", "&lt;").replace(">", "&gt;")
+    return text + "\n" + "".join(f"- {escape.markdown(note)}\n" for note in notes(result))
 
 
 def csv(result: TableResult) -> str:
@@ -137,8 +132,8 @@ def csv(result: TableResult) -> str:
                 {
                     "table": result.table.name,
                     "profile": result.profile,
-                    "row": escape.csv(entry.row.name),
-                    **{name: _csv_label(entry.row.labels.get(name, "")) for name in result.table.spec.columns},
+                    "row": entry.row.name,
+                    **{name: entry.row.labels.get(name, "") for name in result.table.spec.columns},
                     "figure": column.metric,
                     "device": column.device or "",
                     "state": entry.state,
@@ -157,7 +152,7 @@ def csv(result: TableResult) -> str:
                     "more_seeds": judgement.more_seeds if judgement else None,
                 }
             )
-    texts = {name: _csv_texts([line[name] for line in lines]) for name in lines[0]}
+    texts = {escape.csv(name): _csv_texts([line[name] for line in lines]) for name in lines[0]}
     written = io.StringIO()
     writer = csv_module.writer(written, lineterminator="\n")
     writer.writerow(texts)
@@ -170,11 +165,7 @@ def _csv_texts(values: list[str | float | None]) -> list[str]:
     values = [None if value != value else value for value in values]  # NaN is no value, too
     known = [value for value in values if value is not None]
     decimals = any(isinstance(value, float) for value in known) and not any(isinstance(value, str) for value in known)
-    return ["" if value is None else f"{value:.4f}" if decimals else str(value) for value in values]
-
-
-def _csv_label(label: str | float) -> str | float:
-    return escape.csv(label) if isinstance(label, str) else label
+    return ["" if value is None else f"{value:.4f}" if decimals else escape.csv(str(value)) for value in values]
 
 
 def comparisons_json(results: Sequence[TableResult]) -> list[dict[str, Any]]:

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from sparseinst.ablation.store import Store
-from sparseinst.ablation.study import read_profile, read_spec, read_tables
+from sparseinst.ablation.study import CSV_COLUMNS, read_profile, read_spec, read_tables
 from sparseinst.cli import run_cli
 from sparseinst.errors import UserError
 from sparseinst.launch.cluster import read_cluster
 from sparseinst.report import escape
 from sparseinst.report.collect import collect
 from sparseinst.report.pages import write_report
+from sparseinst.report.tables import FORMATS
 from tests.report.test_report import evaluation, row_config
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -81,3 +82,57 @@ def test_a_line_break_in_a_slurm_setting_is_refused(tmp_path: Path) -> None:
 )
 def test_formulas_are_quoted_and_numbers_are_not(text: str, expected: str) -> None:
     assert escape.csv(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("![x](http://a)", "![x\\](http://a)"),
+        ("[x][y] [x]: z", "[x\\][y] [x\\]: z"),
+        ("*a* **b**", "\\*a\\* \\*\\*b\\*\\*"),
+        ("_a_ __b__", "\\_a\\_ \\_\\_b\\_\\_"),
+        ("a \\| b\\", "a \\\\\\| b\\\\"),
+        ("small_resnet [-1.0, +2.0] 3x3!", "small_resnet [-1.0, +2.0] 3x3!"),
+    ],
+)
+def test_links_pictures_and_emphasis_are_shown_as_text_in_markdown(text: str, expected: str) -> None:
+    assert escape.markdown(text) == expected
+
+
+def test_headers_and_all_texts_of_a_csv_file_are_quoted(tmp_path: Path) -> None:
+    file = tmp_path / "=t.yaml"
+    file.write_text(spec().replace("columns: [what]", "columns: ['@what']").replace("{what:", "{'@what':"))
+    [table], profile = read_tables([str(file)]), read_profile("mini")
+    header, *lines = FORMATS["csv"](collect(table, profile, Store(tmp_path / "results"), {}, {})).splitlines()
+    assert header.split(",") == [*CSV_COLUMNS[:3], "'@what", *CSV_COLUMNS[3:]]
+    assert all(line.startswith("'=t,") for line in lines)
+
+
+@pytest.mark.parametrize("column", ["row", "measured", "p_sign"])
+def test_a_label_cannot_replace_a_column_of_the_csv_file(column: str, tmp_path: Path) -> None:
+    file = tmp_path / "evil.yaml"
+    file.write_text(spec().replace("columns: [what]", f"columns: [what, {column}]"))
+    with pytest.raises(UserError, match=f"columns: '{column}' is a column of every CSV file"):
+        read_spec(str(file))
+    file.write_text(spec().replace("columns: [what]", "columns: [what, what]"))
+    with pytest.raises(UserError, match="two columns are called 'what'"):
+        read_spec(str(file))
+
+
+@pytest.mark.parametrize("name", ["a}\\input{x%", "a%b", "a#b", "a](x"])
+def test_names_of_files_that_would_act_in_a_report_are_refused(name: str, tmp_path: Path) -> None:
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(spec())
+    with pytest.raises(UserError, match="would act in LaTeX or Markdown: rename the file") as raised:
+        read_tables([str(file)])
+    assert len(str(raised.value).splitlines()) == 1
+    with pytest.raises(UserError, match="would act in LaTeX or Markdown"):
+        read_profile(str(file))
+
+
+def test_a_protocol_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "evil.yaml"
+    protocol = 'protocols: {p: {device: "a\\n# b", description: x, source: y}}\n'
+    file.write_text(spec() + protocol)
+    with pytest.raises(UserError, match=r"protocols.p.device: .*cannot be printed, such as a line break"):
+        read_spec(str(file))
