@@ -194,7 +194,7 @@ def test_repeated_looks_are_paid_for() -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_intervals_and_verdicts_hold_in_simulated_tables(pattern: str) -> None:
-    """The limits allow for the noise of 150 tables; docs/verdicts.md has the result of 2,000."""
+    """The limits allow for the noise of 150 tables; docs/verdicts.md has the result of 1,000."""
     found = simulate(PATTERNS[pattern], 3, 150)
     assert found.coverage.mean() >= 0.93
     assert found.coverage.min() >= 0.89
@@ -210,7 +210,7 @@ def test_equivalence_holds_its_rate_at_the_margin() -> None:
 
 
 def test_the_sequential_design_needs_fewer_trainings_for_as_many_verdicts() -> None:
-    """docs/verdicts.md has the result of 100 studies: about half. The limits allow for the noise of 15."""
+    """docs/verdicts.md has the result of 200 studies: less than half. The limits allow for the noise of 15."""
     fixed, sequential = study(8, 1.0, 1.5, 15), study(None, 1.0, 1.5, 15)
     assert sequential.right >= 0.85 * fixed.right > 2
     assert sequential.trainings <= 0.65 * fixed.trainings
