@@ -26,7 +26,9 @@ _LOOKS: dict[str, dict[str, Any]] = {
 }
 """The mark of each verdict. Each verdict has its own shape; several verdicts share a colour."""
 _OPEN: dict[str, Any] = {"marker": "o", "color": "0.45", "markerfacecolor": "white"}
-"""The mark of comparisons that are undecided or not trained."""
+"""The mark of an undecided comparison."""
+_UNTRAINED: dict[str, Any] = {"marker": "x", "color": "0.45"}
+"""The mark of a comparison with a row that is not trained."""
 _LINEAR = 2.0
 """The axis is linear up to this many AP points from zero, and logarithmic beyond."""
 
@@ -103,7 +105,7 @@ def _draw(axes: matplotlib.axes.Axes, row: RowResult, reference: RowResult, at: 
         seeds = np.array(cell.measured.values) - base.mean
         axes.plot(seeds, np.full(len(seeds), at), ".", color="0.6", ms=4, label=once("one seed"))
     verdict = row.judgement.verdict if row.judgement is not None else ""
-    look = _LOOKS.get(verdict, _OPEN)
+    look = _LOOKS.get(verdict, _OPEN) if verdict else _UNTRAINED
     errors = None if found.guessed else [[found.value - found.low], [found.high - found.value]]
     label = once(verdict or "not trained")
     axes.errorbar([found.value], [at], xerr=errors, capsize=2, lw=1.1, ms=5.5, label=label, **look)
