@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -15,10 +16,11 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 """The endings of files, in lower case, that count as images in a folder."""
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
+def read_image(path: Path | BinaryIO, size: tuple[int, int] | None = None) -> Image.Image:
     """Read a file as an upright RGB image. Grey, 16-bit, CMYK, palette and transparent images are converted.
 
     Args:
+        path: a file, or its content as a stream.
         size: the (height, width) for which its annotations were made. The image is rotated as its EXIF data says, unless only the
             stored image has this size.
 
@@ -26,7 +28,8 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
         DataError: the file is missing, truncated, not an image, or has another size; the message names the file.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for a writer, which may never come
+        # To open a pipe would wait for a writer, which may never come.
+        if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):
             raise DataError(f"{path}: is a folder, a device or a pipe, an image was expected")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # Pillow warns of metadata that we do not read.

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -129,7 +129,7 @@ def _size_and_suffix(annotated: Annotated, name: str, report: Report) -> tuple[S
         return (picture.height, picture.width), f".{(file.format or 'png').lower()}"
 
 
-def _opened(image: Path | bytes) -> Any:
+def _opened(image: Path | bytes) -> Path | BinaryIO:
     """Return what Pillow can open."""
     return image if isinstance(image, Path) else io.BytesIO(image)
 
