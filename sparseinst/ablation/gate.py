@@ -51,7 +51,7 @@ def not_trained(result: Mapping[str, Any], config: Mapping[str, Any]) -> list[st
     if losses is not None and len(losses["iteration"]) >= 20:
         before, after = (_mean(losses, "loss", steps, *part) for part in ((0.8, 0.9), (0.9, 1.0)))
         if before > 0 and (fall := 1 - after / before) > MOST_FALL:
-            reasons.append(f"the loss still falls by {100 * fall:.0f} % in the last tenth of the steps")
+            reasons.append(f"the loss still falls by {100 * fall:.1f} % in the last tenth of the steps")
         if "loss_dice" in losses and config["loss"]["dice_weight"] > 0:
             share = _mean(losses, "loss_dice", steps, 0.9, 1.0) / config["loss"]["dice_weight"]
             if share > CEILING:

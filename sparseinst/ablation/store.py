@@ -42,7 +42,7 @@ class Record:
     - train: `steps`, `seconds`, `losses`, `curve` (the losses over the steps), `parameters`, `not_trained` (the reasons why it is
       no evidence; see `gate`), and `history` if it was evaluated during training.
     - evaluate: `figures` (metrics), `mechanism`, `images`, `resampled` (AP metrics in joint resamplings of the images).
-    - latency: `whole_ms`, `modules_ms`, `size`.
+    - latency: `whole_ms`, `modules_ms`, `modules_range_ms` (5th and 95th percentiles), `size`.
     - peer: `peer` (another system's name), `short_side`, and `figures` or `whole_ms`.
     """
     config: dict[str, Any] = field(default_factory=dict)
@@ -63,6 +63,15 @@ _Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Times = Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], AfterValidator(_has_median)]
 """Times in milliseconds; images per second are their inverse, so that none can be zero."""
+
+
+def _two(values: list[float]) -> list[float]:
+    if len(values) != 2:
+        raise ValueError("a range has two values")
+    return values
+
+
+_Range = Annotated[list[_Seconds], AfterValidator(_two)]
 
 
 class _Content(BaseModel):
@@ -94,6 +103,7 @@ class _Evaluated(_Content):
 class _Timed(_Content):
     whole_ms: _Times
     modules_ms: dict[str, _Seconds]
+    modules_range_ms: dict[str, _Range] = {}
 
 
 class _Peer(_Content):

@@ -31,6 +31,8 @@ class Latency:
     modules_ms: dict[str, float]
     """Median of each module in milliseconds, empty if the modules cannot be timed separately. The device is synchronised after
     each module, so the sum exceeds the median of the whole."""
+    modules_range_ms: dict[str, tuple[float, float]]
+    """The 5th and 95th percentile of each module in milliseconds."""
     size: tuple[int, int] | None
     """Height and width of the padded input. None if they differ between batches."""
     kept: int
@@ -71,9 +73,11 @@ def measure(workload: Workload, *, device: torch.device, warmup: int = 10, repet
             for name, seconds in _time_modules(workload, number, device).items():
                 modules[name].append(seconds)
     after = gpu_clocks(device)
+    spread = {name: percentiles(seconds) for name, seconds in modules.items() if seconds}
     return Latency(
         percentiles(whole),
-        {name: round(1000 * statistics.median(values), 3) for name, values in modules.items()},
+        {name: times["median"] for name, times in spread.items()},
+        {name: (times["p5"], times["p95"]) for name, times in spread.items()},
         workload.size,
         kept,
         repetitions,

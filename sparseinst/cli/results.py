@@ -23,17 +23,26 @@ def verify(
     results: Results = RESULTS,
     threads: Annotated[int | None, typer.Option(min=1, help="Number of threads; default: the record's.")] = None,
     device: Device = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            help="Only compute the metrics again, from the predictions that the evaluation kept: runs/KEY/predictions.json.gz."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Repeat the run of a record, and compare the results.
 
-    An evaluation is repeated together with its training.
+    An evaluation is repeated together with its training, or with --predictions without it.
 
     The exit code is 1 if the results are different. It is 0 if they have the same bits or are the same within noise.
     """
-    from sparseinst.launch.verify import verify as verify_record
+    from sparseinst.launch import verify as repeat
 
-    found = verify_record(key, Store(results), device, threads=threads, progress=not as_json)
+    if predictions is not None:
+        found = repeat.verify_metrics(key, predictions, Store(results))
+    else:
+        found = repeat.verify(key, Store(results), device, threads=threads, progress=not as_json)
     if as_json:
         print(json.dumps({"key": found.key, "outcome": found.outcome, "compared": found.lines}))
     else:

@@ -190,7 +190,7 @@ def _run_until_settled(
     from sparseinst.ablation.plan import costs
     from sparseinst.ablation.study import list_tables, read_profile, read_tables
     from sparseinst.launch.run import run_in_processes, run_plan
-    from sparseinst.launch.settle import advance, describe, plan_looks, wanted_file
+    from sparseinst.launch.settle import advance, look_states, plan_looks, wanted_file
     from sparseinst.launch.status import plan_status
 
     tables, scale, store = read_tables(names), read_profile(profile), Store(results)
@@ -217,9 +217,8 @@ def _run_until_settled(
             failures = len(run_plan(look, store, device=device, from_scratch=from_scratch))
         if failures or plan_looks(tables, wanted, scale, store, device).to_do():
             raise RunFailed("some runs failed; `sparseinst status` shows why")
-    for table in tables:
-        for line in describe(table, scale, store):
-            print(line)
+    for state in look_states(tables, scale, store):
+        print("\n".join(state.lines()))
     _print_how_to_report(names, profile, results)
 
 
@@ -247,9 +246,12 @@ def status(
 ) -> None:
     """Show the state, progress and ETA of each run.
 
-    A failed run also shows its reason. The command reads files and needs no scheduler.
+    A failed run also shows its reason. The command reads files and needs no scheduler. It also shows what
+    `--until-settled` has settled, and which seeds come next.
     """
+    from sparseinst.ablation.study import read_profile, read_tables
     from sparseinst.launch import status as states
+    from sparseinst.launch.settle import look_states
     from sparseinst.launch.submission import ask_queue
     from sparseinst.paths import JOBS
 
@@ -258,23 +260,17 @@ def status(
         table_plan, _ = make_plan(tables, profile, seeds, row, results, device, cluster=cluster)
         return states.plan_status(table_plan, queue)
 
-    if as_json:
-        print(json.dumps(states.as_json(look())))
-    elif watch:
+    if watch and not as_json:
         states.watch(look, lambda: True)
-    else:
-        states.show(look())
-        _show_looks(tables, profile, results)
-
-
-def _show_looks(names: list[str] | None, profile: str, results: Path) -> None:
-    """Print what is settled in the tables that `--until-settled` has looked at."""
-    from sparseinst.ablation.study import read_profile, read_tables
-    from sparseinst.launch.settle import describe
-
-    for table in read_tables(names or []):
-        for line in describe(table, read_profile(profile), Store(results)):
-            print(line)
+        return
+    found = look()
+    looked = look_states(read_tables(tables or []), read_profile(profile), Store(results))
+    if as_json:
+        print(json.dumps({**states.as_json(found), "looks": [state.as_json() for state in looked]}))
+        return
+    states.show(found)
+    for state in looked:
+        print("\n".join(state.lines()))
 
 
 @app.command()

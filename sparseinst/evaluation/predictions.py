@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparseinst.data.masks import encode
+from sparseinst.errors import UserError
 from sparseinst.files import atomic
 from sparseinst.postprocess import Instances
 
@@ -38,7 +40,15 @@ def write_predictions(file: Path, results: list[dict[str, Any]], check: Callable
 
 
 def read_predictions(file: Path) -> list[dict[str, Any]]:
-    """Read what `write_predictions` wrote."""
-    content = file.read_bytes()
-    results: list[dict[str, Any]] = json.loads(gzip.decompress(content) if file.suffix == ".gz" else content)
+    """Read what `write_predictions` wrote. Raises `UserError` if the file cannot be read or holds something else."""
+    try:
+        content = file.read_bytes()
+        results = json.loads(gzip.decompress(content) if file.suffix == ".gz" else content)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(results, list) or not all(isinstance(one, dict) and one.keys() >= _FIELDS for one in results):
+        raise UserError(f"{file}: is no list of instances with {', '.join(sorted(_FIELDS))}")
     return results
+
+
+_FIELDS = {"image_id", "category_id", "score", "segmentation"}

@@ -11,9 +11,11 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from sparseinst.ablation.looks import Look, last_decisions, look_name, make_look, other_looks, read_looks, write_look
+from sparseinst.ablation.looks import last_decisions, look_name, make_look, other_looks, read_looks, write_look
 from sparseinst.ablation.plan import Plan, make_plan
 from sparseinst.ablation.sequential import LOOKS, Decision, decide, next_seeds
 from sparseinst.ablation.store import Store
@@ -127,25 +129,46 @@ def plan_wanted(file: Path, names: Sequence[str], profile: str, store: Store, de
     return plan_looks(read_tables(names), json.loads(read_text(file)), read_profile(profile), store, device)
 
 
-def describe(table: Table, profile: Profile, store: Store) -> list[str]:
-    """Return lines that say what is settled, what comes next and why; an empty list if the table was never looked at."""
-    looks = read_looks(store.results, look_name(table, profile))
-    if not looks:
-        return []
-    lines = [f"{table.name}: {len(looks)} of at most {len(LOOKS)} looks"]
-    for row, decision in last_decisions(looks).items():
-        lines.append(f"  {row}: {_seeds(looks, row)} seeds, {decision.text}")
-    following = (
-        next_seeds(_names(table, profile), last_decisions(looks), len(looks), str(table.spec.reference))
-        if len(looks) < len(LOOKS)
-        else {}
-    )
-    if following:
-        lines.append("  next: " + ", ".join(f"{row} to {seeds} seeds" for row, seeds in following.items()))
-    else:
-        lines.append("  finished")
-    return lines
+@dataclass(frozen=True)
+class LookState:
+    """What the looks at a table have settled, and what comes next."""
+
+    table: str
+    looks: int
+    """The number of looks so far."""
+    seeds: dict[str, int]
+    """The number of seeds that the newest look at each row took, the reference row included."""
+    decisions: dict[str, Decision]
+    """The newest decision about each row."""
+    following: dict[str, int]
+    """The number of seeds that each row needs for the next look; empty if the table is finished."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "table": self.table,
+            "looks": self.looks,
+            "most_looks": len(LOOKS),
+            "rows": {row: {"seeds": self.seeds[row], **asdict(decision)} for row, decision in self.decisions.items()},
+            "next": self.following,
+        }
+
+    def lines(self) -> list[str]:
+        """Return lines for people."""
+        lines = [f"{self.table}: {self.looks} of at most {len(LOOKS)} looks"]
+        lines += [f"  {row}: {self.seeds[row]} seeds, {decision.text}" for row, decision in self.decisions.items()]
+        following = ", ".join(f"{row} to {seeds} seeds" for row, seeds in self.following.items())
+        return [*lines, f"  next: {following}" if following else "  finished"]
 
 
-def _seeds(looks: Sequence[Look], row: str) -> int:
-    return max(look.seeds.get(row, 0) for look in looks)
+def look_states(tables: Sequence[Table], profile: Profile, store: Store) -> list[LookState]:
+    """Return the state of each table that was looked at."""
+    states = []
+    for table in tables:
+        looks = read_looks(store.results, look_name(table, profile))
+        if looks:
+            decisions, reference = last_decisions(looks), str(table.spec.reference)
+            more = len(looks) < len(LOOKS)
+            following = next_seeds(_names(table, profile), decisions, len(looks), reference) if more else {}
+            seeds = {row: max(look.seeds.get(row, 0) for look in looks) for row in (*decisions, reference)}
+            states.append(LookState(table.name, len(looks), seeds, decisions, following))
+    return states

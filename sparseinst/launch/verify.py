@@ -14,6 +14,7 @@ from sparseinst.ablation.statistics import Difference, Sample, SeedNoise, estima
 from sparseinst.ablation.store import Record, Store
 from sparseinst.config import Config
 from sparseinst.errors import UserError
+from sparseinst.files import file_digest
 from sparseinst.overrides import parse_config
 from sparseinst.paths import RUNS, RunPaths, stored_weights
 
@@ -64,6 +65,45 @@ def verify(key: str, store: Store, device: str | None, *, threads: int | None = 
     found = _verify_training(record, config, RunPaths(folder), store, device, lines, progress)
     shutil.rmtree(folder)  # the next call does the work again
     return found
+
+
+def verify_metrics(key: str, predictions: Path, store: Store) -> Verification:
+    """Compute the metrics of an evaluation and their resamplings again from its predictions, and compare them with its record.
+
+    Nothing is trained, and the network does not run.
+
+    Args:
+        key: the record's key, or the first characters of it.
+        predictions: the instances in COCO's result format; `runs/KEY/predictions.json.gz` of the evaluation.
+
+    Raises:
+        UserError: there is no such record, its metrics cannot be computed again, or the predictions cannot be read.
+    """
+    from sparseinst.data.coco import val_split
+    from sparseinst.evaluation.coco_metrics import coco_figures
+    from sparseinst.evaluation.predictions import read_predictions
+    from sparseinst.evaluation.resampling import resampled_figures
+
+    record = find_record(key, store)
+    if record.kind != "evaluate" or not record.config:
+        raise UserError(f"{record.key}: only an evaluation whose record holds a config has predictions to compute metrics from")
+    if record.result.get("skipped"):
+        raise UserError(
+            f"{record.key}: left out {record.result['skipped']} images and does not say which, so it cannot be redone"
+        )
+    split = val_split(parse_config(record.config).data)
+    if file_digest(split.file) != record.provenance.get("data"):
+        raise UserError(f"{split.file}: these are not the annotations of the record {record.key}")
+    results, images = read_predictions(predictions), [image.id for image in split.images]
+    figures, theirs = coco_figures(split.file, results, images), record.result["figures"]
+    lines = [f"evaluate {record.key}: {len(results)} predictions on {len(images)} images, from {predictions}"]
+    lines.append(f"AP: {_text(figures['AP'])} here, {_text(theirs['AP'])} in the record")
+    same = figures == theirs
+    if (draws := record.result.get("resampled")) is not None:
+        resampled = resampled_figures(split.file, results, images, len(draws["AP"]))
+        lines.append(f"AP in {len(draws['AP'])} resamplings of the images: {'the same' if resampled == draws else 'different'}")
+        same = same and resampled == draws
+    return Verification(record.key, "same bits" if same else "different", lines)
 
 
 def _verify_training(

@@ -36,8 +36,8 @@ class RowPower:
     floor: float | None
     """The smallest difference that can be settled with these validation images, however many seeds there are; None if it is
     unknown."""
-    hours: float | None
-    """The hours of all runs of both rows that settle the paper's difference; None if the runs or their cost are unknown."""
+    hours_for: dict[str, float | None]
+    """The hours of all runs of both rows with these seeds, under the same names; None if the seeds or the cost are unknown."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -46,7 +46,7 @@ class RowPower:
             "detectable": _rounded(self.detectable),
             "seeds_for": self.seeds_for,
             "floor": _rounded(self.floor),
-            "hours": _rounded(self.hours),
+            "hours_for": {name: _rounded(hours) for name, hours in self.hours_for.items()},
         }
 
 
@@ -74,7 +74,7 @@ def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours
             margin = result.table.spec.margin
             level = FALSE_DISCOVERIES / (len(result.table.spec.rows) - 1)
             needed = {f"{size:g}": _seeds_for(size, variances, image_error, level) for size in SIZES}
-            needed["paper"] = settles = _seeds_for(row.paper_difference, variances, image_error, level, margin)
+            needed["paper"] = _seeds_for(row.paper_difference, variances, image_error, level, margin)
             lines.append(
                 RowPower(
                     result.table.name,
@@ -82,7 +82,7 @@ def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours
                     _detectable(variances, seeds, image_error, level / 2) if variances and seeds > 1 else None,
                     needed,
                     Difference(0.0, (), image_error).reach(level / 2) if image_error is not None else None,
-                    len(variances) * settles * hours_per_seed if settles is not None and hours_per_seed is not None else None,
+                    {name: _hours(seeds, len(variances), hours_per_seed) for name, seeds in needed.items()},
                 )
             )
     return lines
@@ -96,6 +96,10 @@ def _variances(difference: Difference | None, prior: Prior | None) -> list[float
     if difference is not None and difference.rows:
         return [row.variance for row in difference.rows]
     return [prior.variance] * 2 if prior is not None else []
+
+
+def _hours(seeds: int | None, rows: int, hours_per_seed: float | None) -> float | None:
+    return rows * seeds * hours_per_seed if seeds is not None and hours_per_seed is not None else None
 
 
 def _detectable(variances: Sequence[float], seeds: int, image_error: float | None, level: float) -> float:
@@ -131,17 +135,17 @@ def show(found: Sequence[RowPower], seeds: int, unit: str) -> None:
     table = Table(title=f"What {counted(seeds, 'seed')} of each row can settle, with 80 % power", title_justify="left")
     for name in ("table", "row"):
         table.add_column(name)
-    for name in ("detectable", *(f"{size:g} AP" for size in SIZES), "paper's", unit, "floor"):
+    for name in ("detectable", *(f"{size:g} AP" for size in SIZES), "paper's", "floor"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in found:
-        needed = [_text(line.seeds_for[f"{size:g}"]) for size in SIZES] + [_text(line.seeds_for["paper"])]
-        cells = (_text(line.detectable), *needed, _text(line.hours), _text(line.floor))
+        needed = [_with_hours(line, name) for name in (*(f"{size:g}" for size in SIZES), "paper")]
+        cells = (_text(line.detectable), *needed, _text(line.floor))
         table.add_row(line.table, escape(line.row), *cells)
     Console(width=max(Console().width, 110)).print(table)
     sizes = ", ".join(f"{size:g}" for size in SIZES)
     print("Detectable: the smallest difference in AP that these seeds settle.")
-    print(f"{sizes} AP and paper's: how many seeds each of the two rows needs to settle such a difference.")
-    print("Hours: the cost of settling the paper's difference, for the runs of both rows.")
+    print(f"{sizes} AP and paper's: how many seeds each of the two rows needs to settle such a difference, and in brackets")
+    print(f"the cost of all runs of both rows with these seeds, in {unit}.")
     print("Floor: the smallest difference that can be settled with these validation images, however many seeds there are.")
     print("All comparisons of a table share a false discovery rate of 5 %; the numbers assume that no other one is settled.")
     print(f"-: unknown, or not settled by any number of seeds up to {MOST_SEEDS}.")
@@ -149,6 +153,11 @@ def show(found: Sequence[RowPower], seeds: int, unit: str) -> None:
         print("One seed of each row settles nothing, because it does not show the row's own noise.")
     elif any(line.detectable is None for line in found):
         print("The noise of seeds is unknown until one row of this profile has two seeds.")
+
+
+def _with_hours(line: RowPower, name: str) -> str:
+    seeds, hours = line.seeds_for[name], line.hours_for[name]
+    return _text(seeds) if hours is None else f"{seeds} ({hours:.3g})"
 
 
 def _text(value: float | None) -> str:

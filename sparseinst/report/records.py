@@ -120,9 +120,12 @@ def _timed_value(result: dict[str, Any], metric: str) -> float:
 
 
 def timed_spread(result: dict[str, Any], metric: str) -> tuple[float, float] | None:
-    """Return the 5th and 95th percentile of a timing; None for a module, whose percentiles are not recorded."""
+    """Return the 5th and 95th percentile of a timing; None if they are not recorded."""
+    if metric in result["modules_ms"]:
+        of_module = result.get("modules_range_ms", {}).get(metric)
+        return tuple(of_module) if of_module is not None else None
     whole = result["whole_ms"]
-    if metric in result["modules_ms"] or not {"p5", "p95"} <= whole.keys():
+    if not {"p5", "p95"} <= whole.keys():
         return None
     low, high = float(whole["p5"]), float(whole["p95"])
     return (low, high) if metric == "ms" else (1000 / high, 1000 / low)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sparseinst.ablation.sequential import LOOKS, MOST_REFERENCE_SEEDS, PENALTIES, Decision, decide, next_seeds
-from sparseinst.ablation.statistics import Comparison, Sample, difference, estimate_prior, judge
+from sparseinst.ablation.statistics import Comparison, Judgement, Sample, difference, estimate_prior, judge
 
 ROWS = 12
 PATTERNS = {
@@ -94,6 +94,10 @@ class Design:
     """The mean number of right verdicts that settle a comparison."""
     false: float
     """The mean share of false verdicts among those that settle a comparison."""
+    covered: float
+    """How often the interval that a report shows contains the true difference, over the comparisons that have a test."""
+    covered_settled: float
+    """The same over the settled comparisons, whose intervals are wider; NaN if none is settled."""
 
 
 def study(
@@ -108,7 +112,7 @@ def study(
         compared: the number of rows without the reference row.
     """
     random = np.random.default_rng(1)
-    trainings, right, false = [], [], []
+    trainings, right, false, covered, covered_settled = [], [], [], [], []
     for _ in range(repetitions):
         deviations = deviation * np.exp(random.normal(0, 0.4, compared + 1))
         effects = random.normal(0, effect, compared + 1) * (random.random(compared + 1) > 1 / 3)
@@ -118,15 +122,24 @@ def study(
         images[0] = 0.0
         if seeds is not None:
             counts = [seeds] * (compared + 1)
-            verdicts = [j.verdict for j in judge(_compare(values, counts, images, image_error))]
+            comparisons = _compare(values, counts, images, image_error)
+            judgements = judge(comparisons)
         else:
-            counts, verdicts = _sequential(values, images, image_error)
+            counts, comparisons, judgements = _sequential(values, images, image_error)
+        verdicts = [judgement.verdict for judgement in judgements]
+        for comparison, judgement, true in zip(comparisons, judgements, effects[1:], strict=True):
+            if comparison.difference.testable:
+                low, high = replace(comparison.difference, confidence=judgement.confidence).interval()
+                covered.append(low <= true <= high)
+                if judgement.verdict != "undecided":
+                    covered_settled.append(covered[-1])
         wrong = [_is_wrong(verdict, true) for verdict, true in zip(verdicts, effects[1:], strict=True)]
         settled = [verdict != "undecided" for verdict in verdicts]
         trainings.append(sum(counts))
         right.append(sum(s and not w for s, w in zip(settled, wrong, strict=True)))
         false.append(sum(wrong) / max(sum(settled), 1))
-    return Design(float(np.mean(trainings)), float(np.mean(right)), float(np.mean(false)))
+    shares = [float(np.mean(found)) if found else float("nan") for found in (covered, covered_settled)]
+    return Design(float(np.mean(trainings)), float(np.mean(right)), float(np.mean(false)), *shares)
 
 
 def _is_wrong(verdict: str, effect: float) -> bool:
@@ -147,8 +160,10 @@ def _compare(values: np.ndarray, counts: Sequence[int], images: np.ndarray, imag
     return comparisons
 
 
-def _sequential(values: np.ndarray, images: np.ndarray, image_error: float) -> tuple[list[int], list[str]]:
-    """Return the seeds of each row at the end, and the verdicts of the report."""
+def _sequential(
+    values: np.ndarray, images: np.ndarray, image_error: float
+) -> tuple[list[int], list[Comparison], list[Judgement]]:
+    """Return the seeds of each row at the end, and the comparisons and judgements of the report."""
     names = [str(number) for number in range(1, len(values))]
     counts = [0] * len(values)
     decisions: dict[str, Decision] = {}
@@ -166,11 +181,13 @@ def _sequential(values: np.ndarray, images: np.ndarray, image_error: float) -> t
     final = [
         Comparison(c.difference, c.paper, c.margin, PENALTIES[last[name]]) for name, c in zip(names, comparisons, strict=True)
     ]
-    verdicts = [judgement.verdict for judgement in judge(final)]
-    return counts, [
-        str(decisions[name].verdict) if decisions[name].kind == "settled" else verdict
-        for name, verdict in zip(names, verdicts, strict=True)
+    judgements = [
+        replace(judgement, verdict=decisions[name].verdict)
+        if judgement.verdict == "undecided" and decisions[name].kind == "settled"
+        else judgement
+        for name, judgement in zip(names, judge(final), strict=True)
     ]
+    return counts, final, judgements
 
 
 def main(repetitions: int) -> None:
@@ -181,13 +198,15 @@ def main(repetitions: int) -> None:
             print(
                 f"| {name} | {seeds} | {found.coverage.mean():.3f} | {found.coverage.min():.3f} | {found.false:.3f} |", flush=True
             )
-    print("\n| deviation, effects | design | trainings | right verdicts of 19 | false verdicts |\n|---|---|---|---|---|")
+    print("\n| deviation, effects | design | trainings | right verdicts of 19 | false verdicts | coverage | coverage, settled |")
+    print("|---|---|---|---|---|---|---|")
     for deviation, effect in ((2.86, 2.8), (1.0, 1.5), (0.8, 2.0)):
         for seeds in (2, 3, 5, 6, 8, 10, None):
             design = study(seeds, deviation, effect, max(repetitions // 5, 1))
             name = f"{seeds} seeds a row" if seeds is not None else "sequential"
             print(
-                f"| {deviation}, {effect} | {name} | {design.trainings:.0f} | {design.right:.1f} | {design.false:.3f} |",
+                f"| {deviation}, {effect} | {name} | {design.trainings:.0f} | {design.right:.1f} | {design.false:.3f} "
+                f"| {design.covered:.3f} | {design.covered_settled:.3f} |",
                 flush=True,
             )
 

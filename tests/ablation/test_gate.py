@@ -23,7 +23,7 @@ def test_a_finished_training_passes() -> None:
 
 
 def test_each_reason_is_found() -> None:
-    assert not_trained(training(late=0.6), CONFIG) == ["the loss still falls by 17 % in the last tenth of the steps"]
+    assert not_trained(training(late=0.6), CONFIG) == ["the loss still falls by 16.7 % in the last tenth of the steps"]
     assert not_trained(training(dice=1.99), CONFIG) == ["the Dice loss ends at 99 % of its maximum"]
     assert not_trained(training(rise=3.5), CONFIG) == ["AP still rises by 3.5 in a tenth of the steps"]
     assert untrained_ap(0.4) == ["AP 0.4 is near zero"]

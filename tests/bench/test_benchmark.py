@@ -25,6 +25,8 @@ def test_latency_of_the_modules_and_of_the_whole_model(tiny: Config) -> None:
     assert latency.size == (64, 96), "a photo of 480 x 640 with its short side at 64, padded to multiples of 32"
     assert tuple(latency.modules_ms) == MODULES
     assert all(value > 0 for value in latency.modules_ms.values())
+    ranges = latency.modules_range_ms
+    assert all(ranges[name][0] <= latency.modules_ms[name] <= ranges[name][1] for name in MODULES)
     assert latency.whole_ms["p5"] <= latency.whole_ms["median"] <= latency.whole_ms["p95"]
     assert 0.3 < sum(latency.modules_ms.values()) / latency.whole_ms["median"] < 3
     assert (latency.kept, latency.repetitions) == (tiny.model.decoder.iam.num_maps, 8), (

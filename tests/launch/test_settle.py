@@ -27,7 +27,7 @@ from sparseinst.attempts import Attempt
 from sparseinst.cli import run_cli
 from sparseinst.config import Config
 from sparseinst.errors import UserError
-from sparseinst.launch.settle import advance, describe, plan_looks
+from sparseinst.launch.settle import advance, look_states, plan_looks
 from sparseinst.nested import merge
 from sparseinst.paths import run_folder
 from sparseinst.report.collect import read_results
@@ -139,7 +139,8 @@ def test_seeds_are_spent_until_the_table_is_finished(tmp_path: Path) -> None:
     assert all("BCE alone" not in seeds or seeds["BCE alone"] < 8 for seeds in seen), "the clear row stops early"
     looks = read_looks(store.results, look_name(TABLES[0], MINI))
     assert [look.seeds for look in looks] == seen
-    lines = describe(TABLES[0], MINI, store)
+    [state] = look_states(TABLES, MINI, store)
+    lines = state.lines()
     assert lines[-1] == "  finished"
     assert any("BCE alone" in line and "settled: same sign" in line for line in lines)
     [result] = read_results(["table5"], "mini", store.results)
@@ -195,8 +196,14 @@ def test_the_command_runs_looks_and_a_budget_stops_it(capsys: pytest.CaptureFixt
     assert "finished" in printed
     plan = make_plan(TABLES, read_profile("smoke"), Store(), seeds=range(1), device="cpu")
     assert not plan.to_do()
-    assert run_cli(["status", "table5", "--profile", "smoke", "--device", "cpu"]) == 0
+    status = ["status", "table5", "--profile", "smoke", "--device", "cpu"]
+    assert run_cli(status) == 0
     assert "finished" in capsys.readouterr().out
+    assert run_cli([*status, "--json"]) == 0
+    [looked] = json.loads(capsys.readouterr().out)["looks"]
+    assert (looked["table"], looked["looks"], looked["next"]) == ("table5", 1, {})
+    assert set(looked["rows"]) == set(EFFECTS) - {"dice + BCE"}
+    assert {row["kind"] for row in looked["rows"].values()} == {"futile"}
 
 
 def test_power(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,11 +216,13 @@ def test_power(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finish({"table5": dict.fromkeys(EFFECTS, 4)}, store)
     assert run_cli([*command, "--json", "--seeds", "4"]) == 0
     lines = json.loads(capsys.readouterr().out)["power"]
-    assert {"table", "row", "detectable", "seeds_for", "floor"} <= lines[0].keys()
+    assert {"table", "row", "detectable", "seeds_for", "hours_for", "floor"} <= lines[0].keys()
     for line in lines:
         needed = [line["seeds_for"][size] for size in ("0.5", "1", "2")]
         known = [seeds for seeds in needed if seeds is not None]
         assert known == sorted(known, reverse=True)
+        hours = line["hours_for"]
+        assert all((hours[size] is None) == (seeds is None) for size, seeds in line["seeds_for"].items())
         assert line["detectable"] > line["floor"] > 0
     assert run_cli(command) == 0
     assert "What 1 seed of each row can settle" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from sparseinst.ablation.statistics import SeedNoise
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables
 from sparseinst.cli import run_cli
+from sparseinst.evaluation.predictions import read_predictions, write_predictions
 from sparseinst.launch.verify import _within_noise
+from sparseinst.paths import run_folder
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -88,6 +91,38 @@ def test_another_result_is_reported(done: Path, monkeypatch: pytest.MonkeyPatch,
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == "different"
     assert "50.0000 in the record" in printed
+
+
+def test_metrics_and_resamplings_are_computed_again_from_predictions(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(done)
+    key = keys(done)["evaluate"]
+    kept = run_folder(key).predictions
+    assert run_cli(["verify", key, "--predictions", str(kept), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["outcome"] == "same bits"
+    results = read_predictions(kept)
+    write_predictions(Path("fewer.json"), results[1:])
+    assert run_cli(["verify", key, "--predictions", "fewer.json"]) in (0, 1), "at this scale, AP can be 0 in both cases"
+    store = Store(Path("results"))
+    found = store.load(key)
+    assert found is not None
+    lucky = {name: [100.0] * len(values) for name, values in found.result["resampled"].items()}
+    Store(Path("lucky")).write(replace(found, result={**found.result, "resampled": lucky}))
+    assert run_cli(["verify", key, "--results", "lucky", "--predictions", str(kept)]) == 1
+    assert "resamplings of the images: different" in capsys.readouterr().out
+    assert run_cli(["verify", keys(done)["train"], "--predictions", str(kept)]) == 2
+    assert "only an evaluation" in capsys.readouterr().err
+    for content in ("[{}]", "{", ""):
+        Path("damaged.json").write_text(content)
+        assert run_cli(["verify", key, "--predictions", "damaged.json"]) == 2
+        assert "damaged.json: " in capsys.readouterr().err
+    Path("damaged.json.gz").write_bytes(kept.read_bytes()[:-20])
+    assert run_cli(["verify", key, "--predictions", "damaged.json.gz"]) == 2
+    capsys.readouterr()
+    Store(Path("elsewhere")).write(replace(found, provenance={**found.provenance, "data": "0" * 16}))
+    assert run_cli(["verify", key, "--results", "elsewhere", "--predictions", str(kept)]) == 2
+    assert "these are not the annotations of the record" in capsys.readouterr().err
 
 
 def test_noise_is_that_of_two_seeds() -> None:

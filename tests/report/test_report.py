@@ -201,10 +201,11 @@ def test_devices_never_share_a_column(tmp_path: Path) -> None:
     config = row_config(table.spec, table.spec.rows[0], MINI)
     for device, factor in (("Card A", 1.0), ("Card B", 2.0)):
         modules = dict.fromkeys(("backbone", "encoder", "decoder", "post"), factor)
-        result = {"whole_ms": {"median": 4 * factor}, "modules_ms": modules}
+        ranges = {key: [0.9 * factor, 1.1 * factor] for key in modules} if device == "Card B" else {}
+        result = {"whole_ms": {"median": 4 * factor}, "modules_ms": modules, "modules_range_ms": ranges}
         store.write(Record("latency", config.latency_key(device), result, provenance={"device": device}))
     data = frame(collect(table, MINI, store, {}, {}))
-    assert (data["backbone (Card A)"][0], data["backbone (Card B)"][0]) == ("1.00", "2.00")
+    assert (data["backbone (Card A)"][0], data["backbone (Card B)"][0]) == ("1.00", "2.00 (1.80-2.20)")
     assert data["backbone (Card A)"][1] == "pending"
 
 
