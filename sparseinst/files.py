@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import logging
 import os
 import stat
@@ -164,32 +163,6 @@ def json_fields(text: bytes | str, model: type[BaseModel]) -> dict[str, Any]:
         return model.model_validate_json(text, strict=True).model_dump(exclude_unset=True)
     except ValueError:  # pydantic raises it for every kind of damage: no UTF-8, no JSON, no object, too deep, a wrong type
         return {}
-
-
-def read_json_lines(path: Path, number: str) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file that holds one in each line. Damaged lines are left out, with a warning.
-
-    Args:
-        number: a key whose value is a whole number in every object; a line without it is damaged.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    found: list[dict[str, Any]] = []
-    damaged = []
-    for place, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if isinstance(entry, dict) and type(entry.get(number)) is int:
-            found.append(entry)
-        else:
-            damaged.append(str(place))
-    if damaged:
-        which = f"line {damaged[0]} is" if len(damaged) == 1 else f"lines {', '.join(damaged[:10])} are"
-        _log.warning("%s: %s damaged or incomplete and left out", path, which)
-    return found
 
 
 def state_of_file(file: Path) -> tuple[int, ...]:

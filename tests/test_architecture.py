@@ -11,12 +11,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sparseinst"
 
-BASE = {"errors", "words", "paths", "files", "machine", "section", "plain", "nested", "config", "overrides"}
+BASE = {"errors", "words", "paths", "files", "checked", "machine", "section", "plain", "nested", "config", "overrides"}
 ALLOWED = {
     "errors": set(),
     "words": set(),
     "paths": set(),
     "files": {"errors", "words"},
+    "checked": set(),
     "machine": {"errors", "words"},
     "progress": set(),
     "attempts": {"errors", "files", "machine", "paths"},
@@ -64,6 +65,7 @@ WITHOUT_TORCH = [
     "plain",
     "nested",
     "files",
+    "checked",
     "progress",
     "config",
     "overrides",
@@ -121,7 +123,7 @@ WITHOUT_TORCH = [
 ]
 
 
-FOUNDATION = {"errors", "words", "paths", "files", "machine", "section", "plain", "nested", "progress", "attempts"} | {
+FOUNDATION = {"errors", "words", "paths", "files", "checked", "machine", "section", "plain", "nested", "progress", "attempts"} | {
     "config",
     "overrides",
 }

@@ -7,23 +7,24 @@ corrected for the repeated tests.
 from __future__ import annotations
 
 import datetime
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from glob import escape
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, with_config
 
 from sparseinst.ablation.provenance import code_version
 from sparseinst.ablation.sequential import LOOKS, PENALTIES, Decision
 from sparseinst.ablation.study import Profile, Table, row_config
+from sparseinst.checked import read_checked, with_checksum
 from sparseinst.errors import UserError
 from sparseinst.files import atomic
 from sparseinst.section import content_hash
 
 
+@with_config(ConfigDict(extra="forbid"))  # a damaged `checksum` is an unknown field
 @dataclass(frozen=True)
 class Look:
     """One look at the results of a table."""
@@ -69,8 +70,8 @@ def read_looks(results: Path, name: str) -> list[Look]:
         if not file.exists():
             break
         try:
-            looks.append(TypeAdapter(Look).validate_json(file.read_bytes()))
-        except (ValidationError, OSError) as error:
+            looks.append(TypeAdapter(Look).validate_python(read_checked(file.read_bytes())))
+        except (ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(
                 f"{file}: is damaged ({reason}); restore it, because verdicts depend on the number of looks"
@@ -88,10 +89,9 @@ def write_look(results: Path, name: str, look: Look) -> Look:
     """Log a look, unless another process has logged it, and return the look that is logged."""
     file = look_file(results, name, look.number)
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(look), indent=1, sort_keys=True) + "\n"
     own = file.with_name(f".{file.name}.{os.getpid()}.new")
     with atomic(own) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(with_checksum(asdict(look)), encoding="utf-8")
     try:
         os.link(own, file)  # fails if the file exists, so that the first process wins
     except FileExistsError:

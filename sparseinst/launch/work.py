@@ -15,9 +15,10 @@ from sparseinst.ablation.plan import StageRun
 from sparseinst.ablation.provenance import describe, note_code, trained_by
 from sparseinst.ablation.store import Record, Store
 from sparseinst.attempts import Attempt
+from sparseinst.checked import read_json_lines
 from sparseinst.config import Config
 from sparseinst.errors import RunFailed, UserError
-from sparseinst.files import file_digest, read_json_lines
+from sparseinst.files import file_digest
 from sparseinst.launch.names import give_name
 from sparseinst.machine import energy_counters, energy_since
 from sparseinst.paths import RunPaths, run_folder, stored_weights

@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sparseinst.checked import read_json_lines
 from sparseinst.errors import UserError
-from sparseinst.files import read_json_lines
 from sparseinst.paths import RunPaths
 from sparseinst.report import style
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 import time
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from sparseinst.checked import json_line, read_json_lines
 from sparseinst.distributed import average, rank
 from sparseinst.errors import RunFailed
-from sparseinst.files import atomic, read_json_lines
+from sparseinst.files import atomic
 from sparseinst.paths import RunPaths
 from sparseinst.progress import progress_bar
 from sparseinst.training.loggers import Loggers
@@ -165,7 +165,7 @@ class Monitor:
         if not self.lead:
             return
         self.check()
-        self.metrics.write(json.dumps(record) + "\n")
+        self.metrics.write(json_line(record))
         self.metrics.flush()
         for name, value in record.items():
             if name != "iteration" and isinstance(value, int | float):
@@ -193,6 +193,6 @@ def _truncate(paths: RunPaths, start: int, evaluated: bool) -> None:
     kept = []
     for record in read_json_lines(paths.metrics, "iteration"):
         if record["iteration"] < start or (record["iteration"] == start and (evaluated or "loss" in record)):
-            kept.append(json.dumps(record) + "\n")
+            kept.append(json_line(record))
     with atomic(paths.metrics) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

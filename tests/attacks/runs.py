@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sparseinst.checked import read_json_lines
 from sparseinst.data.shapes import write_shapes
 from sparseinst.errors import UserError
 from sparseinst.inference.weights import file_tensors_digest
@@ -97,10 +98,14 @@ class Lab:
         """Return whether a run has the bits and the metrics of the whole one."""
         return self.is_right(paths) and metrics(paths) == self.metrics
 
+    def keeps_right_lines(self, paths: RunPaths) -> bool:
+        """Return whether a run has the bits of the whole one, and no line of metrics that the whole one does not have."""
+        return self.is_right(paths) and all(line in self.metrics for line in metrics(paths))
+
 
 def metrics(paths: RunPaths) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics without those that measure time."""
-    lines = [json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()]
+    lines = read_json_lines(paths.metrics, "iteration")
     return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
 
 
@@ -110,27 +115,29 @@ def attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Outcome]
     for number in range(2 * count):
         yield "kill a training at a random moment, go on", _kill(lab, random.Random(f"kill {seed} {number}"))
 
-    def newest(paths: RunPaths) -> Path:
+    def newest(paths: RunPaths, _: random.Random) -> Path:
         return paths.saved_checkpoints()[0]
 
-    resumed: list[tuple[str, Callable[[RunPaths], Path], Damage, bool]] = [
-        ("one bit of the newest checkpoint", newest, flip, True),
-        ("one bit of its zip headers", newest, flip_in_header, True),
-        ("cut off the newest checkpoint", newest, cut, True),
-        ("replace the newest checkpoint", newest, foreign, True),
-        ("one bit of metrics.jsonl", lambda paths: paths.metrics, flip, False),
-        ("cut off metrics.jsonl", lambda paths: paths.metrics, cut, False),
-        ("one bit of config.yaml", lambda paths: paths.config, flip, False),
-        ("empty config.yaml", lambda paths: paths.config, empty, False),
-        ("one bit of a file of the attempts", lambda paths: min(paths.attempts.glob("*.json")), flip, False),
-        ("replace a file of the attempts", lambda paths: min(paths.attempts.glob("*.json")), foreign, False),
+    def of_attempts(paths: RunPaths, chance: random.Random) -> Path:
+        return chance.choice(sorted(path for path in paths.attempts.iterdir() if path.stat().st_size))
+
+    resumed: list[tuple[str, Callable[[RunPaths, random.Random], Path], Damage, Callable[[RunPaths], bool]]] = [
+        ("one bit of the newest checkpoint", newest, flip, lab.repeats),
+        ("one bit of its zip headers", newest, flip_in_header, lab.repeats),
+        ("cut off the newest checkpoint", newest, cut, lab.repeats),
+        ("replace the newest checkpoint", newest, foreign, lab.repeats),
+        ("one bit of metrics.jsonl", lambda paths, _: paths.metrics, flip, lab.keeps_right_lines),
+        ("cut off metrics.jsonl", lambda paths, _: paths.metrics, cut, lab.keeps_right_lines),
+        ("one bit of config.yaml", lambda paths, _: paths.config, flip, lab.is_right),
+        ("empty config.yaml", lambda paths, _: paths.config, empty, lab.is_right),
+        ("one bit of a file of the attempts", of_attempts, flip, lab.is_right),
+        ("replace a file of the attempts", of_attempts, foreign, lab.is_right),
     ]
-    for kind, choose, damage, steps in resumed:
+    for kind, choose, damage, right in resumed:
         for number in range(1 if damage is empty else count):
             chance = random.Random(f"{kind} {seed} {number}")
             paths = lab.copy(finished=False)
-            _damage(choose(paths), damage, chance)
-            right = lab.repeats if steps else lab.is_right
+            _damage(choose(paths, chance), damage, chance)
             yield f"{kind}, go on", judge(lab.train(paths), partial(right, paths), f"{seed} {number}")
     for number in range(max(1, count // 4)):
         yield "every checkpoint, called twice", _every_checkpoint(lab, random.Random(f"every {seed} {number}"))
@@ -141,6 +148,7 @@ def attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Outcome]
             ended = lab.evaluate(paths)
             yield f"{kind}, evaluate", judge(ended, lambda e=ended: e.output == lab.evaluation, f"{seed} {number}")
     yield from record_attacks(folder / "table", count, seed)
+    yield from look_attacks(folder / "table", count, seed)
 
 
 def record_attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Outcome]]:
@@ -152,7 +160,12 @@ def record_attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, O
     assert command(*arguments, folder=folder).code == 0
     records = {path: path.read_bytes() for path in sorted((folder / "results" / "records").glob("*.json"))}
     results = {path: _result(path) for path in records}
-    for kind, damage in {"cut off a record": cut, "empty a record": empty, "replace a record": foreign}.items():
+    for kind, damage in {
+        "one bit of a record": flip,
+        "cut off a record": cut,
+        "empty a record": empty,
+        "replace a record": foreign,
+    }.items():
         for number in range(count):
             chance = random.Random(f"{kind} {seed} {number}")
             path = chance.choice(list(records))
@@ -161,6 +174,20 @@ def record_attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, O
             yield f"{kind}, run", judge(ended, lambda: {path: _result(path) for path in records} == results, f"{seed} {number}")
             for path, content in records.items():
                 path.write_bytes(content)
+
+
+def look_attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Outcome]]:
+    """Yield the outcomes of attacks on the log of looks: `report` must refuse it, since verdicts depend on it."""
+    arguments = ["run", "table5", "--profile", "smoke", "--until-settled", "--device", "cpu"]
+    assert command(*arguments, folder=folder).code == 0
+    [file] = (folder / "results" / "looks").glob("*.json")
+    whole = file.read_bytes()
+    for kind, damage in {"one bit of a look": flip, "cut off a look": cut, "replace a look": foreign}.items():
+        for number in range(count):
+            _damage(file, damage, random.Random(f"{kind} {seed} {number}"))
+            ended = command("report", "table5", "--profile", "smoke", folder=folder)
+            yield f"{kind}, report", judge(ended, lambda: False, f"{seed} {number}")
+            file.write_bytes(whole)
 
 
 def _result(path: Path) -> Any:

@@ -171,9 +171,13 @@ def test_a_look_is_logged_once_and_never_changed(tmp_path: Path) -> None:
     first = write_look(tmp_path, "table5-mini", make_look(0, {"a": 2}, {"a": Decision("settled", "equivalent", 1.0)}))
     second = write_look(tmp_path, "table5-mini", make_look(0, {"a": 4}, {"a": Decision("futile", "undecided", 0.0)}))
     assert first == second == read_looks(tmp_path, "table5-mini")[0]
-    look_file(tmp_path, "table5-mini", 0).write_text("{}")
-    with pytest.raises(UserError, match="restore it"):
-        read_looks(tmp_path, "table5-mini")
+    file = look_file(tmp_path, "table5-mini", 0)
+    whole = file.read_bytes()
+    flipped = [whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in range(len(whole) - 1)]
+    for damaged in (b"{}", b"[]", b"", *flipped):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="restore it"):
+            read_looks(tmp_path, "table5-mini")
 
 
 def test_a_table_without_a_reference_row_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
