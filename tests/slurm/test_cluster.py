@@ -156,9 +156,10 @@ def test_cancel_includes_the_waiting_runs(project: Path) -> None:
     )
 
 
-def test_a_killed_rank_ends_its_job_and_retry_finishes_the_run(project: Path) -> None:
-    profile = slow_profile(400)
-    launch("table5", profile, cluster_profile(2), "--row", "dice alone")
+@pytest.mark.parametrize(("ranks", "nodes"), [(2, 1), (1, 2)])
+def test_a_killed_rank_ends_its_job_and_retry_finishes_the_run(project: Path, ranks: int, nodes: int) -> None:
+    profile, cluster = slow_profile(400), cluster_profile(ranks, nodes)
+    launch("table5", profile, cluster, "--row", "dice alone")
     plan = plan_of("table5", profile=profile, row="dice alone")
     run = training(plan)
     wait_for(lambda: steps_done(run) > 15, 90, "15 steps")
@@ -166,12 +167,13 @@ def test_a_killed_rank_ends_its_job_and_retry_finishes_the_run(project: Path) ->
     os.kill(process_of(run, 1), signal.SIGKILL)
     status = wait_for(lambda: (s := state_of(run, plan)).state == "failed" and s, 30, "state failed")
     assert time.monotonic() - began < 30 * slowness()
+    assert f"rank 1 on 0x7f00000{nodes}" in str(status.reason) or nodes == 1, "with two nodes, rank 1 is on the second"
     assert "rank 1 on 0x7f00000" in str(status.reason)
     assert "Killed" in str(status.reason)
     wait_for(lambda: not slurm("squeue", "--noheader"), 30, "empty queue (the waiting evaluation must be gone, too)")
-    assert run_cli(["launch", "table5", "--profile", profile, "--cluster", cluster_profile(2), "--row", "dice alone"]) == 0
+    assert run_cli(["launch", "table5", "--profile", profile, "--cluster", cluster, "--row", "dice alone"]) == 0
     assert state_of(run, plan).state == "failed", "launch does not send a failed run again"
-    assert run_cli(["retry", "table5", "--profile", profile, "--cluster", cluster_profile(2), "--row", "dice alone"]) == 0
+    assert run_cli(["retry", "table5", "--profile", profile, "--cluster", cluster, "--row", "dice alone"]) == 0
     wait_for(lambda: done(plan), 480, "records")
     assert "resuming after step" in run_folder(run.key).log.read_text()
 
