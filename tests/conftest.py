@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Under pytest-xdist, each worker and the processes that it starts use one thread. Set before torch is imported, too.
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
@@ -139,3 +139,15 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             return future
 
     monkeypatch.setattr(isolated, "_start_process", lambda _: nullcontext(Inline()))
+
+
+def assert_flips_are_refused(file: Path, places: Iterable[int], random: np.random.Generator, read: Callable[[], object]) -> None:
+    """Flip one random bit of a file's byte at each place in turn: `read` must refuse the file with a one-line error."""
+    content = file.read_bytes()
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(random.integers(8))
+        file.write_bytes(damaged)
+        with pytest.raises(UserError) as raised:
+            read()
+        assert len(str(raised.value).splitlines()) == 1

@@ -20,7 +20,8 @@ ALLOWED = {
     "checked": set(),
     "machine": {"errors", "words"},
     "progress": set(),
-    "attempts": {"errors", "files", "machine", "paths"},
+    "attempts": {"attempt_files", "errors", "files", "machine", "paths"},
+    "attempt_files": {"files", "machine", "paths"},
     "section": set(),
     "plain": {"errors", "words"},
     "nested": {"section", "errors", "words"},
@@ -48,8 +49,8 @@ ALLOWED = {
     "integrations": BASE | {"progress", "models", "data", "criterion", "distributed", "postprocess", "evaluation", "training"},
     "ablation": BASE | {"data"},
     "launch": BASE
-    | {"attempts", "data", "device", "distributed", "inference", "evaluation", "training", "visualize", "bench", "ablation"}
-    | {"report"},
+    | {"attempts", "attempt_files", "data", "device", "distributed", "inference", "evaluation", "training", "visualize"}
+    | {"bench", "ablation", "report"},
     "report": BASE | {"ablation"},
     "publish": BASE | {"data", "device", "inference", "evaluation", "visualize", "ablation", "report"},
 }
@@ -61,6 +62,7 @@ WITHOUT_TORCH = [
     "paths",
     "machine",
     "attempts",
+    "attempt_files",
     "section",
     "plain",
     "nested",
@@ -123,7 +125,9 @@ WITHOUT_TORCH = [
 ]
 
 
-FOUNDATION = {"errors", "words", "paths", "files", "checked", "machine", "section", "plain", "nested", "progress", "attempts"} | {
+FOUNDATION = {"errors", "words", "paths", "files", "checked", "machine", "section", "plain", "nested", "progress"} | {
+    "attempts",
+    "attempt_files",
     "config",
     "overrides",
 }

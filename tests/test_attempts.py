@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from sparseinst import attempts
-from sparseinst.attempts import Attempt, AttemptRecord, Held, Job, Superseded, describe_hang, latest_attempt
+from sparseinst import attempt_files, attempts
+from sparseinst.attempt_files import AttemptRecord, describe_hang, latest_attempt
+from sparseinst.attempts import Attempt, Held, Job, Superseded
 from sparseinst.errors import RunFailed
 from sparseinst.files import atomic
 from sparseinst.paths import RunPaths
@@ -88,7 +89,7 @@ def test_the_heartbeat_shows_whether_a_process_on_another_machine_is_alive(paths
         rewrite(attempt, machine="elsewhere", host="node7")
         with pytest.raises(Held, match="host node7"):
             Attempt.begin(paths)
-        long_ago = time.time() - attempts.LOST_SECONDS - 1
+        long_ago = time.time() - attempt_files.LOST_SECONDS - 1
         os.utime(paths.beat(1, 0), (long_ago, long_ago))
         with Attempt.begin(paths) as second:
             assert second.number == 2

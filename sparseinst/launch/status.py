@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparseinst.ablation.plan import Plan, StageRun
-from sparseinst.attempts import AttemptRecord, describe_hang, latest_attempt
+from sparseinst.attempt_files import AttemptRecord, describe_hang, latest_attempt
 from sparseinst.errors import UserError
 from sparseinst.files import json_fields
 from sparseinst.launch.names import folded, named_runs

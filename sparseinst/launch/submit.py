@@ -27,7 +27,7 @@ from typing import Any
 from sparseinst.ablation.plan import Plan, StageRun
 from sparseinst.ablation.provenance import PACKAGE, SNAPSHOT, code_digest, code_files, code_version, command_line
 from sparseinst.ablation.store import Store
-from sparseinst.attempts import latest_attempt
+from sparseinst.attempt_files import latest_attempt
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import private_files, write_error
 from sparseinst.launch.arrange import Array, Element

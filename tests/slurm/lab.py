@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sparseinst.ablation.plan import Plan, StageRun, make_plan
 from sparseinst.ablation.store import Store
 from sparseinst.ablation.study import read_profile, read_tables
-from sparseinst.attempts import latest_attempt
+from sparseinst.attempt_files import latest_attempt
 from sparseinst.cli import run_cli
 from sparseinst.launch.status import State, Status, plan_status
 from sparseinst.launch.submission import read_submission

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from sparseinst.ablation.store import Record, Store
-from sparseinst.attempts import latest_attempt
+from sparseinst.attempt_files import latest_attempt
 from sparseinst.cli import run_cli
 from sparseinst.inference.weights import load_weights
 from sparseinst.launch.status import plan_status
