@@ -132,6 +132,11 @@ class LocalSide:
     def time_batch(self, number: int) -> float:
         return _time_batch(self._workload, number, self._device)
 
+    @torch.no_grad()
+    def time_modules(self, number: int) -> dict[str, float]:
+        """Run batch number n with synchronisation after each module, and return the time of each module in seconds."""
+        return _time_modules(self._workload, number, self._device)
+
 
 def compare(first: ComparedSide, second: ComparedSide, *, warmup: int = 10, repetitions: int = 50) -> Comparison:
     """Time two sides alternately, so that other work on the machine affects both alike.

@@ -47,14 +47,15 @@ def print_engines(rows: Sequence[dict[str, Any]], device: str) -> None:
     """Print the rows of one model."""
     first = rows[0]
     table = Table(title=f"{first['model']} at {first['size']}, batch {first['batch']}, on {device}", title_justify="left")
-    for column in ("engine", "precision", "mode", "ms", "p5-p95", "times faster", "AP", "AP lost (95 %)", "equal images"):
+    for column in ("engine", "precision", "mode", "ms", "p5-p95", "post, ms", "times faster", "AP", "AP lost (95 %)"):
         table.add_column(column)
-    for column in ("MB", "first image, s", "digest"):
+    for column in ("equal images", "MB", "first image, s", "digest"):
         table.add_column(column)
     for row in rows:
         times, ratio, same = row["whole_ms"], row["ratio"], row["agreement"]
         table.add_row(
             row["engine"], row["precision"], row["mode"], f"{times['median']:.1f}", f"{times['p5']:.1f}-{times['p95']:.1f}",
+            f"{row['post_ms']:.1f}" if row["post_ms"] is not None else "",
             f"{ratio['median']:.2f} ({ratio['p5']:.2f}-{ratio['p95']:.2f})", _ap(row), _lost(row),
             f"{same['equal_images']} of {same['images']}" if same is not None else "",
             f"{row['bytes'] / 1e6:.1f}", f"{row['first_image_s']:.1f}", row["facts"]["artifact"],
@@ -63,7 +64,7 @@ def print_engines(rows: Sequence[dict[str, Any]], device: str) -> None:
     print(
         "The first row is the reference's path, and the ratios are relative to it. AP lost is its AP minus the row's AP, with an "
         "interval over resampled images.\nfirst image is the time from the start of a process to its first result; the artifact "
-        "already exists."
+        "already exists. post is the part of post-processing, from further runs."
     )
     if first["AP"] is None:
         print("A model given by name has random weights: it has no AP, and int8 is calibrated on noise.")

@@ -101,9 +101,9 @@ def compare_engines(
     """Time the settings by turns with the reference's path, score their artifacts, and return a row for each.
 
     The first row is the reference's path: torch in mode `plain` and fp32. The keys of a row are the fields of `Setting`,
-    `whole_ms`, `ratio` (the reference's time divided by this one's), `AP`, `AP_lost` (`value`, `low` and `high`: a 95 % interval
-    over resampled images), `agreement`, `bytes`, `prepare_s`, `first_image_s` and `facts`. A model by name has random weights,
-    so that it has no AP.
+    `whole_ms`, `post_ms` (the median of post-processing alone), `ratio` (the reference's time divided by this one's), `AP`,
+    `AP_lost` (`value`, `low` and `high`: a 95 % interval over resampled images), `agreement`, `bytes`, `prepare_s`,
+    `first_image_s` and `facts`. A model by name has random weights, so that it has no AP.
 
     Raises:
         UserError, DataError: an engine, a precision or the data are not available.
@@ -167,6 +167,7 @@ def _row(setting: Setting, runner: Runner, reference: Runner, scored: _Scored) -
     return {
         **asdict(setting),
         "whole_ms": percentiles(runner.seconds),
+        "post_ms": runner.post_ms,
         "ratio": ratio_of(reference.seconds, runner.seconds),
         "repetitions": len(runner.seconds),
         "bytes": scored.facts["bytes"],

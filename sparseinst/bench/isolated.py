@@ -7,6 +7,7 @@ freed memory in their process, as our commands do. Mode `plain` and peers do not
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -67,6 +68,8 @@ class Runner:
     """From the start of its process to the result of the first image."""
     facts: dict[str, Any] | None
     """See `Workload.facts`."""
+    post_ms: float | None
+    """The median time of post-processing in milliseconds, from as many further runs; None for a peer."""
 
 
 def race_isolated(settings: Sequence[Setting], task: Task, device: Any, warmup: int, repetitions: int) -> list[Runner]:
@@ -90,7 +93,13 @@ def race_isolated(settings: Sequence[Setting], task: Task, device: Any, warmup: 
             num_batches = _wait_for_result(process.submit(_num_batches, setting), setting)
             sides.append(IsolatedSide(process, setting, num_batches))
         seconds = take_turns(sides, warmup=warmup, repetitions=repetitions)
-    return [Runner(*runner) for runner in zip(seconds, firsts, facts, strict=True)]
+        post = [_median_ms([side.time_post(number) for number in range(len(seconds[0]))]) for side in sides]
+    return [Runner(*runner) for runner in zip(seconds, firsts, facts, post, strict=True)]
+
+
+def _median_ms(seconds: Sequence[float | None]) -> float | None:
+    known = [value for value in seconds if value is not None]
+    return round(1000 * statistics.median(known), 3) if known else None
 
 
 class IsolatedSide:
@@ -102,6 +111,11 @@ class IsolatedSide:
 
     def time_batch(self, number: int) -> float:
         seconds: float = _wait_for_result(self._process.submit(_time_batch, self._setting, number), self._setting)
+        return seconds
+
+    def time_post(self, number: int) -> float | None:
+        """Run batch number n, and return the time of its post-processing in seconds; None for a peer."""
+        seconds: float | None = _wait_for_result(self._process.submit(_time_post, self._setting, number), self._setting)
         return seconds
 
 
@@ -172,3 +186,8 @@ def _prepare(setting: Setting, task: Task, device: Any) -> int:
 def _time_batch(setting: Setting, number: int) -> float:
     """Run a batch of a prepared setting, and return its time in seconds."""
     return _prepared_sides[setting].time_batch(number)
+
+
+def _time_post(setting: Setting, number: int) -> float | None:
+    """Run a batch of a prepared setting, and return the time of its post-processing in seconds; None for a peer."""
+    return _prepared_sides[setting].time_modules(number).get("post")

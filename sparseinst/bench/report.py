@@ -62,7 +62,9 @@ def _print_rows(results: dict[str, Any]) -> None:
 
 def _latency_table(rows: list[dict[str, Any]], train: bool, device: str) -> Table:
     """Return the table of medians, percentiles and modules, in milliseconds."""
-    modules = PHASES if train else MODULES
+    modules: tuple[str, ...] = PHASES if train else MODULES
+    if any("network" in row["modules_ms"] for row in rows):
+        modules = (*modules, "network")
     table = Table(title=f"milliseconds per {'training step' if train else 'batch'} on {device}", title_justify="left")
     for column in (*_SETTING, "median", "p5", "p95", "images/s", *modules, "sum", "GFLOPs", "M parameters", "MB"):
         table.add_column(column)

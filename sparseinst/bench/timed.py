@@ -33,6 +33,8 @@ PHOTO = (480, 640)
 RANDOM_BATCHES = 4
 """Number of different random batches. One batch alone would stay in the device's caches."""
 MODULES = ("backbone", "encoder", "decoder", "post")
+WHOLE_NETWORK = ("network", "post")
+"""The modules of a network that runs as one: a compiled network, a CUDA graph, and that of another engine."""
 
 OnModuleDone = Callable[[str], Any]
 """A callback that receives a module's name as soon as the host has issued this module's work."""
@@ -124,22 +126,24 @@ def network_workload(
         network.normalise(each.pixels.to(device), [size.resized for size in each.sizes]).contiguous(memory_format=layout)
         for each in inputs
     ]
-    # A compiled network, a CUDA graph and another engine's network run as one.
     separable = mode in ("plain", "eager", "folded") and inference.engine == "torch"
 
     def run(number: int, module_done: OnModuleDone) -> int:
         index = number % len(inputs)
         image = images[index]
         with autocast(device, inference.precision):
-            predictions = _run_modules(network, image, module_done) if separable else network(image)
+            if separable:
+                predictions = _run_modules(network, image, module_done)
+            else:
+                predictions = network(image)
+                module_done("network")
         found = postprocess(predictions, inputs[index].padded, inputs[index].sizes, inference, resize)
         module_done("post")
         return sum(len(instances.scores) for instances in found)
 
     shapes = {each.padded for each in inputs}
-    return Workload(
-        run, MODULES if separable else (), shapes.pop() if len(shapes) == 1 else None, len(inputs), prepared.as_json()
-    )
+    modules = MODULES if separable else WHOLE_NETWORK
+    return Workload(run, modules, shapes.pop() if len(shapes) == 1 else None, len(inputs), prepared.as_json())
 
 
 def random_network(config: Config, *, device: torch.device, mode: InferenceMode = "eager") -> Prepared:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 
@@ -99,7 +99,8 @@ def sample_of(entry: RowRecords, column: Column, seeds: Container[int] = SEEDS) 
         known = tuple(float(value) for value in values if value is not None)
         return Sample(known) if known else None
     record = entry.latencies.get(column.device or "")
-    return Sample((_timed_value(record.result, column.metric),)) if record is not None else None
+    value = _timed_value(record.result, column.metric) if record is not None else None
+    return Sample((value,)) if value is not None else None
 
 
 def _evaluated_value(result: dict[str, Any], metric: str) -> float | None:
@@ -111,17 +112,17 @@ def _evaluated_value(result: dict[str, Any], metric: str) -> float | None:
     return value if value is None or metric in _NOT_PERCENT else 100 * value
 
 
-def _timed_value(result: dict[str, Any], metric: str) -> float:
-    """Return a metric of a timing, in milliseconds or images per second."""
-    if metric in result["modules_ms"]:
-        return float(result["modules_ms"][metric])
+def _timed_value(result: dict[str, Any], metric: str) -> float | None:
+    """Return a metric of a timing, in milliseconds or images per second; None for a module that was not timed by itself."""
+    if metric not in ("ms", "FPS"):
+        return cast("float | None", result["modules_ms"].get(metric))
     median = float(result["whole_ms"]["median"])
     return median if metric == "ms" else 1000 / median
 
 
 def timed_spread(result: dict[str, Any], metric: str) -> tuple[float, float] | None:
     """Return the 5th and 95th percentile of a timing; None if they are not recorded."""
-    if metric in result["modules_ms"]:
+    if metric not in ("ms", "FPS"):
         of_module = result.get("modules_range_ms", {}).get(metric)
         return tuple(of_module) if of_module is not None else None
     whole = result["whole_ms"]

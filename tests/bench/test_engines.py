@@ -102,6 +102,7 @@ def test_the_command_gives_speed_and_accuracy_of_the_same_artifacts(
     for row in rows:
         assert row["whole_ms"]["p5"] <= row["whole_ms"]["median"] <= row["whole_ms"]["p95"]
         assert row["first_image_s"] > 0
+        assert 0 < row["post_ms"] < 2 * row["whole_ms"]["p95"]
         assert row["bytes"] > 1000
         assert row["AP_lost"]["low"] - 1e-9 <= row["AP_lost"]["value"] <= row["AP_lost"]["high"] + 1e-9
         assert row["AP_lost"]["value"] == pytest.approx(rows[0]["AP"] - row["AP"], abs=1e-3)
@@ -155,7 +156,7 @@ def test_another_artifact_than_the_scored_one_is_an_error(monkeypatch: pytest.Mo
     monkeypatch.setattr(comparing, "load_network", lambda *_: (tiny, None))
 
     def race(settings: list[Setting], *_: Any) -> list[Runner]:
-        return [Runner([0.1, 0.1], 1.0, {"artifact": "another"}) for _ in settings]
+        return [Runner([0.1, 0.1], 1.0, {"artifact": "another"}, 5.0) for _ in settings]
 
     monkeypatch.setattr(comparing, "race_isolated", race)
     with pytest.raises(RunFailed, match="timed the artifact another, but scored"):

@@ -14,8 +14,7 @@ import pandas as pd
 import pydantic_core
 import pytest
 
-from sparseinst import overrides
-from sparseinst.ablation import store as store_module
+from sparseinst import checked, overrides
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import Profile, Table, read_profile, read_spec, read_tables, row_config
 from sparseinst.report import escape
@@ -204,9 +203,12 @@ def test_devices_never_share_a_column(tmp_path: Path) -> None:
         ranges = {key: [0.9 * factor, 1.1 * factor] for key in modules} if device == "Card B" else {}
         result = {"whole_ms": {"median": 4 * factor}, "modules_ms": modules, "modules_range_ms": ranges}
         store.write(Record("latency", config.latency_key(device), result, provenance={"device": device}))
+    whole = {"whole_ms": {"median": 4.0}, "modules_ms": {"network": 3.0, "post": 1.0}}  # as for a compiled network
+    store.write(Record("latency", config.latency_key("Card C"), whole, provenance={"device": "Card C"}))
     data = frame(collect(table, MINI, store, {}, {}))
     assert (data["backbone (Card A)"][0], data["backbone (Card B)"][0]) == ("1.00", "2.00 (1.80-2.20)")
     assert data["backbone (Card A)"][1] == "pending"
+    assert (data["post (Card C)"][0], data["backbone (Card C)"][0]) == ("1.00", "-")
 
 
 def test_protocols_of_quoted_rows_are_marked(tmp_path: Path) -> None:
@@ -254,7 +256,7 @@ def test_a_report_reads_each_record_and_each_spec_once(store: Store, monkeypatch
         return original(text, where)
 
     original = overrides.parse_yaml
-    monkeypatch.setattr(store_module, "from_json", from_json)
+    monkeypatch.setattr(checked, "from_json", from_json)
     monkeypatch.setattr(overrides, "parse_yaml", parse_yaml)
     overrides._parsed.cache_clear()
     results = read_results([], "mini", store.results)
