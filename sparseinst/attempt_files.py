@@ -1,6 +1,6 @@
 """Read the files of attempts: who began one, which ranks are alive, and how each of them ended. Imports no torch.
 
-`attempts` names the files and writes them.
+`attempts` lists the files and writes them.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ LOST_SECONDS = 30.0
 Outcome = Literal["done", "failed", "interrupted", "superseded"]
 
 
-Seconds = Annotated[float, Field(ge=0, le=1e15)]
-Whole = Annotated[int, Field(ge=0, le=2**22)]
+_Seconds = Annotated[float, Field(ge=0, le=1e15)]
+_Whole = Annotated[int, Field(ge=0, le=2**22)]
 """A process id, a rank or a count; Linux allows no larger process id."""
 
 
 class _About(BaseModel):
     """The types of the fields of an attempt's own file."""
 
-    began: Seconds = 0
+    began: _Seconds = 0
     host: str = ""
     machine: str = ""
-    pid: Whole = 0
+    pid: _Whole = 0
     process: str | None = None
     job: str | None = None
-    restarts: Whole = 0
-    world_size: Whole = 1
+    restarts: _Whole = 0
+    world_size: _Whole = 1
     address: str | None = None
-    hang_seconds: Seconds | None = None
+    hang_seconds: _Seconds | None = None
 
 
 class _Beat(BaseModel):
@@ -47,8 +47,8 @@ class _Beat(BaseModel):
 
     phase: str = ""
     step: int | None = None
-    since: Seconds = 0
-    pid: Whole = 0
+    since: _Seconds = 0
+    pid: _Whole = 0
     process: str | None = None
     machine: str = ""
 
@@ -58,7 +58,7 @@ class _End(BaseModel):
 
     outcome: Outcome
     reason: str | None = None
-    at: Seconds = 0
+    at: _Seconds = 0
     traceback: str | None = None
 
 

@@ -142,7 +142,10 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_flips_are_refused(file: Path, places: Iterable[int], random: np.random.Generator, read: Callable[[], object]) -> None:
-    """Flip one random bit of a file's byte at each place in turn: `read` must refuse the file with a one-line error."""
+    """Flip one random bit of a file's byte at each place in turn: `read` must refuse the file with a one-line error.
+
+    The file stays damaged.
+    """
     content = file.read_bytes()
     for place in places:
         damaged = bytearray(content)

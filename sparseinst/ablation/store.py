@@ -63,13 +63,7 @@ _Times = Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
 """Times in milliseconds; images per second are their inverse, so that none can be zero."""
 
 
-def _two(values: list[float]) -> list[float]:
-    if len(values) != 2:
-        raise ValueError("a range has two values")
-    return values
-
-
-_Range = Annotated[list[_Seconds], AfterValidator(_two)]
+_Range = Annotated[list[_Seconds], Field(min_length=2, max_length=2)]
 
 
 class _Content(BaseModel):

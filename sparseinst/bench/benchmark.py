@@ -73,7 +73,7 @@ def measure(workload: Workload, *, device: torch.device, warmup: int = 10, repet
             for name, seconds in _time_modules(workload, number, device).items():
                 modules[name].append(seconds)
     after = gpu_clocks(device)
-    spread = {name: percentiles(seconds) for name, seconds in modules.items() if seconds}
+    spread = {name: percentiles(seconds) for name, seconds in modules.items()}
     return Latency(
         percentiles(whole),
         {name: times["median"] for name, times in spread.items()},

@@ -89,7 +89,7 @@ UntilSettled = Annotated[
     typer.Option(
         "--until-settled",
         help="Replaces --seeds: add seeds to each row until its comparison with the reference row has a verdict, or has little "
-        "chance of one. With --budget, a look that exceeds the budget is not started; the budget holds for one call.",
+        "chance of one. With --budget, a look whose estimated cost exceeds what is left of the budget is not started.",
     ),
 ]
 

@@ -13,6 +13,7 @@ import typer
 
 from sparseinst.ablation.store import RESULTS, Store
 from sparseinst.cli.options import Device, Json, ProfileName, Results, Tables, make_plan
+from sparseinst.errors import UserError
 
 app = typer.Typer()
 
@@ -33,13 +34,15 @@ def verify(
 ) -> None:
     """Repeat the run of a record, and compare the results.
 
-    An evaluation is repeated together with its training, or with --predictions without it.
+    An evaluation is repeated together with its training. With --predictions, only its metrics are computed again.
 
     The exit code is 1 if the results are different. It is 0 if they have the same bits or are the same within noise.
     """
     from sparseinst.launch import verify as repeat
 
     if predictions is not None:
+        if threads is not None or device is not None:
+            raise UserError("verify: --predictions only computes metrics, so it allows no --threads and no --device")
         found = repeat.verify_metrics(key, predictions, Store(results))
     else:
         found = repeat.verify(key, Store(results), device, threads=threads, progress=not as_json)

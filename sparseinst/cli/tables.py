@@ -190,7 +190,7 @@ def _run_until_settled(
     from sparseinst.ablation.plan import costs
     from sparseinst.ablation.study import list_tables, read_profile, read_tables
     from sparseinst.launch.run import run_in_processes, run_plan
-    from sparseinst.launch.settle import advance, look_states, plan_looks, wanted_file
+    from sparseinst.launch.settle import advance, plan_looks, show_looks, wanted_file
     from sparseinst.launch.status import plan_status
 
     tables, scale, store = read_tables(names), read_profile(profile), Store(results)
@@ -217,8 +217,7 @@ def _run_until_settled(
             failures = len(run_plan(look, store, device=device, from_scratch=from_scratch))
         if failures or plan_looks(tables, wanted, scale, store, device).to_do():
             raise RunFailed("some runs failed; `sparseinst status` shows why")
-    for state in look_states(tables, scale, store):
-        print("\n".join(state.lines()))
+    show_looks(tables, scale, store)
     _print_how_to_report(names, profile, results)
 
 
@@ -246,12 +245,12 @@ def status(
 ) -> None:
     """Show the state, progress and ETA of each run.
 
-    A failed run also shows its reason. The command reads files and needs no scheduler. It also shows what
-    `--until-settled` has settled, and which seeds come next.
+    A failed run also shows its reason. For tables that --until-settled has looked at, the command prints what is settled and
+    which seeds come next (not with --watch). It reads files and needs no scheduler.
     """
     from sparseinst.ablation.study import read_profile, read_tables
     from sparseinst.launch import status as states
-    from sparseinst.launch.settle import look_states
+    from sparseinst.launch.settle import look_states, show_looks
     from sparseinst.launch.submission import ask_queue
     from sparseinst.paths import JOBS
 
@@ -263,14 +262,12 @@ def status(
     if watch and not as_json:
         states.watch(look, lambda: True)
         return
-    found = look()
-    looked = look_states(read_tables(tables or []), read_profile(profile), Store(results))
+    looked_at = (read_tables(tables or []), read_profile(profile), Store(results))
     if as_json:
-        print(json.dumps({**states.as_json(found), "looks": [state.as_json() for state in looked]}))
-        return
-    states.show(found)
-    for state in looked:
-        print("\n".join(state.lines()))
+        print(json.dumps({**states.as_json(look()), "looks": [state.as_json() for state in look_states(*looked_at)]}))
+    else:
+        states.show(look())
+        show_looks(*looked_at)
 
 
 @app.command()

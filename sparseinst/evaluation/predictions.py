@@ -7,11 +7,14 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from sparseinst.data.masks import encode
 from sparseinst.errors import UserError
-from sparseinst.files import atomic
+from sparseinst.files import atomic, check_is_file
 from sparseinst.postprocess import Instances
 
 
@@ -39,16 +42,35 @@ def write_predictions(file: Path, results: list[dict[str, Any]], check: Callable
         temporary.write_bytes(gzip.compress(content, mtime=0) if file.suffix == ".gz" else content)
 
 
+class _Runs(TypedDict):
+    """A mask as run lengths."""
+
+    size: Annotated[list[int], Field(min_length=2, max_length=2)]
+    counts: str | list[int]
+
+
+class _Instance(TypedDict):
+    image_id: int
+    category_id: int
+    score: Annotated[float, Field(allow_inf_nan=False)]
+    segmentation: _Runs
+
+
+_INSTANCES = TypeAdapter(list[_Instance], config=ConfigDict(strict=True))
+
+
 def read_predictions(file: Path) -> list[dict[str, Any]]:
     """Read what `write_predictions` wrote. Raises `UserError` if the file cannot be read or holds something else."""
+    check_is_file(file)
     try:
         content = file.read_bytes()
-        results = json.loads(gzip.decompress(content) if file.suffix == ".gz" else content)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]})") from None
-    if not isinstance(results, list) or not all(isinstance(one, dict) and one.keys() >= _FIELDS for one in results):
-        raise UserError(f"{file}: is no list of instances with {', '.join(sorted(_FIELDS))}")
+        results: list[dict[str, Any]] = json.loads(gzip.decompress(content) if file.suffix == ".gz" else content)
+        _INSTANCES.validate_python(results)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{file}: is no list of instances in COCO's result format ({place}: {first['msg']})") from None
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        raise UserError(f"{file}: cannot be read ({reason})") from None
     return results
-
-
-_FIELDS = {"image_id", "category_id", "score", "segmentation"}

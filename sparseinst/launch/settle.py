@@ -24,6 +24,7 @@ from sparseinst.errors import UserError
 from sparseinst.files import atomic, read_text
 from sparseinst.paths import look_of_process
 from sparseinst.report.collect import TableResult, collect, compared_rows, seed_priors
+from sparseinst.words import counted
 
 _log = logging.getLogger(__name__)
 
@@ -137,9 +138,9 @@ class LookState:
     looks: int
     """The number of looks so far."""
     seeds: dict[str, int]
-    """The number of seeds that the newest look at each row took, the reference row included."""
+    """The largest number of seeds of each row that a look took, the reference row included."""
     decisions: dict[str, Decision]
-    """The newest decision about each row."""
+    """The newest decision about each row; the reference row has none."""
     following: dict[str, int]
     """The number of seeds that each row needs for the next look; empty if the table is finished."""
 
@@ -148,14 +149,17 @@ class LookState:
             "table": self.table,
             "looks": self.looks,
             "most_looks": len(LOOKS),
-            "rows": {row: {"seeds": self.seeds[row], **asdict(decision)} for row, decision in self.decisions.items()},
+            "seeds": self.seeds,
+            "rows": {row: asdict(decision) for row, decision in self.decisions.items()},
             "next": self.following,
         }
 
     def lines(self) -> list[str]:
         """Return lines for people."""
         lines = [f"{self.table}: {self.looks} of at most {len(LOOKS)} looks"]
-        lines += [f"  {row}: {self.seeds[row]} seeds, {decision.text}" for row, decision in self.decisions.items()]
+        for row, seeds in self.seeds.items():
+            decision = self.decisions[row].text if row in self.decisions else "the reference row"
+            lines.append(f"  {row}: {counted(seeds, 'seed')}, {decision}")
         following = ", ".join(f"{row} to {seeds} seeds" for row, seeds in self.following.items())
         return [*lines, f"  next: {following}" if following else "  finished"]
 
@@ -172,3 +176,9 @@ def look_states(tables: Sequence[Table], profile: Profile, store: Store) -> list
             seeds = {row: max(look.seeds.get(row, 0) for look in looks) for row in (*decisions, reference)}
             states.append(LookState(table.name, len(looks), seeds, decisions, following))
     return states
+
+
+def show_looks(tables: Sequence[Table], profile: Profile, store: Store) -> None:
+    """Print what is settled in the tables that were looked at, and what comes next."""
+    for state in look_states(tables, profile, store):
+        print("\n".join(state.lines()))

@@ -1,12 +1,12 @@
-"""Repeat the run of a record, and compare the results. Imports no torch by itself."""
+"""Repeat the run of a record, or compute its metrics again, and compare the results. Imports no torch by itself."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparseinst.ablation.gate import untrained_ap
 from sparseinst.ablation.provenance import code_digest
@@ -17,13 +17,17 @@ from sparseinst.errors import UserError
 from sparseinst.files import file_digest
 from sparseinst.overrides import parse_config
 from sparseinst.paths import RUNS, RunPaths, stored_weights
+from sparseinst.words import counted
+
+if TYPE_CHECKING:
+    from sparseinst.data.coco import CocoSplit
 
 Outcome = Literal["same bits", "same within noise", "different"]
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of repeating the run of a record."""
+    """The result of repeating the run of a record, or of computing its metrics again."""
 
     key: str
     outcome: Outcome
@@ -80,30 +84,58 @@ def verify_metrics(key: str, predictions: Path, store: Store) -> Verification:
         UserError: there is no such record, its metrics cannot be computed again, or the predictions cannot be read.
     """
     from sparseinst.data.coco import val_split
-    from sparseinst.evaluation.coco_metrics import coco_figures
+    from sparseinst.evaluation.coco_metrics import coco_figures, figures_by_limit
     from sparseinst.evaluation.predictions import read_predictions
     from sparseinst.evaluation.resampling import resampled_figures
 
     record = find_record(key, store)
     if record.kind != "evaluate" or not record.config:
         raise UserError(f"{record.key}: only an evaluation whose record holds a config has predictions to compute metrics from")
-    if record.result.get("skipped"):
+    if left_out := record.result.get("skipped"):
         raise UserError(
-            f"{record.key}: left out {record.result['skipped']} images and does not say which, so it cannot be redone"
+            f"{record.key}: the evaluation left out {counted(left_out, 'image')} and its record does not name them, so its "
+            "metrics cannot be computed again"
         )
     split = val_split(parse_config(record.config).data)
-    if file_digest(split.file) != record.provenance.get("data"):
+    known = record.provenance.get("data")
+    if known is None:
+        raise UserError(f"{record.key}: its record does not say which annotations it used")
+    if file_digest(split.file) != known:
         raise UserError(f"{split.file}: these are not the annotations of the record {record.key}")
     results, images = read_predictions(predictions), [image.id for image in split.images]
-    figures, theirs = coco_figures(split.file, results, images), record.result["figures"]
+    _check_predictions(predictions, results, split)
     lines = [f"evaluate {record.key}: {len(results)} predictions on {len(images)} images, from {predictions}"]
-    lines.append(f"AP: {_text(figures['AP'])} here, {_text(theirs['AP'])} in the record")
-    same = figures == theirs
-    if (draws := record.result.get("resampled")) is not None:
-        resampled = resampled_figures(split.file, results, images, len(draws["AP"]))
-        lines.append(f"AP in {len(draws['AP'])} resamplings of the images: {'the same' if resampled == draws else 'different'}")
-        same = same and resampled == draws
-    return Verification(record.key, "same bits" if same else "different", lines)
+    draws: dict[str, list[float | None]] = record.result.get("resampled", {})
+    figures = coco_figures(split.file, results, images) | figures_by_limit(split, results, images)
+    resampled = resampled_figures(split.file, results, images, len(draws["AP"])) if draws else {}
+    theirs = record.result["figures"] | record.result.get("by_limit", {})
+    other, in_resamplings = _other(figures, theirs), _other(resampled, draws)
+    for name in dict.fromkeys(("AP", *other)):
+        lines.append(f"{name}: {_text(figures.get(name))} here, {_text(theirs.get(name))} in the record")
+    if draws:
+        which = f"{', '.join(in_resamplings)} differ" if in_resamplings else "all metrics are the same"
+        lines.append(f"in {len(draws['AP'])} resamplings of the images, {which}")
+    return Verification(record.key, "different" if other or in_resamplings else "same bits", lines)
+
+
+def _check_predictions(file: Path, results: Sequence[dict[str, Any]], split: CocoSplit) -> None:
+    """Raise `UserError` if a prediction is for an image that the split lacks, or if its mask is none of this image's size."""
+    from sparseinst.data.annotations import check_segmentation
+
+    sizes = {image.id: (image.height, image.width) for image in split.images}
+    for number, one in enumerate(results):
+        size = sizes.get(one["image_id"])
+        if size is None:
+            raise UserError(f"{file}: image {one['image_id']} is none of {split.file}, so these are predictions for other images")
+        try:
+            check_segmentation(one["segmentation"], *size)
+        except ValueError as error:
+            raise UserError(f"{file}: the mask of prediction {number} is damaged: {error}") from None
+
+
+def _other(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Return the names of the values that differ, sorted."""
+    return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
 
 
 def _verify_training(

@@ -33,11 +33,12 @@ class RowPower:
     seeds_for: dict[str, int | None]
     """How many seeds each of the two rows needs to settle a difference of `SIZES` and, under `paper`, the paper's difference.
     None if up to `MOST_SEEDS` do not settle it, or if something is unknown."""
+    hours_for: dict[str, float | None]
+    """The hours of all runs of both rows with so many seeds, by the keys of `seeds_for`, also of runs that are done already. None
+    if the number of seeds or the cost is unknown."""
     floor: float | None
     """The smallest difference that can be settled with these validation images, however many seeds there are; None if it is
     unknown."""
-    hours_for: dict[str, float | None]
-    """The hours of all runs of both rows with these seeds, under the same names; None if the seeds or the cost are unknown."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -81,8 +82,8 @@ def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours
                     row.row.name,
                     _detectable(variances, seeds, image_error, level / 2) if variances and seeds > 1 else None,
                     needed,
+                    {name: _hours(count, len(variances), hours_per_seed) for name, count in needed.items()},
                     Difference(0.0, (), image_error).reach(level / 2) if image_error is not None else None,
-                    {name: _hours(seeds, len(variances), hours_per_seed) for name, seeds in needed.items()},
                 )
             )
     return lines
@@ -144,8 +145,9 @@ def show(found: Sequence[RowPower], seeds: int, unit: str) -> None:
     Console(width=max(Console().width, 110)).print(table)
     sizes = ", ".join(f"{size:g}" for size in SIZES)
     print("Detectable: the smallest difference in AP that these seeds settle.")
-    print(f"{sizes} AP and paper's: how many seeds each of the two rows needs to settle such a difference, and in brackets")
-    print(f"the cost of all runs of both rows with these seeds, in {unit}.")
+    print(f"{sizes} AP and paper's: how many seeds each of the two rows needs to settle such a difference.")
+    if any(hours is not None for line in found for hours in line.hours_for.values()):
+        print(f"In brackets: the cost of all runs of both rows with so many seeds, in {unit}.")
     print("Floor: the smallest difference that can be settled with these validation images, however many seeds there are.")
     print("All comparisons of a table share a false discovery rate of 5 %; the numbers assume that no other one is settled.")
     print(f"-: unknown, or not settled by any number of seeds up to {MOST_SEEDS}.")
@@ -157,7 +159,7 @@ def show(found: Sequence[RowPower], seeds: int, unit: str) -> None:
 
 def _with_hours(line: RowPower, name: str) -> str:
     seeds, hours = line.seeds_for[name], line.hours_for[name]
-    return _text(seeds) if hours is None else f"{seeds} ({hours:.3g})"
+    return _text(seeds) if hours is None else f"{seeds} ({hours:,.0f})" if hours >= 100 else f"{seeds} ({hours:.3g})"
 
 
 def _text(value: float | None) -> str:

@@ -219,14 +219,18 @@ def test_power(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(tmp_path / "results")
     finish({"table5": dict.fromkeys(EFFECTS, 4)}, store)
     assert run_cli([*command, "--json", "--seeds", "4"]) == 0
-    lines = json.loads(capsys.readouterr().out)["power"]
+    printed = json.loads(capsys.readouterr().out)
+    lines = printed["power"]
+    cost = {stage["stage"]: stage["cost_hours"] for stage in printed["stages"]}
+    each = cost["train"] + cost["evaluate"]
     assert {"table", "row", "detectable", "seeds_for", "hours_for", "floor"} <= lines[0].keys()
     for line in lines:
         needed = [line["seeds_for"][size] for size in ("0.5", "1", "2")]
         known = [seeds for seeds in needed if seeds is not None]
         assert known == sorted(known, reverse=True)
         hours = line["hours_for"]
-        assert all((hours[size] is None) == (seeds is None) for size, seeds in line["seeds_for"].items())
+        for size, seeds in line["seeds_for"].items():
+            assert hours[size] == (None if seeds is None else pytest.approx(2 * seeds * each, abs=1e-3))
         assert line["detectable"] > line["floor"] > 0
     assert run_cli(command) == 0
     assert "What 1 seed of each row can settle" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from sparseinst.ablation.statistics import SeedNoise
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables
 from sparseinst.cli import run_cli
-from sparseinst.evaluation.predictions import read_predictions, write_predictions
+from sparseinst.evaluation.predictions import read_predictions
 from sparseinst.launch.verify import _within_noise
 from sparseinst.paths import run_folder
 
@@ -101,22 +102,32 @@ def test_metrics_and_resamplings_are_computed_again_from_predictions(
     kept = run_folder(key).predictions
     assert run_cli(["verify", key, "--predictions", str(kept), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["outcome"] == "same bits"
-    results = read_predictions(kept)
-    write_predictions(Path("fewer.json"), results[1:])
-    assert run_cli(["verify", key, "--predictions", "fewer.json"]) in (0, 1), "at this scale, AP can be 0 in both cases"
-    store = Store(Path("results"))
-    found = store.load(key)
+    found = Store(Path("results")).load(key)
     assert found is not None
+    better = {**found.result["figures"], "AP50": 99.0}
+    Store(Path("better")).write(replace(found, result={**found.result, "figures": better}))
+    assert run_cli(["verify", key, "--results", "better", "--predictions", str(kept)]) == 1
+    assert re.search(r"AP50: \S+ here, 99\.0000 in the record", capsys.readouterr().out)
+    Store(Path("skipped")).write(replace(found, result={**found.result, "skipped": 1}))
+    assert run_cli(["verify", key, "--results", "skipped", "--predictions", str(kept)]) == 2
+    assert "the evaluation left out 1 image" in capsys.readouterr().err
     lucky = {name: [100.0] * len(values) for name, values in found.result["resampled"].items()}
     Store(Path("lucky")).write(replace(found, result={**found.result, "resampled": lucky}))
     assert run_cli(["verify", key, "--results", "lucky", "--predictions", str(kept)]) == 1
-    assert "resamplings of the images: different" in capsys.readouterr().out
+    assert "resamplings of the images, AP, AP50, AP75, APl, APm, APs differ" in capsys.readouterr().out
     assert run_cli(["verify", keys(done)["train"], "--predictions", str(kept)]) == 2
     assert "only an evaluation" in capsys.readouterr().err
-    for content in ("[{}]", "{", ""):
+    one = read_predictions(kept)[0]
+    changes = ({"image_id": "x"}, {"score": "a"}, {"score": None}, {"category_id": 1.5}, {"segmentation": 3}, {"image_id": 10**9})
+    masks = ({"size": [64, 64], "counts": "?" * 9}, {"size": [1, 1], "counts": "abc"}, {"size": [64], "counts": ""})
+    wrong = [{**one, **change} for change in (*changes, *({"segmentation": mask} for mask in masks))]
+    for content in ("[{}]", "{", "", "[" * 100_000, *(json.dumps([entry]) for entry in wrong)):
         Path("damaged.json").write_text(content)
-        assert run_cli(["verify", key, "--predictions", "damaged.json"]) == 2
-        assert "damaged.json: " in capsys.readouterr().err
+        assert run_cli(["verify", key, "--predictions", "damaged.json"]) == 2, content
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert run_cli(["verify", key, "--predictions", "nowhere.json"]) == 2
+    assert capsys.readouterr().err == "error: nowhere.json: no such file\n"
+    assert run_cli(["verify", key, "--predictions", str(kept), "--threads", "2"]) == 2
     Path("damaged.json.gz").write_bytes(kept.read_bytes()[:-20])
     assert run_cli(["verify", key, "--predictions", "damaged.json.gz"]) == 2
     capsys.readouterr()
