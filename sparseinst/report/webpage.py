@@ -61,11 +61,11 @@ def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str
         for row in result.rows
         if row.verdict and (result.table.name, row.row.name) not in repeated
     )
-    measured = sum(row.missing is None for result in results for row in result.rows)
+    measured = sum(any(cell.measured is not None for cell in row.cells.values()) for result in results for row in result.rows)
     counts = [
         (len(results), _noun(len(results), "table")),
-        (measured, _noun(measured, "measured row")),
-        (len(gaps), _noun(len(gaps), "gap")),
+        (measured, f"{_noun(measured, 'row')} with results"),
+        (len(gaps), f"{_noun(len(gaps), 'row')} with gaps"),
         (len(loaded), _noun(len(loaded), "record")),
         *((verdicts[name], f"{_noun(verdicts[name], 'comparison')}: {name}") for name in _CHIPS if verdicts[name]),
     ]
