@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class Rank:
     measured: Sample
     history: Mapping[int, float] = field(default_factory=dict)
     """AP by training step, from the evaluations during training; the mean over seeds."""
+    trained: bool = True
+    """Whether all its trainings are evidence; see `ablation.gate`."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Fidelity:
     """The agreement over all pairs."""
     clear: Agreement
     """The agreement over the pairs that differ by `CLEAR` or more in the paper."""
+    trained: tuple[Agreement, Agreement]
+    """The same two over the rows whose trainings are all evidence."""
     tables: dict[str, tuple[Agreement, Agreement]]
     """The agreement over all pairs of a table and over its clear pairs, by table."""
     steps: dict[int, tuple[Agreement, Agreement]]
@@ -107,6 +111,7 @@ def fidelity(results: Sequence[TableResult], prior: Prior | None, histories: Map
     """
     ranks, missing = _ranks(results, histories)
     deviation = prior.deviation if prior is not None else None
+    trained = [rank for rank in ranks if rank.trained]
     by_table = {result.table.name: [rank for rank in ranks if result.table.name in rank.tables] for result in results}
     steps = sorted(set.intersection(*(set(rank.history) for rank in ranks))) if ranks else []
     ordered = sorted(ranks, key=lambda r: -r.paper)
@@ -118,6 +123,7 @@ def fidelity(results: Sequence[TableResult], prior: Prior | None, histories: Map
         missing=missing,
         all=_agreement(ranks, 0.0, deviation),
         clear=_agreement(ranks, CLEAR, deviation),
+        trained=(_agreement(trained, 0.0, deviation), _agreement(trained, CLEAR, deviation)),
         tables={
             name: (_agreement(own, 0.0, deviation), _agreement(own, CLEAR, deviation))
             for name, own in by_table.items()
@@ -147,13 +153,12 @@ def _ranks(results: Sequence[TableResult], histories: Mapping[str, Mapping[int, 
                 continue
             key = entry.evaluations
             if key in found:
-                known = found[key]
-                found[key] = Rank(known.name, (*known.tables, result.table.name), known.paper, known.measured, known.history)
+                found[key] = replace(found[key], tables=(*found[key].tables, result.table.name))
                 continue
             by_seed = [histories[training] for training in entry.trainings if training in histories]
             steps = set.intersection(*(set(ap) for ap in by_seed)) if by_seed else set()
             history = {step: float(np.mean([ap[step] for ap in by_seed])) for step in steps}
-            found[key] = Rank(name, (result.table.name,), cell.paper, cell.measured, history)
+            found[key] = Rank(name, (result.table.name,), cell.paper, cell.measured, history, entry.trained)
     return list(found.values()), missing
 
 
@@ -234,6 +239,8 @@ def as_json(found: Fidelity) -> dict[str, Any]:
         "missing": found.missing,
         **both((found.all, found.clear)),
         "clear_from": CLEAR,
+        "trained": both(found.trained),
+        "not_trained": [rank.name for rank in found.ranks if not rank.trained],
         "tables": {name: both(pair) for name, pair in found.tables.items()},
         "steps": {str(step): both(pair) for step, pair in found.steps.items()},
         "disagreements": [
@@ -255,7 +262,11 @@ def show(found: Fidelity) -> None:
     table.add_column("pairs of")
     for name in ("all: agree", "95 %", "tau", f"{CLEAR} AP or more: agree", "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
-    lines = {"all tables": (found.all, found.clear), **found.tables}
+    untrained = [rank.name for rank in found.ranks if not rank.trained]
+    lines = {"all tables": (found.all, found.clear)}
+    if untrained:
+        lines["all tables, trained rows"] = found.trained
+    lines |= found.tables
     lines |= {f"all, after {step:,} steps": pair for step, pair in found.steps.items()}
     for name, (every, clear) in lines.items():
         tau = f"{every.tau:+.2f}" if every.tau is not None else "-"
@@ -269,6 +280,8 @@ def show(found: Fidelity) -> None:
         print(f"- {first.name} is above {second.name} in the paper ({paper:+.1f}), but not here ({here:+.1f})")
     if len(found.disagreements) > _LISTED:
         print(f"- {len(found.disagreements) - _LISTED} more pairs have the other order; --json lists all of them")
+    if untrained:
+        print(f"Not trained, since their loss or AP still changes or they collapsed: {', '.join(untrained)}.")
     if found.missing:
         print(f"Not measured yet: {', '.join(found.missing)}.")
 

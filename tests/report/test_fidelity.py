@@ -89,6 +89,30 @@ def test_a_row_of_several_tables_counts_once(results: Path, monkeypatch: pytest.
     assert "table4 softmax" in found.missing
 
 
+def test_rows_that_are_not_trained_are_also_left_out(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The only pair in another order contains a row whose loss still falls."""
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    command = ["report", "table5", "--profile", "smoke", "--results", str(results), "--fidelity"]
+    [table], store = read_tables(["table5"], EXPERIMENTS), Store(results)
+    assert run_cli([*command, "--json"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert (before["pairs"], before["agree"], before["trained"]["pairs"], before["not_trained"]) == (6, 5, 6, [])
+    row = next(row for row in table.spec.rows if row.name == "dice + focal")
+    key = row_config(table.spec, row, read_profile("smoke", EXPERIMENTS), 0).train_key()
+    record = store.load(key)
+    assert record is not None
+    (results / "records" / f"{key}.json").unlink()
+    store.write(Record("train", key, {**record.result, "not_trained": ["the loss still falls"]}))
+    assert run_cli([*command, "--json"]) == 0
+    after = json.loads(capsys.readouterr().out)
+    assert (after["pairs"], after["agree"], after["not_trained"]) == (6, 5, ["table5 dice + focal"])
+    assert (after["trained"]["pairs"], after["trained"]["agree"]) == (3, 3)
+    assert run_cli(command) == 0
+    assert "all tables, trained rows" in capsys.readouterr().out
+
+
 def test_tables_that_cannot_be_compared_are_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXPERIMENTS.parent)
     assert run_cli(["report", "table1", "--fidelity", "--profile", "smoke"]) == 2
