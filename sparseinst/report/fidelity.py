@@ -300,18 +300,22 @@ def draw(found: Fidelity, provenance: Iterable[str] = ()) -> Figure | None:
     if found.all.pairs == 0:
         return None
     figure, axes = style.new(6.5, 5)
-    differences = [
-        (_paper_difference((a, b)), a.measured.mean - b.measured.mean)
+    pairs = [
+        (_paper_difference((a, b)), a.measured.mean - b.measured.mean, a.trained and b.trained)
         for a, b in itertools.combinations(sorted(found.ranks, key=lambda r: -r.paper), 2)
         if _paper_difference((a, b)) > 0
     ]
-    for agrees, colour, mark, order in (
-        (True, style.COLOURS[0], "o", "same order"),
-        (False, style.COLOURS[1], "x", "other order"),
-    ):
-        points = [point for point in differences if (point[1] > 0) == agrees]
-        label = f"{order}: {len(points)} pairs"
-        axes.plot([x for x, _ in points], [y for _, y in points], marker=mark, ls="", color=colour, ms=4, alpha=0.7, label=label)
+    for trained, alpha in ((True, 0.8), (False, 0.25)):
+        for agrees, colour, mark, order in (
+            (True, style.COLOURS[0], "o", "same order"),
+            (False, style.COLOURS[1], "x", "other order"),
+        ):
+            points = [(x, y) for x, y, both in pairs if (y > 0) == agrees and both == trained]
+            if not points:
+                continue
+            label = f"{order}: {len(points)} pairs" + ("" if trained else " with a row that is not trained")
+            look: dict[str, Any] = {"marker": mark, "ls": "", "color": colour, "ms": 4, "alpha": alpha}
+            axes.plot([x for x, _ in points], [y for _, y in points], label=label, **look)
     axes.axhline(0, color="0.4", lw=0.8)
     axes.axvline(CLEAR, color="0.4", lw=0.8, ls=":")
     axes.set(xlabel="difference of two rows in mask AP, the paper on COCO", ylabel=f"the same two rows at {found.profile} scale")
