@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -175,7 +176,7 @@ class Costs:
     hours: dict[Stage, float]
     unit: str
     measured: dict[Stage, int]
-    """The number of records that the hours are the mean of; with 0 they are the profile's estimate."""
+    """The number of records that the hours are the median of; with 0 they are the profile's estimate."""
 
     def of(self, runs: Sequence[StageRun]) -> float:
         """Return the hours that these stages take together."""
@@ -183,7 +184,10 @@ class Costs:
 
 
 def costs(plan: Plan, store: Store) -> Costs:
-    """Return the mean hours of the plan's records with the same profile and device; without records, the profile's estimate."""
+    """Return the median hours of the plan's records with the same profile and device; without records, the profile's estimate.
+
+    A run that was slow because of other work changes the median little.
+    """
     stated = plan.profile.cost
     hours: dict[Stage, float] = {stage: getattr(stated, stage) for stage in STAGES} if stated is not None else {}
     unit = stated.unit if stated is not None else "hours"
@@ -194,7 +198,7 @@ def costs(plan: Plan, store: Store) -> Costs:
             devices = record.provenance.get("world_size", 1) if unit == "GPU-hours" else 1
             seconds[plan.runs[key].stage].append(record.provenance["seconds"] * devices)
     measured = {stage: len(times) for stage, times in seconds.items()}
-    hours |= {stage: sum(times) / len(times) / 3600 for stage, times in seconds.items() if times}
+    hours |= {stage: statistics.median(times) / 3600 for stage, times in seconds.items() if times}
     return Costs(hours, unit, measured)
 
 
@@ -245,7 +249,7 @@ def show(plan: Plan, cost: Costs) -> None:
             continue
         hours = f", {cost.hours[stage]:.3g} {cost.unit} each" if stage in cost.hours else ""
         measured = cost.measured.get(stage)
-        source = f" (mean of {counted(measured, 'record')})" if measured else " (estimate)" if hours else ""
+        source = f" (median of {counted(measured, 'record')})" if measured else " (estimate)" if hours else ""
         print(f"{stage}: {counted(len(runs), 'distinct run')}, {sum(run.key in plan.done for run in runs)} done{hours}{source}")
     total = f"{counted(len(plan.rows), 'row')}, {counted(len(plan.runs), 'distinct run')}"
     print(f"{total}, {len(left)} to do: about {cost.of(left):.3g} {cost.unit}")

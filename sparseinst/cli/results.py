@@ -34,7 +34,9 @@ def verify(
 ) -> None:
     """Repeat the run of a record, and compare the results.
 
-    An evaluation is repeated together with its training. With --predictions, only its metrics are computed again.
+    The present code does a training again from its start, which takes as long as the first time. An evaluation is repeated together with its
+    training. With --predictions, only its metrics are computed again; the folder of the run that made them holds the predictions.
+    KEY is the name of a file in results/records; the page of `report --html` shows the key of each row.
 
     The exit code is 1 if the results are different. It is 0 if they have the same bits or are the same within noise.
     """
@@ -129,4 +131,4 @@ def _print_fidelity(tables: list[str], profile: str, results: Path, as_json: boo
     if figure is not None:
         path = order.fidelity_file(results, found.profile)
         save(figure, path)
-        print(f"the plot: {path.with_suffix('.png')}")
+        print(f"Plot: {path.with_suffix('.png')}")

@@ -217,6 +217,9 @@ def states_table(states: Sequence[Status]) -> Group:
             table.add_row(run.key, run.stage, escape(run.label), status.state, progress, eta, status.job or "", escape(why))
     counts = Counter(status.state for status in states)
     summary = ", ".join(f"{counts[state]} {state}" for state in get_args(State) if counts[state])
+    if states and counts["done"] == len(states):
+        stages = Counter(status.run.stage for status in states)
+        summary = f"all {len(states)} runs are done: " + ", ".join(f"{count} {stage}" for stage, count in stages.items())
     return Group(table, summary) if table.row_count else Group(summary)
 
 

@@ -63,8 +63,8 @@ class RowResult:
     """The verdict on the difference in AP; None if there is none."""
     not_trained: tuple[str, ...] = ()
     """The reasons why a training of this row, or of the reference row, is no evidence. Such a row has no verdict."""
-    trained: bool = True
-    """Whether all trainings of this row itself are evidence."""
+    doubts: tuple[str, ...] = ()
+    """The reasons why a training of this row itself is no evidence."""
     same_as: str | None = None
     """An earlier row with the same evaluations, whose comparison is the same."""
     as_run: str = ""
@@ -220,7 +220,7 @@ def collect(
                 paper_difference=_paper_difference(table, row),
                 judgement=None,
                 not_trained=tuple(doubts) if base is not None and entry.evaluations else tuple(entry.not_trained),
-                trained=not entry.not_trained,
+                doubts=tuple(entry.not_trained),
                 as_run=_as_run(configs[row.name]),
                 keys=(*entry.trainings, *(record.key for record in (*entry.evaluations.values(), *entry.latencies.values()))),
                 trainings=tuple(entry.trainings),

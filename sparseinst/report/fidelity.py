@@ -46,8 +46,12 @@ class Rank:
     measured: Sample
     history: Mapping[int, float] = field(default_factory=dict)
     """AP by training step, from the evaluations during training; the mean over seeds."""
-    trained: bool = True
-    """Whether all its trainings are evidence; see `ablation.gate`."""
+    doubts: tuple[str, ...] = ()
+    """The reasons why a training of this row is no evidence; see `ablation.gate`."""
+
+    @property
+    def trained(self) -> bool:
+        return not self.doubts
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class Fidelity:
     """The agreement over all pairs of a table and over its clear pairs, by table."""
     steps: dict[int, tuple[Agreement, Agreement]]
     """The same two, by training step, for the steps at which all rows were evaluated during training."""
+    deviation: float | None
+    """The standard deviation of AP over seeds that the intervals assume, pooled over all rows; None without several seeds."""
     disagreements: list[tuple[Rank, Rank]]
     """The clear pairs that have the other order here, sorted by their difference in the paper, the largest first. The first row
     of a pair is the one with the higher AP in the paper."""
@@ -130,6 +136,7 @@ def fidelity(results: Sequence[TableResult], prior: Prior | None, histories: Map
             if len(own) > 1
         },
         steps={step: _at_step(ranks, step) for step in steps},
+        deviation=deviation,
         disagreements=sorted(disagreements, key=_paper_difference, reverse=True),
     )
 
@@ -158,7 +165,7 @@ def _ranks(results: Sequence[TableResult], histories: Mapping[str, Mapping[int, 
             by_seed = [histories[training] for training in entry.trainings if training in histories]
             steps = set.intersection(*(set(ap) for ap in by_seed)) if by_seed else set()
             history = {step: float(np.mean([ap[step] for ap in by_seed])) for step in steps}
-            found[key] = Rank(name, (result.table.name,), cell.paper, cell.measured, history, entry.trained)
+            found[key] = Rank(name, (result.table.name,), cell.paper, cell.measured, history, entry.doubts)
     return list(found.values()), missing
 
 
@@ -240,7 +247,7 @@ def as_json(found: Fidelity) -> dict[str, Any]:
         **both((found.all, found.clear)),
         "clear_from": CLEAR,
         "trained": both(found.trained),
-        "not_trained": [rank.name for rank in found.ranks if not rank.trained],
+        "not_trained": {rank.name: list(rank.doubts) for rank in found.ranks if not rank.trained},
         "tables": {name: both(pair) for name, pair in found.tables.items()},
         "steps": {str(step): both(pair) for step, pair in found.steps.items()},
         "disagreements": [
@@ -262,26 +269,34 @@ def show(found: Fidelity) -> None:
     table.add_column("pairs of")
     for name in ("all: agree", "95 %", "tau", f"{CLEAR} AP or more: agree", "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
-    untrained = [rank.name for rank in found.ranks if not rank.trained]
+    untrained = [rank for rank in found.ranks if not rank.trained]
     lines = {"all tables": (found.all, found.clear)}
     if untrained:
         lines["all tables, trained rows"] = found.trained
     lines |= found.tables
-    lines |= {f"all, after {step:,} steps": pair for step, pair in found.steps.items()}
+    lines |= {f"all tables, after {step:,} steps": pair for step, pair in found.steps.items()}
     for name, (every, clear) in lines.items():
         tau = f"{every.tau:+.2f}" if every.tau is not None else "-"
         all_cells = _share_text(every), _interval_text(every.interval), tau
         table.add_row(escape(name), *all_cells, _share_text(clear), _interval_text(clear.interval))
     Console(width=max(Console().width, 110)).print(table)
-    if found.all.interval is None:
+    print("Rows that are equal in the paper are no pair. tau is Kendall's rank correlation: 1 is the paper's order, 0 no")
+    print(
+        "relation, -1 the reverse. The lines with a number of steps use the evaluations during training, which have fewer images."
+    )
+    if found.deviation is None:
         print("There is no interval, because no row has several seeds yet.")
+    else:
+        noise = f"{found.deviation:.1f} AP"
+        print(f"95 %: the interval if each training has the pooled noise over seeds, {noise}. It lies below the count, because")
+        print("noise makes an order random.")
     for first, second in found.disagreements[:_LISTED]:
         paper, here = _paper_difference((first, second)), first.measured.mean - second.measured.mean
         print(f"- {first.name} is above {second.name} in the paper ({paper:+.1f}), but not here ({here:+.1f})")
     if len(found.disagreements) > _LISTED:
         print(f"- {len(found.disagreements) - _LISTED} more pairs have the other order; --json lists all of them")
-    if untrained:
-        print(f"Not trained, since their loss or AP still changes or they collapsed: {', '.join(untrained)}.")
+    for rank in untrained:
+        print(f"Not trained: {rank.name} ({'; '.join(dict.fromkeys(rank.doubts))})")
     if found.missing:
         print(f"Not measured yet: {', '.join(found.missing)}.")
 

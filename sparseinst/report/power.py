@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,11 @@ class RowPower:
 
     table: str
     row: str
+    paper: float | None
+    """The paper's difference; None if it has none."""
+    noise: tuple[float, ...]
+    """The assumed standard deviations of AP over seeds, of the row and of the reference row; empty if they are unknown. Two rows
+    that evaluate the same trainings have one, that of their differences."""
     detectable: float | None
     """The smallest difference that the planned seeds settle with 80 % power; None for one seed, which settles nothing, and if the
     noise of seeds is unknown."""
@@ -44,6 +50,8 @@ class RowPower:
         return {
             "table": self.table,
             "row": self.row,
+            "paper": self.paper,
+            "noise": [_rounded(deviation) for deviation in self.noise],
             "detectable": _rounded(self.detectable),
             "seeds_for": self.seeds_for,
             "floor": _rounded(self.floor),
@@ -80,6 +88,8 @@ def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours
                 RowPower(
                     result.table.name,
                     row.row.name,
+                    row.paper_difference,
+                    tuple(math.sqrt(variance) for variance in variances),
                     _detectable(variances, seeds, image_error, level / 2) if variances and seeds > 1 else None,
                     needed,
                     {name: _hours(count, len(variances), hours_per_seed) for name, count in needed.items()},
@@ -136,21 +146,29 @@ def show(found: Sequence[RowPower], seeds: int, unit: str) -> None:
     table = Table(title=f"What {counted(seeds, 'seed')} of each row can settle, with 80 % power", title_justify="left")
     for name in ("table", "row"):
         table.add_column(name)
-    for name in ("detectable", *(f"{size:g} AP" for size in SIZES), "paper's", "floor"):
+    for name in ("noise", "detectable", *(f"{size:g} AP" for size in SIZES), "paper's", "floor"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in found:
         needed = [_with_hours(line, name) for name in (*(f"{size:g}" for size in SIZES), "paper")]
-        cells = (_text(line.detectable), *needed, _text(line.floor))
+        if line.paper is not None:
+            needed[-1] = f"{line.paper:+.1f}: {needed[-1]}"
+        noise = ", ".join(f"{deviation:.1f}" for deviation in line.noise) or "-"
+        cells = (noise, _text(line.detectable), *needed, _text(line.floor))
         table.add_row(line.table, escape(line.row), *cells)
     Console(width=max(Console().width, 110)).print(table)
     sizes = ", ".join(f"{size:g}" for size in SIZES)
+    print(
+        "Noise: the standard deviations of AP over seeds that are assumed, of the row and of the reference row. With few seeds,"
+    )
+    print("the estimate leans on all rows of the profile, so that one noisy row makes these numbers large.")
     print("Detectable: the smallest difference in AP that these seeds settle.")
-    print(f"{sizes} AP and paper's: how many seeds each of the two rows needs to settle such a difference.")
+    print(f"{sizes} AP and paper's: how many seeds each of the two rows needs to settle such a difference. The verdicts of a")
+    print("report state the seeds for the difference that is measured, which can be far from the paper's.")
     if any(hours is not None for line in found for hours in line.hours_for.values()):
         print(f"In brackets: the cost of all runs of both rows with so many seeds, in {unit}.")
     print("Floor: the smallest difference that can be settled with these validation images, however many seeds there are.")
     print("All comparisons of a table share a false discovery rate of 5 %; the numbers assume that no other one is settled.")
-    print(f"-: unknown, or not settled by any number of seeds up to {MOST_SEEDS}.")
+    print("-: unknown.")
     if seeds == 1:
         print("One seed of each row settles nothing, because it does not show the row's own noise.")
     elif any(line.detectable is None for line in found):
@@ -159,6 +177,8 @@ def show(found: Sequence[RowPower], seeds: int, unit: str) -> None:
 
 def _with_hours(line: RowPower, name: str) -> str:
     seeds, hours = line.seeds_for[name], line.hours_for[name]
+    if seeds is None and line.noise and (name != "paper" or line.paper is not None):
+        return f"> {MOST_SEEDS}"
     return _text(seeds) if hours is None else f"{seeds} ({hours:,.0f})" if hours >= 100 else f"{seeds} ({hours:.3g})"
 
 

@@ -52,7 +52,6 @@ def attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Outcome]
         seconds, right = time.monotonic() - began, target.result()
         for number in range(count):
             chance = random.Random(f"interrupt {target.name} {seed} {number}")
-            target.forget()
             yield f"interrupt {target.name}, call it again", _interrupt(target, folder, seconds, right, chance)
 
 
@@ -95,11 +94,16 @@ def _result(path: Path) -> Any:
 
 
 def _interrupt(target: Target, folder: Path, seconds: float, right: Any, chance: random.Random) -> Outcome:
-    number, moment = chance.choice([signal.SIGINT, signal.SIGTERM]), chance.uniform(0.0, seconds)
-    process = start(*target.arguments, folder=folder)
-    time.sleep(moment)
-    if process.is_running():
-        os.kill(process.pid, number)
+    number = chance.choice([signal.SIGINT, signal.SIGTERM])
+    while True:
+        target.forget()
+        moment = chance.uniform(0.0, seconds)
+        process = start(*target.arguments, folder=folder)
+        time.sleep(moment)
+        if process.is_running():
+            break
+        wait(process)  # it ended before the signal, which tests nothing
+    os.kill(process.pid, number)
     ended = wait(process)
     detail = f"{number.name} after {moment:.2f} of {seconds:.2f} s"
     lines = [line for line in ended.errors.splitlines() if line == STOPPED or _STEP.match(line) or line == "Aborted."]

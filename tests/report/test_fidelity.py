@@ -98,19 +98,25 @@ def test_rows_that_are_not_trained_are_also_left_out(
     [table], store = read_tables(["table5"], EXPERIMENTS), Store(results)
     assert run_cli([*command, "--json"]) == 0
     before = json.loads(capsys.readouterr().out)
-    assert (before["pairs"], before["agree"], before["trained"]["pairs"], before["not_trained"]) == (6, 5, 6, [])
+    assert (before["pairs"], before["agree"], before["trained"]["pairs"], before["not_trained"]) == (6, 5, 6, {})
     row = next(row for row in table.spec.rows if row.name == "dice + focal")
     key = row_config(table.spec, row, read_profile("smoke", EXPERIMENTS), 0).train_key()
     record = store.load(key)
     assert record is not None
     (results / "records" / f"{key}.json").unlink()
-    store.write(Record("train", key, {**record.result, "not_trained": ["the loss still falls"]}))
+    store.write(Record("train", key, {**record.result, "not_trained": ["seed 0: the loss still falls"]}))
     assert run_cli([*command, "--json"]) == 0
     after = json.loads(capsys.readouterr().out)
-    assert (after["pairs"], after["agree"], after["not_trained"]) == (6, 5, ["table5 dice + focal"])
+    assert (after["pairs"], after["agree"], after["not_trained"]) == (
+        6,
+        5,
+        {"table5 dice + focal": ["seed 0: the loss still falls"]},
+    )
     assert (after["trained"]["pairs"], after["trained"]["agree"]) == (3, 3)
     assert run_cli(command) == 0
-    assert "all tables, trained rows" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "all tables, trained rows" in printed
+    assert "Not trained: table5 dice + focal (seed 0: the loss still falls)" in printed
 
 
 def test_tables_that_cannot_be_compared_are_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
