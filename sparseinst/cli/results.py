@@ -34,8 +34,9 @@ def verify(
 ) -> None:
     """Repeat the run of a record, and compare the results.
 
-    The present code does a training again from its start, which takes as long as the first time. An evaluation is repeated together with its
-    training. With --predictions, only its metrics are computed again; the folder of the run that made them holds the predictions.
+    The present code does a training again from its start, which takes as long as the first time. An evaluation is repeated
+    together with its training. With --predictions, only its metrics are computed again; the folder of the run that made them
+    holds the predictions.
     KEY is the name of a file in results/records; the page of `report --html` shows the key of each row.
 
     The exit code is 1 if the results are different. It is 0 if they have the same bits or are the same within noise.
