@@ -74,12 +74,15 @@ def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours
     typical = sum(errors) / len(errors) if errors else None
     lines = []
     for result in results:
+        trainings = {row.row.name: row.trainings for row in result.rows}
         for row in result.rows:
             if row.row.name == result.table.spec.reference or result.table.spec.reference is None or _AP not in row.cells:
                 continue
             difference = row.cells[_AP].difference
             image_error = difference.image_error if difference is not None and difference.image_error is not None else typical
-            variances = _variances(difference, prior)
+            # Two rows that evaluate the same trainings differ by less than two trainings, and with one seed nobody knows how much.
+            shared = bool(row.trainings) and row.trainings == trainings.get(result.table.spec.reference)
+            variances = _variances(difference, None if shared else prior)
             margin = result.table.spec.margin
             level = FALSE_DISCOVERIES / (len(result.table.spec.rows) - 1)
             needed = {f"{size:g}": _seeds_for(size, variances, image_error, level) for size in SIZES}

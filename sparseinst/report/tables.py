@@ -169,7 +169,10 @@ def _csv_texts(values: list[str | float | None]) -> list[str]:
 
 
 def comparisons_json(results: Sequence[TableResult]) -> list[dict[str, Any]]:
-    """Return every comparison of the tables as plain data for scripts."""
+    """Return every comparison of the tables as plain data for scripts.
+
+    With `one_seed`, the interval is a guess from the noise of other rows, and people are shown none.
+    """
     found = []
     repeated = repeated_comparisons(results)
     for result, entry in ((table, row) for table in results for row in table.rows):
@@ -187,6 +190,7 @@ def comparisons_json(results: Sequence[TableResult]) -> list[dict[str, Any]]:
                 "interval": [round(ap.difference.low, 4), round(ap.difference.high, 4)],
                 "confidence": round(ap.difference.confidence, 6),
                 "seeds_known": ap.difference.seeds_known,
+                "one_seed": ap.difference.guessed,
                 "paper": entry.paper_difference,
                 "verdict": "not trained" if entry.not_trained else judgement.verdict if judgement is not None else None,
                 "p_sign": round(judgement.p_sign, 6) if judgement is not None else None,

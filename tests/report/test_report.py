@@ -119,6 +119,7 @@ def test_every_comparison_is_listed_for_scripts(store: Store) -> None:
         "interval": 0,
         "confidence": 0.975,
         "seeds_known": True,
+        "one_seed": False,
         "paper": -8.1,
         "verdict": "same sign, other size",
         "p_sign": 0,
