@@ -156,22 +156,25 @@ def seed_priors(
 ) -> dict[Figure, Prior]:
     """Return the prior of the variance over seeds of each AP metric, estimated from all rows of the tables.
 
-    Each distinct training counts once. Rows that are not trained do not count.
+    Each distinct training counts once: of several rows that evaluate it, the one with the most seeds counts, and of these the
+    first by name. The order of the tables therefore changes nothing. Rows that are not trained do not count.
 
     Args:
         states: as in `collect`; they only go into `known`.
         known: receives the records of the rows.
     """
     known = {} if known is None else known
-    rows: dict[str, RowRecords] = {}
+    rows: dict[str, dict[tuple[int, str, str], RowRecords]] = {}
     for table in tables:
         if "evaluate" in table.spec.stages():
             for row in table.spec.rows:
-                key = row_config(table.spec, row, profile).train_key()
-                if key not in rows:
-                    rows[key] = find_records(table, row, profile, store, states or {}, keys)
-                    known[table.name, row.name] = rows[key]
-    trained = [records for records in rows.values() if not records.not_trained]
+                if (table.name, row.name) not in known:
+                    known[table.name, row.name] = find_records(table, row, profile, store, states or {}, keys)
+                records = known[table.name, row.name]
+                order = (-len(records.evaluations), table.name, row.name)
+                rows.setdefault(row_config(table.spec, row, profile).train_key(), {})[order] = records
+    first = [rows[key][min(rows[key])] for key in sorted(rows)]
+    trained = [records for records in first if not records.not_trained]
     samples = {metric: [sample_of(records, Column(metric)) for records in trained] for metric in get_args(AccuracyFigure)}
     priors = {metric: estimate_prior(sample for sample in of_rows if sample is not None) for metric, of_rows in samples.items()}
     return {metric: prior for metric, prior in priors.items() if prior is not None}

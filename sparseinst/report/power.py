@@ -80,7 +80,7 @@ def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours
                 continue
             difference = row.cells[_AP].difference
             image_error = difference.image_error if difference is not None and difference.image_error is not None else typical
-            # Two rows that evaluate the same trainings differ by less than two trainings, and with one seed nobody knows how much.
+            # Two rows that evaluate the same trainings differ by less than two trainings, with one seed nobody knows by how much.
             shared = bool(row.trainings) and row.trainings == trainings.get(result.table.spec.reference)
             variances = _variances(difference, None if shared else prior)
             margin = result.table.spec.margin

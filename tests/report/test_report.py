@@ -106,6 +106,15 @@ def test_other_tables_change_a_verdict_only_through_the_prior(store: Store) -> N
     assert [row.judgement for row in with_others.rows] == [row.judgement for row in same_prior.rows]
 
 
+def test_the_order_of_the_tables_does_not_change_the_prior(store: Store) -> None:
+    """Two rows of Table 6 evaluate the trainings of the default, and one of them has a single seed."""
+    tables = read_tables(["table5", "table6"], EXPERIMENTS)
+    row = next(row for row in tables[1].spec.rows if row.name == "CE without rescoring")
+    store.write(evaluation(row_config(tables[1].spec, row, MINI, 0).evaluate_key(), 20.0, 0))
+    keys = store.keys()
+    assert seed_priors(tables, MINI, store, keys) == seed_priors(tables[::-1], MINI, store, keys)
+
+
 def test_every_comparison_is_listed_for_scripts(store: Store) -> None:
     lines = comparisons_json([table5(store)])
     assert [line["row"] for line in lines] == ["BCE alone", "dice alone"]
