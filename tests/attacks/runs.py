@@ -177,7 +177,7 @@ def record_attacks(folder: Path, count: int, seed: int) -> Iterator[tuple[str, O
             path = chance.choice(list(records))
             _damage(path, damage, chance)
             ended = command(*arguments, folder=folder)
-            aside = path.with_name(f"{path.name}.damaged")
+            aside = path.with_suffix(".damaged")
 
             def right(aside: Path = aside) -> bool:
                 return aside.exists() and {path: _result(path) for path in records} == results
