@@ -308,12 +308,16 @@ class Judgement:
 
 
 def _adjusted(raw: Sequence[float]) -> list[float]:
-    """Return p-values adjusted by Benjamini and Hochberg. Two tests share a verdict, so half as many tests count."""
-    if not raw:
-        return []
-    from scipy import stats  # its import takes half a second, which commands that judge nothing need not wait for
+    """Return p-values adjusted by Benjamini and Hochberg. Two tests share a verdict, so half as many tests count.
 
-    return np.maximum(stats.false_discovery_control(raw) / 2, raw).tolist()
+    A test compares this with `scipy.stats.false_discovery_control`, whose import would take a sixth of the time of a report.
+    """
+    values = np.asarray(raw, dtype=float)
+    order = np.argsort(values)
+    steps = values[order] * len(values) / np.arange(1, len(values) + 1)
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(np.minimum.accumulate(steps[::-1])[::-1], 1.0)
+    return np.maximum(adjusted / 2, values).tolist()
 
 
 def judge(comparisons: Sequence[Comparison]) -> list[Judgement]:

@@ -234,6 +234,8 @@ def watch(get_states: Callable[[], Sequence[Status]], going_on: Callable[[], boo
         while going_on():
             time.sleep(every)
             live.update(states_table(get_states()), refresh=True)
+    if not live.console.is_terminal:
+        print()  # rich ends the only state that it printed without a line break
 
 
 def find_runs(text: str, plan: Plan) -> list[StageRun]:

@@ -14,6 +14,7 @@ from sparseinst.ablation.statistics import (
     Prior,
     Sample,
     SeedNoise,
+    _adjusted,
     difference,
     estimate_prior,
     judge,
@@ -190,6 +191,14 @@ def test_repeated_looks_are_paid_for() -> None:
     found = Comparison(known(2.1 * 0.05), 0.5, 0.5)
     assert found.p_sign() < 0.05
     assert judge([Comparison(found.difference, 0.5, 0.05, penalty=2.26)])[0].p_sign > 0.05
+
+
+def test_p_values_are_adjusted_as_by_scipy() -> None:
+    random = np.random.default_rng(0)
+    for count in (0, 1, 2, 7, 40):
+        raw = [*random.uniform(0, 0.2, count), *[0.01] * (count > 2), *[1.0] * (count > 2)]
+        expected = np.maximum(stats.false_discovery_control(raw) / 2, raw) if raw else []
+        assert _adjusted(raw) == pytest.approx(list(expected), rel=1e-12)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
