@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sparseinst.ablation.store import Store
@@ -12,6 +13,9 @@ from sparseinst.report.collect import TableResult
 from sparseinst.report.figures import figure_file, figure_texts, forest_file
 from sparseinst.report.tables import FORMATS
 from sparseinst.report.webpage import web_page
+
+_WRITERS = 8
+"""The number of files that are written at the same time."""
 
 
 def write_report(results: Sequence[TableResult], folder: Path, *, page: Sequence[TableResult] = ()) -> list[Path]:
@@ -23,15 +27,20 @@ def write_report(results: Sequence[TableResult], folder: Path, *, page: Sequence
     Returns:
         The files that are new or changed; an empty list if no record is new.
     """
-    changed = []
-    for result in results:
-        texts = {folder / "tables" / f"{result.name}.{suffix}": write(result) for suffix, write in FORMATS.items()}
-        new = [path for path, text in texts.items() if _write(path, text)]
-        changed += new
-        for name in figure_texts(result):
-            path = folder / "figures" / f"{figure_file(result, name)}.svg"
-            if new or not path.exists():  # the table contains every number of the plot, so it changes whenever the plot does
-                changed += _draw(result, name, path)
+    changed: list[Path] = []
+    with ThreadPoolExecutor(_WRITERS) as writers:  # the disk may need as long for the files as the plots need to be drawn
+        written = []
+        for result in results:
+            texts = {folder / "tables" / f"{result.name}.{suffix}": write(result).encode() for suffix, write in FORMATS.items()}
+            new = {path: text for path, text in texts.items() if not _holds(path, text)}
+            for name in figure_texts(result):
+                path = folder / "figures" / f"{figure_file(result, name)}.svg"
+                if new or not path.exists():  # the table contains every number of the plot, so it changes whenever the plot does
+                    new |= _draw(result, name, path)
+            written += [writers.submit(_write_bytes, path, content) for path, content in new.items()]
+            changed += new
+        for future in written:
+            future.result()
     if page:
         path = folder / "figures" / f"{forest_file(page[0].profile)}.svg"
         changed += _draw_forest(page, path)
@@ -44,16 +53,13 @@ def write_report(results: Sequence[TableResult], folder: Path, *, page: Sequence
     return changed
 
 
-def _draw(result: TableResult, name: str, path: Path) -> list[Path]:
-    """Draw a plot as SVG and PNG; return its files, none if there is nothing to show."""
+def _draw(result: TableResult, name: str, path: Path) -> dict[Path, bytes]:
+    """Draw a plot as SVG and PNG; return the content of its files, none if there is nothing to show."""
     from sparseinst.report.plots import plots  # matplotlib is not imported if no plot changes
-    from sparseinst.report.style import save
+    from sparseinst.report.style import render
 
     figure = plots(result)[name].draw(result)
-    if figure is None:
-        return []
-    save(figure, path)
-    return [path, path.with_suffix(".png")]
+    return {path.with_suffix(suffix): content for suffix, content in render(figure).items()} if figure is not None else {}
 
 
 def _draw_forest(page: Sequence[TableResult], path: Path) -> list[Path]:
@@ -83,11 +89,20 @@ def page_file(folder: Path, profile: str) -> Path:
 
 def _write(path: Path, text: str) -> bool:
     """Write a text file if its content changes; return whether it does."""
-    if path.exists() and path.read_bytes() == text.encode():
+    content = text.encode()
+    if _holds(path, content):
         return False
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    _write_bytes(path, content)
     return True
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.exists() and path.read_bytes() == content
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _index(folder: Path) -> str:

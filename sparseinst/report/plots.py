@@ -152,8 +152,8 @@ def differences(result: TableResult) -> Figure | None:
         assert measured is not None
         errors = None if measured.guessed else [[measured.value - measured.low], [measured.high - measured.value]]
         look = style.MEASURED if measured.testable else style.IMAGES_ALONE
-        noise = "over seeds and images" if measured.seeds_known else "over images alone"
-        interval = "one seed" if measured.guessed else f"with its interval {noise}"
+        noise = "seeds and images" if measured.seeds_known else "images alone"
+        interval = "one seed" if measured.guessed else f"noise of {noise}"
         label = once(f"measured at {result.profile} scale, {interval}")
         axes.errorbar([measured.value], [index - 0.12], xerr=errors, capsize=3, label=label, **look)
         if row.paper_difference is not None:

@@ -7,6 +7,7 @@ caption names the sources.
 from __future__ import annotations
 
 import functools
+import io
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,13 +117,10 @@ def finish(axes: mpl.axes.Axes, title: str, sources: Sequence[str], *, columns: 
 
 
 @styled
-def save(figure: Figure, path: Path) -> None:
-    """Write a plot as PNG and as SVG; the same plot gives the same bytes.
-
-    Args:
-        path: its suffix is replaced.
-    """
+def render(figure: Figure) -> dict[str, bytes]:
+    """Return a plot as PNG and as SVG, by suffix; the same plot gives the same bytes."""
     dpi, layout = figure.dpi, figure.get_layout_engine()
+    found = {}
     try:
         FigureCanvasAgg(figure)
         if layout is not None:
@@ -134,8 +132,21 @@ def save(figure: Figure, path: Path) -> None:
         formats = ((".png", FigureCanvasAgg, {"Software": None}), (".svg", FigureCanvasSVG, {"Date": None}))
         for suffix, canvas, metadata in formats:
             canvas(figure)
-            with atomic(path.with_suffix(suffix)) as temporary:
-                figure.savefig(temporary, format=suffix[1:], dpi=_DPI, metadata=metadata)
+            content = io.BytesIO()
+            figure.savefig(content, format=suffix[1:], dpi=_DPI, metadata=metadata)
+            found[suffix] = content.getvalue()
     finally:
         figure.set_layout_engine(layout)
         figure.dpi = dpi
+    return found
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a plot as PNG and as SVG.
+
+    Args:
+        path: its suffix is replaced.
+    """
+    for suffix, content in render(figure).items():
+        with atomic(path.with_suffix(suffix)) as temporary:
+            temporary.write_bytes(content)
