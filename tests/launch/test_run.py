@@ -69,7 +69,7 @@ def test_every_row_of_every_table_builds_trains_and_is_evaluated(capsys: pytest.
     for name in ("table8-smoke-modules", "figure1-smoke-speed-accuracy", "table5-smoke-differences"):
         assert (Path("results/figures") / f"{name}.png").stat().st_size > 5000
     assert run_cli(["status", "--profile", "smoke"]) == 0
-    assert f"{len(plan.runs)} done" in capsys.readouterr().out
+    assert f"all {len(plan.runs)} runs are done: " in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_two_processes_share_the_work() -> None:
 def test_jobs_run_in_separate_processes(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["run", "table5", "--profile", "smoke", "--row", "dice", "--jobs", "2", "--device", "cpu"]
     assert run_cli(command) == 0
-    assert "7 done" in capsys.readouterr().out
+    assert "all 7 runs are done: 1 pretrain, 3 train, 3 evaluate\n" in capsys.readouterr().out
     output = "".join(path.read_text() for path in Path("runs").glob("process-*.txt"))
     assert output.count("done in") == 7
 
