@@ -264,7 +264,12 @@ def status(
         return
     looked_at = (read_tables(tables or []), read_profile(profile), Store(results))
     if as_json:
-        print(json.dumps({**states.as_json(look()), "looks": [state.as_json() for state in look_states(*looked_at)]}))
+        found = states.as_json(look())
+        try:
+            found["looks"] = [state.as_json() for state in look_states(*looked_at)]
+        except UserError as error:  # a damaged log must not hide the states of the runs
+            found |= {"looks": None, "looks_error": str(error)}
+        print(json.dumps(found))
     else:
         states.show(look())
         show_looks(*looked_at)

@@ -208,6 +208,12 @@ def test_the_command_runs_looks_and_a_budget_stops_it(capsys: pytest.CaptureFixt
     assert (looked["table"], looked["looks"], looked["next"]) == ("table5", 1, {})
     assert set(looked["rows"]) == set(EFFECTS) - {"dice + BCE"}
     assert {row["kind"] for row in looked["rows"].values()} == {"futile"}
+    [file] = Path("results/looks").glob("*.json")
+    file.write_text("{")
+    assert run_cli([*status, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (len(printed["runs"]), printed["looks"]) == (9, None)
+    assert "restore it" in printed["looks_error"]
 
 
 def test_power(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
