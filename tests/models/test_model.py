@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torchvision.ops import deform_conv2d
 
 from sparseinst.config import MODELS, Activation, Config, DecoderConfig, IAMConfig
 from sparseinst.criterion import Criterion
@@ -14,7 +15,7 @@ from sparseinst.errors import UserError
 from sparseinst.matcher import Target
 from sparseinst.models.decoder import Coordinates, Decoder
 from sparseinst.models.iam import ACTIVATIONS, normalise
-from sparseinst.models.layers import DeformableConv2d
+from sparseinst.models.layers import DeformableConv2d, sampled_conv2d
 from sparseinst.models.sparseinst import build_model
 from sparseinst.overrides import load_config
 from tests.conftest import TINY, alternatives
@@ -153,6 +154,33 @@ def test_a_deformable_convolution_starts_as_the_plain_one(version: int) -> None:
     conv = torch.nn.Conv2d(6, 4, 3, stride=2, padding=1)
     x = torch.randn(2, 6, 9, 11)
     torch.testing.assert_close(DeformableConv2d(conv, version)(x), conv(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation", "modulated"),
+    [(3, (1, 1), (1, 1), (1, 1), True), (3, (2, 2), (1, 1), (1, 1), False), (3, (1, 2), (2, 1), (2, 1), True),
+     (5, (1, 1), (0, 2), (1, 1), True)],
+)  # fmt: skip
+def test_the_deformable_convolution_for_cpus_equals_torchvisions_with_its_gradients(
+    kernel: int, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], modulated: bool
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 21, 32, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 6, kernel, kernel, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64)
+    rows, columns = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation).shape[2:]
+    # Many of these positions lie outside of the input.
+    offset = (8 * torch.randn(2, 2 * kernel**2, rows, columns, dtype=torch.float64)).requires_grad_()
+    mask = torch.rand(2, kernel**2, rows, columns, dtype=torch.float64).requires_grad_() if modulated else None
+    inputs = [x, weight, offset, *([mask] if mask is not None else [])]
+    expected = deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask)
+    found = sampled_conv2d(x, offset, weight, bias, stride, padding, dilation, mask)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs, direction), torch.autograd.grad(expected, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_images_are_padded_with_zeros_after_normalisation() -> None:
