@@ -47,7 +47,7 @@ class Latency:
     clocks: str | None = None
     """The GPU's clocks, temperature and throttling before and after, as its driver reports them. None on a CPU."""
     facts: dict[str, Any] | None = None
-    """What ran the network; see `engines.base.Facts`. None for a peer and in training."""
+    """What ran the network; see `engines.base.Facts`. None in training."""
 
 
 @torch.no_grad()

@@ -62,18 +62,30 @@ def print_engines(rows: Sequence[dict[str, Any]], device: str) -> None:
         )  # fmt: skip
     Console(width=max(Console().width, 190)).print(table)
     print(
-        "The first row is the reference's path, and the ratios are relative to it. AP lost is its AP minus the row's AP, with an "
-        "interval over resampled images.\nfirst image is the time from the start of a process to its first result; the artifact "
+        f"{_about_ratios(first)}\nfirst image is the time from the start of a process to its first result; the artifact "
         "already exists. post is the part of post-processing, from further runs."
     )
-    if first["AP"] is None:
+    if "published" in first:
+        print(f"* AP of the published weights ({first['published']['source']}). The weights that are timed here are random.")
+    elif first["AP"] is None:
         print("A model given by name has random weights: it has no AP, and int8 is calibrated on noise.")
     for row in rows:
         if (recipe := row["facts"].get("recipe")) is not None:
             print(f"{row['engine']} int8 keeps in float: {', '.join(recipe['float']) or 'nothing'}")
 
 
+def _about_ratios(first: dict[str, Any]) -> str:
+    if first["mode"] != "plain":  # a peer
+        return "The ratios are relative to the first row, torch as it is."
+    return (
+        "The first row is the reference's path, and the ratios are relative to it. AP lost is its AP minus the row's AP, with an "
+        "interval over resampled images."
+    )
+
+
 def _ap(row: dict[str, Any]) -> str:
+    if "published" in row:
+        return f"{row['published']['AP']:.1f} *"
     return f"{row['AP']:.2f}" if row["AP"] is not None else ""
 
 

@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 
 from sparseinst.bench.benchmark import percentiles, ratio_of
 from sparseinst.bench.isolated import Runner, race_isolated
-from sparseinst.bench.rows import ENGINE_MODE, Setting, Task, load_network, prepare_for_timing
+from sparseinst.bench.rows import ENGINE_MODE, Setting, Task, build_workload, load_network, peer_takes, prepare_for_timing
 from sparseinst.config import ENGINE_PRECISIONS
 from sparseinst.data.coco import CocoSplit, check_categories, val_split
 from sparseinst.data.masks import overlaps
@@ -29,6 +29,7 @@ from sparseinst.errors import RunFailed, UserError
 from sparseinst.evaluation.evaluate import Evaluation, evaluate
 from sparseinst.evaluation.predictions import read_predictions
 from sparseinst.evaluation.resampling import resampled_figures
+from sparseinst.integrations.peers import is_peer
 from sparseinst.machine import multiplies_bfloat16
 from sparseinst.models.norms import probe_image
 
@@ -78,6 +79,10 @@ def engine_settings(
             for precision in chosen
             for mode in (modes if engine == "torch" else [ENGINE_MODE])
         ]
+    if is_peer(base.model):
+        settings = [setting for setting in settings if peer_takes(setting)]
+        if not settings:
+            raise UserError(f"--engines: {base.model} is a peer, which is timed in batch 1 and fp32 or, in openvino, bf16")
     if not settings:
         raise UserError(f"no engine has the precision {' or '.join(precisions or ())}")
     return settings, missing
@@ -98,18 +103,20 @@ def compare_engines(
     warmup: int,
     repetitions: int,
 ) -> list[dict[str, Any]]:
-    """Time the settings by turns with the reference's path, score their artifacts, and return a row for each.
+    """Time the settings of one model by turns with the reference's path, score their artifacts, and return a row for each.
 
-    The first row is the reference's path: torch in mode `plain` and fp32. The keys of a row are the fields of `Setting`,
-    `whole_ms`, `post_ms` (the median of post-processing alone), `ratio` (the reference's time divided by this one's), `AP`,
-    `AP_lost` (`value`, `low` and `high`: a 95 % interval over resampled images), `agreement`, `bytes`, `prepare_s`,
-    `first_image_s` and `facts`. A model by name has random weights, so that it has no AP.
+    The first row is the reference's path: torch in mode `plain` and fp32; for a peer it is torch in mode `eager`. The keys of
+    a row are the fields of `Setting`, `whole_ms`, `post_ms` (the median of post-processing alone), `ratio` (the reference's
+    time divided by this one's), `AP`, `AP_lost` (`value`, `low` and `high`: a 95 % interval over resampled images),
+    `agreement`, `bytes`, `prepare_s`, `first_image_s` and `facts`. Models and peers given by name have random weights, so
+    that they have no AP. A peer has `published` instead: the `AP` of its published weights and its `source`.
 
     Raises:
         UserError, DataError: an engine, a precision or the data are not available.
         RunFailed: a process was killed, or an artifact that was timed is not the one that was scored.
     """
-    reference = replace(settings[0], engine="torch", precision="fp32", mode="plain")
+    mode = "eager" if is_peer(settings[0].model) else "plain"
+    reference = replace(settings[0], engine="torch", precision="fp32", mode=mode)
     chosen = [reference, *(setting for setting in settings if setting != reference)]
     with tempfile.TemporaryDirectory() as folder:
         scored: dict[Setting, _Scored] = {}
@@ -139,10 +146,14 @@ class _Scored:
     split: CocoSplit | None = None
     """The evaluated images; None for random weights."""
     evaluation: Evaluation | None = None
+    published: dict[str, Any] | None = None
+    """The `AP` of a peer's published weights, and its `source`."""
 
 
 def _score(setting: Setting, task: Task, device: torch.device, predictions: Path) -> _Scored:
     """Prepare a setting's network, and evaluate it if it is trained."""
+    if is_peer(setting.model):
+        return _prepare_peer(setting, task, device, predictions)
     config, source = load_network(setting, task.data, task.images)
     began = time.perf_counter()
     prepared = prepare_for_timing(setting, config, source, device)
@@ -155,6 +166,13 @@ def _score(setting: Setting, task: Task, device: torch.device, predictions: Path
     check_categories(split, source.categories, setting.model)
     evaluation = evaluate(prepared.network, split, config, device=device, predictions=predictions)
     return _Scored(prepared.as_json(), prepare_s, predictions, split, evaluation)
+
+
+def _prepare_peer(setting: Setting, task: Task, device: torch.device, predictions: Path) -> _Scored:
+    began = time.perf_counter()
+    workload, counts = build_workload(setting, task, device)
+    assert workload.facts is not None
+    return _Scored(workload.facts, round(time.perf_counter() - began, 2), predictions, published=counts["published"])
 
 
 def _check_same_artifact(setting: Setting, runner: Runner, scored: _Scored) -> None:
@@ -174,6 +192,7 @@ def _row(setting: Setting, runner: Runner, reference: Runner, scored: _Scored) -
         "prepare_s": scored.prepare_s,
         "first_image_s": runner.first_image_s,
         "facts": scored.facts,
+        **({"published": scored.published} if scored.published is not None else {}),
     }
 
 

@@ -69,7 +69,7 @@ class Runner:
     facts: dict[str, Any] | None
     """See `Workload.facts`."""
     post_ms: float | None
-    """The median time of post-processing in milliseconds, from as many further runs; None for a peer."""
+    """The median time of post-processing in milliseconds, from as many further runs; None if it cannot be told apart."""
 
 
 def race_isolated(settings: Sequence[Setting], task: Task, device: Any, warmup: int, repetitions: int) -> list[Runner]:
@@ -114,7 +114,7 @@ class IsolatedSide:
         return seconds
 
     def time_post(self, number: int) -> float | None:
-        """Run batch number n, and return the time of its post-processing in seconds; None for a peer."""
+        """Run batch number n, and return the time of its post-processing in seconds; None if it cannot be told apart."""
         seconds: float | None = _wait_for_result(self._process.submit(_time_post, self._setting, number), self._setting)
         return seconds
 
@@ -189,5 +189,5 @@ def _time_batch(setting: Setting, number: int) -> float:
 
 
 def _time_post(setting: Setting, number: int) -> float | None:
-    """Run a batch of a prepared setting, and return the time of its post-processing in seconds; None for a peer."""
+    """Run a batch of a prepared setting, and return its time of post-processing in seconds; None if it cannot be told apart."""
     return _prepared_sides[setting].time_modules(number).get("post")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -79,8 +79,17 @@ class Task:
             raise UserError(f"{setting}: the modes {'of --train' if self.train else 'without --train'} are {', '.join(modes)}")
         if self.train and setting.engine != "torch":
             raise UserError(f"{setting}: only torch trains")
-        if is_peer(setting.model) and (self.train or setting != Setting(setting.model, setting.size)):
-            raise UserError(f"{setting}: a peer is timed as it is, in inference with batch 1, fp32 and mode eager")
+        if is_peer(setting.model) and (self.train or not peer_takes(setting)):
+            raise UserError(
+                f"{setting}: a peer is timed as it is: in inference with batch 1, and in torch with fp32 and mode eager; "
+                "engines take fp32 and bf16"
+            )
+
+
+def peer_takes(setting: Setting) -> bool:
+    """Tell whether a peer can be timed like this. Peers are not quantised, because this would need weights and their data."""
+    known = ("fp32",) if setting.engine == "torch" else ("fp32", "bf16")
+    return setting.batch == 1 and setting.precision in known and setting.mode in ("eager", ENGINE_MODE)
 
 
 def apply_changes(setting: Setting, text: str, *, size_of_model: bool) -> Setting:
@@ -110,10 +119,13 @@ def apply_changes(setting: Setting, text: str, *, size_of_model: bool) -> Settin
 
 
 def default_short_side(model: str) -> int:
-    """Return the image's shorter side that a model is meant for: the size of its weights' config, else 640."""
+    """Return the image's shorter side that a model is meant for: a peer's own, that of its weights' config, else 640."""
     from sparseinst.inference.checkpoints import find_weights
     from sparseinst.inference.engine_network import open_source
+    from sparseinst.integrations.peers import default_sides, is_peer
 
+    if is_peer(model):
+        return default_sides(model)[0]
     return open_source(find_weights(Path(model))).config.inference.sides()[0] if _is_weights(model) else 640
 
 
@@ -171,7 +183,8 @@ def load_network(setting: Setting, data: Path | None = None, images: int | None 
 
 
 def build_workload(setting: Setting, task: Task, device: Any) -> tuple[Workload, dict[str, Any]]:
-    """Return the workload to time, with `flops` (one forward pass of one image; None for a peer) and `parameters`.
+    """Return the workload to time, with `flops` (one forward pass of one image; None for a peer), `parameters` and, for a
+    peer, `published` (the AP of its published weights and the source, or None).
 
     Raises:
         UserError: the model is unknown or cannot do the task.
@@ -185,7 +198,11 @@ def build_workload(setting: Setting, task: Task, device: Any) -> tuple[Workload,
 
     if is_peer(setting.model):
         peer = build_peer(setting.model, device=device, sides=setting.sides, pretrained=False)
-        return peer_workload(peer, device, task.photos), {"flops": None, "parameters": peer.parameters}
+        engine: Any = setting.engine
+        precision: Any = setting.precision
+        workload = peer_workload(peer, device, task.photos, engine=engine, precision=precision)
+        published = asdict(peer.published) if peer.published is not None else None
+        return workload, {"flops": None, "parameters": peer.parameters, "published": published}
     config, source = load_network(setting, task.data, task.images)
     counts = {"flops": count_network_cost(config).flops, "parameters": count_parameters(config)}
     mode: Any = setting.mode

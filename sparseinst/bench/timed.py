@@ -17,13 +17,15 @@ from torch import Tensor
 
 from sparseinst.bench.baselines import paste_in_two_steps
 from sparseinst.bench.modes import InferenceMode
-from sparseinst.config import Config, InferenceConfig, OptimizeMode
+from sparseinst.config import Config, EngineName, InferenceConfig, NetworkPrecision, OptimizeMode
 from sparseinst.data.images import read_image
 from sparseinst.data.network_input import at_test_size, image_tiles, inference_size, middle_tile, pad, padded_size
 from sparseinst.data.transforms import Pixels
 from sparseinst.device import autocast
 from sparseinst.inference import optimize as optimizing
 from sparseinst.inference.engine_network import Prepared, prepare
+from sparseinst.integrations.peers.engines import prepare_peer
+from sparseinst.integrations.peers.peer import Peer
 from sparseinst.models.sparseinst import SparseInst, build_model
 from sparseinst.paste import paste
 from sparseinst.postprocess import ImageSize, postprocess
@@ -54,7 +56,7 @@ class Workload:
     num_batches: int = RANDOM_BATCHES
     """Number of different batches. Batch `num_batches` is batch 0 again."""
     facts: dict[str, Any] | None = None
-    """What runs the network, as `Prepared.as_json` returns it; None for a peer and for training."""
+    """What runs the network, as `Prepared.as_json` returns it; None in training."""
 
 
 class InputBatch(NamedTuple):
@@ -174,24 +176,37 @@ def _run_modules(network: SparseInst, image: Tensor, module_done: OnModuleDone) 
     return predictions
 
 
-def peer_workload(peer: Any, device: torch.device, photos: Sequence[Path] = ()) -> Workload:
-    """Return the workload of another system (`integrations.peers.Peer`) in float32 without TF32.
+def peer_workload(
+    peer: Peer,
+    device: torch.device,
+    photos: Sequence[Path] = (),
+    *,
+    engine: EngineName = "torch",
+    precision: NetworkPrecision = "fp32",
+) -> Workload:
+    """Return the workload of another system; in torch it runs in float32 without TF32.
 
     Args:
         photos: image files. Without them the images are random, in COCO's usual size.
 
     Raises:
         DataError: a photo cannot be read.
+        UserError: the engine is not available, or it cannot run this peer.
     """
     inputs = [peer.prepare(photo) for photo in _peer_photos(photos)]
+    prepared = prepare_peer(peer, inputs[0], engine, precision)
 
+    @torch.no_grad()
     def run(number: int, module_done: OnModuleDone) -> int:
+        inputs_now = inputs[number % len(inputs)]
         with autocast(device, "fp32"):
-            found = peer.segment(inputs[number % len(inputs)])
-        module_done("whole")
+            outputs = prepared.peer.run(inputs_now)
+            module_done("network")
+            found = prepared.peer.finish(outputs, inputs_now)
+        module_done("post")
         return len(found.scores)
 
-    return Workload(run, (), num_batches=len(inputs))
+    return Workload(run, WHOLE_NETWORK, num_batches=len(inputs), facts=prepared.facts.as_json())
 
 
 def _peer_photos(photos: Sequence[Path]) -> Iterator[Pixels]:

@@ -227,12 +227,13 @@ def _evaluate_peer(
     from sparseinst.data.coco import val_split
     from sparseinst.device import pick_device
     from sparseinst.files import file_digest
-    from sparseinst.integrations.peers import SIDES, build_peer, evaluate_peer
+    from sparseinst.integrations.peers import build_peer, default_sides
+    from sparseinst.integrations.peers.evaluate import evaluate_peer
     from sparseinst.machine import device_name
     from sparseinst.overrides import load_config
 
-    sides = {"inference.short_side": SIDES[0], "inference.long_side": SIDES[1]}
-    config = load_config(overrides={**sides, **overrides})
+    short, long = default_sides(name)
+    config = load_config(overrides={"inference.short_side": short, "inference.long_side": long, **overrides})
     split = val_split(config.data)
     chosen = pick_device(device)
     model = build_peer(name, device=chosen, sides=config.inference.sides(), weights=weights)

@@ -49,6 +49,9 @@ class Engine(Protocol):
 
     facts: Facts
 
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """Return the network's outputs, in the artifact's order, for normalised images (B, 3, H, W)."""
+
     def run(self, images: Tensor) -> Predictions:
         """Return the raw predictions, float32 on the images' device, for normalised images (B, 3, H, W)."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparseinst.config import NetworkPrecision
 from sparseinst.engines.artifact import artifact_identity, read_onnx
-from sparseinst.engines.base import INPUT, OUTPUTS, Facts, as_predictions, check_precision, missing_package, used_precision
+from sparseinst.engines.base import INPUT, Facts, as_predictions, check_precision, missing_package, used_precision
 from sparseinst.errors import UserError
 from sparseinst.models.decoder import Predictions
 from sparseinst.words import shorten
@@ -27,9 +27,12 @@ class OnnxRuntimeEngine:
         self.facts = facts
         self._session = session
 
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        arrays = self._session.run(None, {INPUT: images.float().contiguous().numpy()})
+        return [torch.from_numpy(array) for array in arrays]
+
     def run(self, images: Tensor) -> Predictions:
-        arrays = self._session.run(OUTPUTS, {INPUT: images.float().contiguous().numpy()})
-        return as_predictions([torch.from_numpy(array) for array in arrays])
+        return as_predictions(self.outputs(images))
 
 
 def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None) -> OnnxRuntimeEngine:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseinst.config import NetworkPrecision
 from sparseinst.engines.artifact import artifact_identity
-from sparseinst.engines.base import OUTPUTS, Facts, as_predictions, check_precision, missing_package, used_precision
+from sparseinst.engines.base import Facts, as_predictions, check_precision, missing_package, used_precision
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import check_writable
 from sparseinst.machine import multiplies_bfloat16
@@ -34,10 +34,13 @@ class OpenVinoEngine:
         self.facts = facts
         self._request = request
 
-    def run(self, images: Tensor) -> Predictions:
+    def outputs(self, images: Tensor) -> list[Tensor]:
         # The outputs are copies, because the next image reuses the request's memory.
         results = self._request.infer([images.float().contiguous().numpy()], share_inputs=True, share_outputs=False)
-        return as_predictions([torch.from_numpy(results[index]) for index in range(len(OUTPUTS))])
+        return [torch.from_numpy(results[index]) for index in range(len(results))]
+
+    def run(self, images: Tensor) -> Predictions:
+        return as_predictions(self.outputs(images))
 
 
 def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None, cache: Path | None = None) -> OpenVinoEngine:

@@ -24,6 +24,9 @@ class TorchEngine:
         self.facts = facts
         self._network, self._precision = network, precision
 
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        return list(self.run(images))
+
     @torch.no_grad()
     def run(self, images: Tensor) -> Predictions:
         with autocast(images.device, self._precision):

@@ -129,30 +129,29 @@ def float_artifact(model: SparseInst, about: About, engine: EngineName) -> Path:
     Raises:
         UserError: a package is missing, or the network cannot be exported.
     """
-    if engine == "openvino":
-        _check_openvino_layers(model)
-    folder = network_folder(about)
-    onnx = folder / "network.onnx"
-    if not onnx.exists():
-        make_folder(folder)
-        with atomic(onnx) as temporary:
-            export_network(model, temporary)
+    onnx = onnx_file(model, about, engine)
     if engine == "onnxruntime":
         return onnx
-    converted = folder / f"network-{_openvino().__version__.split('-')[0]}.xml"
+    converted = onnx.parent / f"network-{_openvino().__version__.split('-')[0]}.xml"
     if not converted.exists():
         write_openvino(_openvino().Core().read_model(onnx), converted, about)
     return converted
 
 
-def _check_openvino_layers(model: SparseInst) -> None:
-    """Raise `UserError` for deformable convolutions: the process of OpenVINO 2026.4.1 dies when it reads them from ONNX."""
-    found = [name for name, module in model.named_modules() if isinstance(module, DeformableConv2d)]
-    if found:
-        raise UserError(
-            f"engine openvino cannot read deformable convolutions, and the model has {len(found)} (first: {found[0]}); "
-            "use the engine onnxruntime or torch"
-        )
+def onnx_file(model: SparseInst, about: About, engine: EngineName) -> Path:
+    """Return the ONNX file that an engine's artifact is made of; it is made unless an earlier call has made it.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    # The process of OpenVINO 2026.4.1 dies when it reads ONNX's deformable convolutions.
+    sampled = engine == "openvino" and any(isinstance(module, DeformableConv2d) for module in model.modules())
+    path = network_folder(about) / ("network-sampled.onnx" if sampled else "network.onnx")
+    if not path.exists():
+        make_folder(path.parent)
+        with atomic(path) as temporary:
+            export_network(model, temporary, sampled=sampled)
+    return path
 
 
 def _openvino() -> Any:

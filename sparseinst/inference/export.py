@@ -23,6 +23,7 @@ from sparseinst.files import atomic, check_writable
 from sparseinst.inference.onnx_operators import translations
 from sparseinst.models.decoder import Coordinates, Predictions
 from sparseinst.models.encoder import resize
+from sparseinst.models.layers import DeformableConv2d
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.postprocess import class_scores, maskness
 
@@ -122,12 +123,18 @@ def _fixed_padding(conv: Conv2dSame) -> nn.Sequential:
     return nn.Sequential(nn.ZeroPad2d((across // 2, across - across // 2, down // 2, down - down // 2)), conv)
 
 
-def _exportable(model: SparseInst) -> SparseInst:
-    """Return a copy whose padding, pooling and coordinates can be exported for any image size."""
+def _exportable(model: SparseInst, *, sampled: bool = False) -> SparseInst:
+    """Return a copy whose padding, pooling and coordinates can be exported for any image size.
+
+    Args:
+        sampled: see `DeformableConv2d.export_sampled`.
+    """
     model = copy.deepcopy(model).eval()
     if isinstance(model.decoder.coordinates, Coordinates):
         model.decoder.coordinates = CountedCoordinates()
     for module in list(model.modules()):
+        if isinstance(module, DeformableConv2d):
+            module.export_sampled = sampled
         for name, child in module.named_children():
             if isinstance(child, Conv2dSame):
                 setattr(module, name, _fixed_padding(child))
@@ -192,22 +199,25 @@ def export_model(
 class Network(nn.Module):
     """The network alone, which the engines run: normalised images (B, 3, H, W) to the four tensors of `Predictions`."""
 
-    def __init__(self, model: SparseInst) -> None:
+    def __init__(self, model: SparseInst, *, sampled: bool = False) -> None:
         super().__init__()
-        self.model = _exportable(model)
+        self.model = _exportable(model, sampled=sampled)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.model(images))
 
 
-def export_network(model: SparseInst, output: Path) -> None:
+def export_network(model: SparseInst, output: Path, *, sampled: bool = False) -> None:
     """Write the network as ONNX in float32, for any number of images whose sides are multiples of 32.
+
+    Args:
+        sampled: compute deformable convolutions by `GridSample` instead of `DeformConv`, which OpenVINO cannot read.
 
     Raises:
         UserError: the extra `export` is not installed.
     """
     check_onnx_packages()
-    network = Network(model).cpu().float().eval()
+    network = Network(model, sampled=sampled).cpu().float().eval()
     dynamic = {INPUT: dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters warn about their own code

@@ -30,7 +30,7 @@ from sparseinst.engines.artifact import read_onnx
 from sparseinst.engines.base import OUTPUTS, missing_package
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import file_digest
-from sparseinst.inference.artifacts import About, float_artifact, network_folder, write_openvino
+from sparseinst.inference.artifacts import About, float_artifact, network_folder, onnx_file, write_openvino
 from sparseinst.models.sparseinst import SparseInst, normalise
 from sparseinst.section import content_hash
 
@@ -112,7 +112,7 @@ def quantise(model: SparseInst, about: About, output: Path, score: Score) -> Pat
     inference = about.config.inference
     source = float_artifact(model, about, "openvino")
     images = _calibration_images(about) if about.categories else _noise()
-    modules = modules_of(float_artifact(model, about, "onnxruntime"))
+    modules = modules_of(onnx_file(model, about, "openvino"))
     network = Quantiser(nncf, openvino, source, modules, images, lambda picture: network_input(picture, about))
     before = score(source, "fp32")
     attempts: list[dict[str, Any]] = []

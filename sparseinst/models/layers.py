@@ -28,6 +28,8 @@ class DeformableConv2d(nn.Module):
         super().__init__()
         height, width = conv.kernel_size
         self.positions = height * width
+        self.export_sampled = False
+        """Whether exported graphs contain `sampled_conv2d`, for readers that lack an operator for deformable convolutions."""
         self.stride, self.padding, self.dilation = map(_pair, (conv.stride, conv.padding, conv.dilation))
         self.weight = nn.Parameter(conv.weight.detach().clone())
         self.bias = nn.Parameter(conv.bias.detach().clone()) if conv.bias is not None else None
@@ -41,8 +43,8 @@ class DeformableConv2d(nn.Module):
         fields = self.offset(x)  # B 2P or 3P H W
         offset, modulation = fields.split([2 * self.positions, fields.shape[1] - 2 * self.positions], dim=1)
         mask = 2 * modulation.float().sigmoid() if modulation.shape[1] else None
-        # On a CPU, torchvision's operator takes 5 times as long in a training step. Exported graphs contain it by name.
-        sampled = x.device.type == "cpu" and not torch.compiler.is_exporting()
+        # On a CPU, torchvision's operator takes 5 times as long in a training step.
+        sampled = x.device.type == "cpu" if not torch.compiler.is_exporting() else self.export_sampled
         convolve = sampled_conv2d if sampled else deform_conv2d
         # Half precision is too coarse for offsets.
         with torch.autocast(x.device.type, enabled=False):
@@ -85,9 +87,7 @@ def sampled_conv2d(
     samples = samples.unflatten(2, (-1, rows))  # B C P h w
     if mask is not None:
         samples = samples * mask[:, None]
-    product = weight.flatten(1) @ samples.flatten(1, 2).flatten(2)  # B D hw
-    output = product.unflatten(2, (rows, columns))
-    return output if bias is None else output + bias[:, None, None]
+    return F.conv2d(samples.flatten(1, 2), weight.flatten(1)[:, :, None, None], bias)
 
 
 def _pair(values: Sequence[int] | str) -> tuple[int, int]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from sparseinst import load_model
 from sparseinst.bench.engines import agreement
 from sparseinst.cli import run_cli
-from sparseinst.config import ENGINE_PRECISIONS, Config
+from sparseinst.config import ENGINE_PRECISIONS, Config, EngineName
 from sparseinst.engines import openvino_engine
 from sparseinst.engines.artifact import artifact_identity
 from sparseinst.engines.base import check_precision
@@ -26,6 +27,7 @@ from sparseinst.inference.engine_network import prepare
 from sparseinst.inference.predict import Predictor
 from sparseinst.inference.weights import load_weights
 from sparseinst.machine import multiplies_bfloat16
+from sparseinst.models.layers import DeformableConv2d
 from sparseinst.models.sparseinst import build_model
 from tests.conftest import CPU
 
@@ -197,10 +199,22 @@ def test_after_a_training_on_a_gpu_another_engine_evaluates_on_the_processor(
     assert [device.type for device in devices] == ["cuda", "cpu"]
 
 
-def test_openvino_refuses_deformable_convolutions(artifacts: Path, tiny: Config) -> None:
-    config = tiny.replace({"model.decoder.deformable": True, "inference.engine": "openvino"})
-    with pytest.raises(UserError, match="cannot read deformable convolutions, and the model has 2 .*use the engine onnxruntime"):
-        prepare(build_model(config.model), config, (), device=CPU)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_deformable_convolutions_run_in_every_engine(artifacts: Path, tiny: Config, engine: EngineName) -> None:
+    require(engine)
+    config = tiny.replace({"model.decoder.deformable": True, "inference.engine": engine})
+    torch.manual_seed(0)
+    model = build_model(config.model).eval()
+    for module in model.modules():
+        if isinstance(module, DeformableConv2d):
+            torch.nn.init.normal_(module.offset.weight, std=0.1)
+    network = prepare(model, config, (), device=CPU).network
+    for size in SIZES[:2]:
+        images = torch.randn(1, 3, *(-(-side // 32) * 32 for side in size))
+        with torch.no_grad():
+            for expected, found in zip(model(images), network(images), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_files_that_are_no_networks_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Check that other systems (peers) get the same photos, the same metrics and the same plot as our models."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ from sparseinst.ablation.peers import find_peers, keep_peer
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables
 from sparseinst.cli import run_cli
+from sparseinst.config import EngineName
 from sparseinst.data.coco import read_split
+from sparseinst.engines.artifact import artifact_identity
 from sparseinst.errors import UserError
 from sparseinst.integrations import peers
-from sparseinst.integrations.peers import MASK_RCNN, Peer, build_peer, category_ids, evaluate_peer
+from sparseinst.integrations.peers import MASK_RCNN, build_peer
+from sparseinst.integrations.peers.engines import prepare_peer
+from sparseinst.integrations.peers.evaluate import category_ids, evaluate_peer
+from sparseinst.integrations.peers.peer import Peer, PeerInput
 from sparseinst.postprocess import Instances
 from sparseinst.report.collect import collect
 from sparseinst.report.pages import write_report
@@ -34,6 +40,76 @@ def test_torchvisions_mask_rcnn_gives_masks_of_the_photos_size() -> None:
     assert found.masks.shape[1:] == (48, 72)
     assert found.masks.dtype == torch.bool
     assert len(found.scores) == len(found.labels) == len(found.masks) > 0
+
+
+def peer_of_a_package(name: str) -> Peer:
+    pytest.importorskip("rfdetr" if name.startswith("rfdetr") else "ultralytics", reason="needs the peer's package")
+    return build_peer(name, device=CPU, sides=(96, 128), pretrained=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["yolo11n-seg", "yolo26n-seg", "rfdetr-seg-nano"])
+def test_peers_of_other_packages_give_masks_of_the_photos_size(name: str) -> None:
+    peer = peer_of_a_package(name)
+    photo = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    with torch.no_grad():
+        found = peer.segment(peer.prepare(photo))
+    assert found.masks.shape[1:] == (60, 90)
+    assert found.masks.dtype == torch.bool
+    assert len(found.scores) == len(found.labels) == len(found.masks) > 0
+    assert len(found.scores) <= 100
+    assert int(found.labels.max()) < max(len(peer.categories), 91)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", [MASK_RCNN, "yolo11n-seg", "rfdetr-seg-nano"])
+def test_peers_find_the_same_in_every_engine(
+    name: str, engine: EngineName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    pytest.importorskip(engine, reason=f"needs the extra {engine}")
+    monkeypatch.setenv("SPARSEINST_CACHE", str(tmp_path))
+    sides = (96, 128)
+    peer = build_peer(name, device=CPU, sides=sides, pretrained=False) if name == MASK_RCNN else peer_of_a_package(name)
+    random = np.random.default_rng(0)
+    # These photos need no padding, at which the exported Mask R-CNN clips boxes.
+    shapes = [(72, 96), (96, 72)] if peer.exportable is not None and peer.exportable.any_size else [(72, 96)]
+    prepared = None
+    for shape in shapes:
+        inputs = peer.prepare(random.integers(0, 256, (*shape, 3), dtype=np.uint8))
+        prepared = prepared or prepare_peer(peer, inputs, engine, "fp32")
+        with torch.no_grad():
+            expected, found = peer.run(inputs), prepared.peer.run(inputs)
+            assert prepared.peer.segment(inputs).masks.shape[1:] == inputs.original
+        for ours, theirs in zip(found, expected, strict=True):
+            # Mask R-CNN sorts its outputs by scores, which are nearly equal further down.
+            torch.testing.assert_close(ours[:10], theirs[:10], rtol=1e-3, atol=1e-3)
+    assert prepared is not None
+    assert (prepared.facts.engine, prepared.facts.precision) == (engine, "fp32")
+    [artifact] = tmp_path.glob("peers/*/network.onnx")
+    assert prepared.facts.artifact == artifact_identity(artifact)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
+def test_engines_are_compared_for_a_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    pytest.importorskip("onnxruntime", reason="needs the extra onnxruntime")
+    monkeypatch.setenv("SPARSEINST_CACHE", str(tmp_path))
+    command = ["bench", "--model", MASK_RCNN, "--size", "64", "--repetitions", "3", "--warmup", "1", "--engine", "torch"]
+    assert run_cli([*command, "--engine", "onnxruntime", "--engines", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["engine"], row["mode"], row["precision"]) for row in (first, second)] == [
+        ("torch", "eager", "fp32"),
+        ("onnxruntime", "compiled", "fp32"),
+    ]
+    assert first["ratio"]["median"] == 1.0
+    assert first["published"]["AP"] == 34.6
+    assert 0 < second["post_ms"] < second["whole_ms"]["p95"]
+    assert second["AP"] is None
+    assert run_cli([*command, "--engines", "--precision", "bf16"]) == 2
+    assert "is a peer, which is timed in batch 1 and fp32" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -64,7 +140,16 @@ def test_mistakes_give_clear_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other.pth does not fit mask-rcnn-r50-fpn: Missing key"):
         build_peer(MASK_RCNN, device=CPU, weights=tmp_path / "other.pth")
-    monkeypatch.setitem(__import__("sys").modules, "detectron2", None)
+    with pytest.raises(UserError, match=r"nothing.pth: no such file"):
+        build_peer(MASK_RCNN, device=CPU, weights=tmp_path / "nothing.pth")
+    with pytest.raises(UserError, match="rfdetr-seg-nan: there is no such model; the sizes are nano, .*did you mean 'nano'"):
+        build_peer("rfdetr-seg-nan", device=CPU)
+    for package, name in (("ultralytics", "yolo11n-seg"), ("rfdetr", "rfdetr-seg-nano")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(UserError, match=f"{name} needs the package {package} .*pip install {package}"):
+                build_peer(name, device=CPU)
+    monkeypatch.setitem(sys.modules, "detectron2", None)
     with pytest.raises(UserError, match="needs detectron2"):
         build_peer("detectron2:a.yaml", device=CPU)
 
@@ -75,8 +160,8 @@ def perfect(root: Path) -> Peer:
     names = ("nothing", *(category.name for category in split.categories), "unknown")
     images = iter(split.images)
 
-    def segment(size: Any) -> Instances:
-        image = next(images)
+    def finish(_outputs: Any, inputs: PeerInput) -> Instances:
+        image, size = next(images), inputs.original
         masks = [decode(entry.segmentation, *size) for entry in image.annotations]
         stack = torch.from_numpy(np.stack([*masks, np.ones(size, np.uint8)])).bool()
         labels = [1 + entry.label for entry in image.annotations] + [len(names) - 1]
@@ -84,7 +169,8 @@ def perfect(root: Path) -> Peer:
 
     from sparseinst.data.masks import decode
 
-    return Peer("perfect", names, lambda photo: photo.shape[:2], segment, 0)
+    prepare = lambda photo: PeerInput(None, photo.shape[:2], photo.shape[:2])  # noqa: E731
+    return Peer("perfect", names, prepare, lambda inputs: None, finish, 0)
 
 
 def test_a_peer_is_evaluated_like_our_models(tmp_path: Path) -> None:
