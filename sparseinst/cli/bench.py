@@ -21,7 +21,8 @@ _Models = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME|WEIGHTS",
-        help="A model's name, a weights file, a run's folder, or a peer: mask-rcnn-r50-fpn of torchvision, detectron2:CONFIG."
+        help="A model's name, a weights file, a run's folder, or a peer: mask-rcnn-r50-fpn, yolo26n-seg, rfdetr-seg-nano, "
+        "detectron2:CONFIG."
         "  [default: r50-iam]",
     ),
 ]

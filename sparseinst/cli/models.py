@@ -157,7 +157,8 @@ def evaluate(
         Literal["hotcoco", "pycocotools"], typer.Option(help="The library that computes the metrics.")
     ] = "hotcoco",
     peer: Annotated[
-        str | None, typer.Option(help="Evaluate another system instead of ours: mask-rcnn-r50-fpn, or detectron2:CONFIG.")
+        str | None,
+        typer.Option(help="A peer instead of our model: mask-rcnn-r50-fpn, yolo26n-seg, rfdetr-seg-nano, detectron2:CONFIG."),
     ] = None,
     checkpoint: Checkpoint = None,
     optimize: Optimize = None,
