@@ -46,7 +46,8 @@ ALLOWED = {
     "bench": BASE
     | {"models", "data", "paste", "postprocess", "device", "inference", "training", "integrations"}
     | {"engines", "evaluation", "report"},
-    "integrations": BASE | {"progress", "models", "data", "criterion", "distributed", "postprocess", "evaluation", "training"},
+    "integrations": BASE
+    | {"progress", "models", "data", "criterion", "distributed", "postprocess", "engines", "inference", "evaluation", "training"},
     "ablation": BASE | {"data"},
     "launch": BASE
     | {"attempts", "attempt_files", "data", "device", "distributed", "inference", "evaluation", "training", "visualize"}
