@@ -46,6 +46,8 @@ def prepare_peer(peer: Peer, example: PeerInput, engine: EngineName, precision: 
         return PreparedPeer(peer, _torch_facts(peer))
     if peer.exportable is None:
         raise UserError(f"{peer.name} runs in torch only, because its network cannot be exported")
+    if example.images.device.type != "cpu":
+        raise UserError(f"engine {engine} runs on the CPU only, not on {example.images.device}: use --device cpu")
     artifact = _artifact(peer, peer.exportable, example)
     loaded: Engine
     if engine == "onnxruntime":
@@ -73,7 +75,8 @@ def _artifact(peer: Peer, exportable: Exportable, example: PeerInput) -> Path:
         "peer": peer.name,
         "weights": tensors_digest(state),
         "size": None if exportable.any_size else list(example.images.shape[2:]),
-        "exporter": [torch.__version__, OPSET],
+        "outputs": [*exportable.outputs, exportable.traced],
+        "exporter": [torch.__version__, _TRACED_OPSET if exportable.traced else OPSET],
     }
     path = artifacts_folder() / "peers" / content_hash(content) / "network.onnx"
     if not path.exists():

@@ -90,5 +90,5 @@ def build(name: str, device: torch.device, sides: tuple[int, int], weights: Path
         finish,
         count_parameters(model),
         Exportable(model, ("boxes", "prototypes")),
-        published=Published(figure, _SOURCE) if figure is not None else None,
+        published=Published(figure, _SOURCE) if figure is not None and sides[1] == 640 else None,
     )
