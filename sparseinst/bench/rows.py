@@ -194,10 +194,12 @@ def build_workload(setting: Setting, task: Task, device: Any) -> tuple[Workload,
     from sparseinst.bench.timed import network_workload, peer_workload
     from sparseinst.bench.timed_training import training_workload
     from sparseinst.data.coco import train_split
-    from sparseinst.integrations.peers import build_peer, is_peer
+    from sparseinst.integrations.peers import build_peer, default_sides, is_peer
 
     if is_peer(setting.model):
-        peer = build_peer(setting.model, device=device, sides=setting.sides, pretrained=False)
+        own = default_sides(setting.model)
+        sides = own if setting.size == own[0] else setting.sides
+        peer = build_peer(setting.model, device=device, sides=sides, pretrained=False)
         engine: Any = setting.engine
         precision: Any = setting.precision
         workload = peer_workload(peer, device, task.photos, engine=engine, precision=precision)

@@ -63,4 +63,6 @@ def build(name: str, device: torch.device, sides: tuple[int, int], weights: Path
         found = outputs[0]["instances"]
         return instances(found.scores, found.pred_classes, found.pred_masks)
 
-    return Peer(name, tuple(names or ()), prepare, lambda inputs: model(inputs.images), finish, count_parameters(model))
+    return Peer(
+        name, tuple(names or ()), prepare, lambda inputs: model(inputs.images), finish, count_parameters(model), "detectron2"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def _artifact(peer: Peer, exportable: Exportable, example: PeerInput) -> Path:
         "weights": tensors_digest(state),
         "size": None if exportable.any_size else list(example.images.shape[2:]),
         "outputs": [*exportable.outputs, exportable.traced],
+        "package": version(peer.package),
         "exporter": [torch.__version__, _TRACED_OPSET if exportable.traced else OPSET],
     }
     path = artifacts_folder() / "peers" / content_hash(content) / "network.onnx"

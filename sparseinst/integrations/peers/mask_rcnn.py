@@ -14,6 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d, clip_boxes_to_image
 
 from sparseinst.data.transforms import Pixels
 from sparseinst.errors import UserError
+from sparseinst.integrations.peers import default_sides
 from sparseinst.integrations.peers.peer import (
     Exportable,
     Peer,
@@ -27,6 +28,7 @@ from sparseinst.models.backbone import read_tensors
 from sparseinst.postprocess import Instances
 
 _MASK_THRESHOLD = 0.5
+_SOURCE = "torchvision, MaskRCNN_ResNet50_FPN_Weights.COCO_V1"
 
 
 class _Network(nn.Module):
@@ -86,8 +88,8 @@ def build(name: str, device: torch.device, sides: tuple[int, int], weights: Path
         lambda inputs: network(inputs.images, inputs.resized),
         finish,
         count_parameters(model),
-        Exportable(network, ("boxes", "labels", "scores", "masks"), traced=True),
-        published=Published(figures["mask_map"], "torchvision, MaskRCNN_ResNet50_FPN_Weights.COCO_V1"),
+        exportable=Exportable(network, ("boxes", "labels", "scores", "masks"), traced=True),
+        published=Published(figures["mask_map"], _SOURCE) if sides == default_sides(name) else None,
     )
 
 
@@ -97,4 +99,4 @@ def _load(model: nn.Module, name: str, weights: Path | None, published: Any) -> 
     except OSError as error:
         raise no_download(name, error) from None
     except RuntimeError as error:
-        raise UserError(f"{weights or name} does not fit {name}: {str(error).splitlines()[1].strip()}") from None
+        raise UserError(f"{weights or name} does not fit {name}: {str(error).strip().splitlines()[:2][-1].strip()}") from None

@@ -69,6 +69,8 @@ class Peer:
     """Turn the raw outputs into the instances at the photo's own size."""
     parameters: int
     """Number of parameters."""
+    package: str = "torchvision"
+    """The package that holds the architecture."""
     exportable: Exportable | None = None
     """The network for other engines; None if it cannot be exported."""
     published: Published | None = None

@@ -93,6 +93,7 @@ def build(name: str, device: torch.device, sides: tuple[int, int], weights: Path
         lambda inputs: network(inputs.images),
         finish,
         count_parameters(network),
-        Exportable(network, ("boxes", "logits", "masks"), any_size=False),
+        package="rfdetr",
+        exportable=Exportable(network, ("boxes", "logits", "masks"), any_size=False),
         published=Published(figure, _SOURCE) if side == _known(name)[1] else None,
     )

@@ -89,6 +89,7 @@ def build(name: str, device: torch.device, sides: tuple[int, int], weights: Path
         lambda inputs: model(inputs.images),
         finish,
         count_parameters(model),
-        Exportable(model, ("boxes", "prototypes")),
+        package="ultralytics",
+        exportable=Exportable(model, ("boxes", "prototypes")),
         published=Published(figure, _SOURCE) if figure is not None and sides[1] == 640 else None,
     )
