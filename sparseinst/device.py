@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 
 from sparseinst.config import NetworkPrecision
 from sparseinst.errors import UserError
+from sparseinst.half_products import InFloat32, has_instructions
 from sparseinst.words import shorten
 
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,13 +54,29 @@ def autocast(device: torch.device, precision: NetworkPrecision) -> AbstractConte
 
     `int8` is no torch type; it changes nothing here.
     """
-    cast = torch.autocast(device.type, dtype=DTYPES.get(precision, torch.float32), enabled=precision in DTYPES)
-    if device.type != "cuda":
-        return cast
+    dtype = DTYPES.get(precision, torch.float32)
     contexts = ExitStack()
-    contexts.enter_context(tf32(precision == "tf32"))
-    contexts.enter_context(cast)
+    contexts.enter_context(tf32(precision == "tf32") if device.type == "cuda" else fast_products(device, precision))
+    contexts.enter_context(torch.autocast(device.type, dtype=dtype, enabled=precision in DTYPES))
     return contexts
+
+
+def fast_products(device: torch.device, precision: NetworkPrecision) -> AbstractContextManager[object]:
+    """Return the context in which products of this precision are fast even if the processor has no instructions for it.
+
+    `autocast` contains it; a backward pass needs it, too. torch.compile cannot run in it.
+    """
+    return nullcontext() if is_native(device, precision) else InFloat32(DTYPES[precision])
+
+
+def is_native(device: torch.device, precision: NetworkPrecision) -> bool:
+    """Say whether torch has fast convolutions of this precision on this device."""
+    return precision not in DTYPES or has_instructions(device, DTYPES[precision])
+
+
+def no_instructions(precision: NetworkPrecision) -> str:
+    """Return the first half of a warning for a device for which this precision is not native."""
+    return f"this processor has no instructions for {precision}, so {precision} is computed in float32 and saves no time"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sparseinst.config import OptimizeMode, Precision
-from sparseinst.device import DTYPES
+from sparseinst.device import DTYPES, fast_products, is_native, no_instructions
 from sparseinst.errors import UserError
 from sparseinst.inference.ahead import CannotCompile, compiled, has_compiler
 from sparseinst.inference.export import Network
@@ -42,7 +42,7 @@ class OptimizedSparseInst(SparseInst):
 
     def __init__(self, model: SparseInst, precision: Precision, compile_with: dict[str, Any] | None) -> None:
         super().__init__(model.backbone, model.encoder, model.decoder)
-        self.dtype = DTYPES.get(precision, torch.float32)
+        self.dtype, self._precision = DTYPES.get(precision, torch.float32), precision
         self._compile_with = compile_with
         self._compiled: Callable[[Tensor], Predictions] | None = None
         self._compiled_for: tuple[str, int] | None = None
@@ -50,7 +50,7 @@ class OptimizedSparseInst(SparseInst):
 
     def forward(self, images: Tensor) -> Predictions:
         images = images.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False), fast_products(images.device, self._precision):
             place = (images.device.type, torch.get_num_threads())
             if self._compile_with is not None and self._compiled_for != place:
                 self._compiled, self._compiled_for = self._compile(images.device), place
@@ -124,6 +124,9 @@ def optimize(
     if device.type == "cpu":
         keep_freed_memory()
     options = _compile_options(device, mode)
+    if options is not None and not is_native(device, precision):
+        _log.warning("%s; the model runs without torch.compile", no_instructions(precision))
+        options = None
     winograd = options is not None and mode == "best" and device.type == "cpu" and _winograd_pays(precision)
     if options is None or device.type != "cpu" or has_compiler():
         return _fast_copy(model, device, precision, options, winograd=winograd)

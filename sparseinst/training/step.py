@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from sparseinst.config import REFERENCE_BATCH, Config
 from sparseinst.criterion import Criterion, count, prepare_targets
 from sparseinst.data.coco import CocoSplit
 from sparseinst.data.loader import Batch
-from sparseinst.device import autocast
+from sparseinst.device import autocast, is_native, no_instructions
 from sparseinst.distributed import largest, mean_counts, share_norms
 from sparseinst.errors import UserError
 from sparseinst.machine import machine_memory
@@ -25,6 +26,8 @@ from sparseinst.models.norms import absorb_norms
 from sparseinst.models.sparseinst import SparseInst, build_model
 from sparseinst.training.schedule import parameter_groups
 from sparseinst.training.updates import Updates
+
+_log = logging.getLogger(__name__)
 
 PHASES = ("forward", "loss", "backward", "update")
 
@@ -52,8 +55,10 @@ class Step(Updates):
         self.network: Callable[[Tensor], Predictions] = self.model
         if config.train.checkpoint_activations:
             self.network = partial(recomputed, self.model)
-        if config.train.compile:
+        if config.train.compile and is_native(device, config.train.precision):
             self.network = torch.compile(self.network, dynamic=True)
+        elif config.train.compile:
+            _log.warning("%s; train.compile has no effect", no_instructions(config.train.precision))
         self.criterion = Criterion(config.loss, config.matcher)
         groups = parameter_groups(self.model, config.train, config.train.backbone_multiplier)
         super().__init__(self.model, config.train, self._make_optimizer(groups), device)

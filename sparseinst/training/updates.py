@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseinst.config import OptimizerConfig
+from sparseinst.device import fast_products
 from sparseinst.distributed import average_gradients
 from sparseinst.training.schedule import learning_rate_factor
 
@@ -21,7 +22,7 @@ class Updates:
     """
 
     def __init__(self, model: nn.Module, settings: OptimizerConfig, optimizer: torch.optim.AdamW, device: torch.device) -> None:
-        self.updated, self.settings, self.optimizer = model, settings, optimizer
+        self.updated, self.settings, self.optimizer, self.device = model, settings, optimizer, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
 
     def set_learning_rate(self, iteration: int) -> float:
@@ -33,7 +34,8 @@ class Updates:
 
     def backward(self, losses: dict[str, Tensor]) -> None:
         """Add the gradients of the losses' sum to those of the parameters."""
-        self.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
+        with fast_products(self.device, self.settings.precision):
+            self.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
 
     def update(self) -> dict[str, float]:
         """Update the weights, and return the gradient norm if gradients are clipped."""

@@ -95,6 +95,7 @@ def test_winograd_equals_the_convolution(size: tuple[int, int]) -> None:
 def test_winograd_is_used_only_where_its_sums_fit_and_pay(
     tiny: Config, precision: Any, amx: bool, used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(optimizing, "is_native", lambda device, precision: True)
     monkeypatch.setattr(optimizing, "multiplies_bfloat16", lambda *, matrices: matrices and amx)
     monkeypatch.setattr(WinogradConv2d, "is_faster_for", lambda conv: conv.kernel_size == (3, 3) and conv.stride == (1, 1))
     fast = optimize(randomise_norms(build_model(tiny.model)), device=CPU, mode="best", precision=precision)
