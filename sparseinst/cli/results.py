@@ -39,7 +39,8 @@ def verify(
     holds the predictions.
     KEY is the name of a file in results/records; the page of `report --html` shows the key of each row.
 
-    The exit code is 1 if the results are different. It is 0 if they have the same bits or are the same within noise.
+    The exit code is 0 if the results have the same bits or are the same within the noise of seeds. It is 1 if they are different,
+    or undecided: their bits differ, and the record's row has no other seed that shows the noise.
     """
     from sparseinst.launch import verify as repeat
 
@@ -53,7 +54,7 @@ def verify(
         print(json.dumps({"key": found.key, "outcome": found.outcome, "compared": found.lines}))
     else:
         print("\n".join([*found.lines, found.outcome]))
-    if found.outcome == "different":
+    if found.outcome in ("different", "undecided"):
         raise typer.Exit(1)
 
 

@@ -22,7 +22,8 @@ from sparseinst.words import counted
 if TYPE_CHECKING:
     from sparseinst.data.coco import CocoSplit
 
-Outcome = Literal["same bits", "same within noise", "different"]
+Outcome = Literal["same bits", "same within noise", "different", "undecided"]
+"""`undecided`: the bits differ, and no noise over seeds is known to compare with."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ def verify(key: str, store: Store, device: str | None, *, threads: int | None = 
     if used is not None:
         torch.set_num_threads(int(used))
     lines = [f"{record.kind} {record.key}: {used or 'default'} threads here, {recorded.get('threads', 'unknown')} in the record"]
+    here, there = torch.backends.cpu.get_cpu_capability(), recorded.get("instructions")
+    if there not in (None, here):
+        lines.append(f"the processor's instructions: {here} here, {there} in the record, so the bits will differ")
     if record.kind == "latency":
         return _verify_timing(record, config, device, lines)
     # The folder is named by the threads and the code, so a stopped verification continues only if both are the same.
@@ -151,7 +155,7 @@ def _verify_training(
         return Verification(record.key, "same bits", lines)
     if evaluation is None:
         lines.append("the weights differ, and there is no evaluation of this training to compare")
-        return Verification(record.key, "different", lines)
+        return Verification(record.key, "undecided", lines)
     figures = _evaluate(weights, config, device, progress)
     theirs = evaluation.result["figures"]
     lines.append(f"AP: {_text(figures['AP'])} here, {_text(theirs['AP'])} in the record")
@@ -230,7 +234,7 @@ def _within_noise(here: float | None, there: float | None, noise: SeedNoise | No
         lines.append(
             "AP has no value" if noise is not None else "this row has no other seed, so its noise of AP over seeds is unknown"
         )
-        return "different"
+        return "undecided"
     two_seeds = replace(noise, variance=2 * noise.variance, pooled=2 * noise.pooled, seeds=1)
     limit = Difference(0.0, (two_seeds,), 0.0).high
     lines.append(

@@ -90,8 +90,23 @@ def test_another_result_is_reported(done: Path, monkeypatch: pytest.MonkeyPatch,
     file.write_text(json.dumps(record))
     assert run_cli(["verify", record["key"], "--results", "changed", "--device", "cpu"]) == 1
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == "different"
+    assert printed.splitlines()[-1] == "undecided"
     assert "50.0000 in the record" in printed
+    assert "so its noise of AP over seeds is unknown" in printed
+    assert "so the bits will differ" not in printed
+
+
+def test_another_processor_is_named(done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(done)
+    key = keys(done)["train"]
+    found = Store(Path("results")).load(key)
+    assert found is not None
+    arithmetic = {**found.provenance["arithmetic"], "instructions": "SSE9"}
+    Store(Path("elsewhere")).write(replace(found, provenance={**found.provenance, "arithmetic": arithmetic, "weights": "0" * 16}))
+    assert run_cli(["verify", key, "--results", "elsewhere", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"the processor's instructions: \w+ here, SSE9 in the record, so the bits will differ", printed[1])
+    assert printed[-1] == "undecided"
 
 
 def test_metrics_and_resamplings_are_computed_again_from_predictions(
@@ -142,7 +157,7 @@ def test_noise_is_that_of_two_seeds() -> None:
     limit = float(stats.t.ppf(0.975, 8)) * math.sqrt(2)  # 3.26
     assert _within_noise(30.0, 30.0 + limit - 0.01, noise, lines) == "same within noise"
     assert _within_noise(30.0, 30.0 + limit + 0.01, noise, lines) == "different"
-    assert _within_noise(30.0, 30.1, None, lines) == "different"
+    assert _within_noise(30.0, 30.1, None, lines) == "undecided"
     assert "unknown" in lines[-1]
 
 
