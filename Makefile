@@ -4,9 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# The four rows of `mini` train side by side, each on at least one core. Where OMP_NUM_THREADS is set, nproc alone would return it.
+CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
+JOBS ?= $(shell echo $$(($(CORES) < 4 ? $(CORES) : 4)))
+
 .PHONY: install mini lab notebooks test test-quick test-slurm attack lint clean
 mini: $(INSTALLED)
-	$(BIN)/sparseinst run table5 --profile mini --jobs 2 --results runs/mini --pictures runs/pictures
+	$(BIN)/sparseinst run table5 --profile mini --jobs $(JOBS) --results runs/mini --pictures runs/pictures
 	$(BIN)/sparseinst report table5 --profile mini --results runs/mini --show
 
 # The notebooks, in a browser.

@@ -75,7 +75,7 @@ def is_native(device: torch.device, precision: NetworkPrecision) -> bool:
 
 
 def no_instructions(precision: NetworkPrecision) -> str:
-    """Return the first half of a warning for a device for which this precision is not native."""
+    """Return what a user should know before using this precision where it is not native."""
     return f"this processor has no instructions for {precision}, so {precision} is computed in float32 and saves no time"
 
 

@@ -16,7 +16,7 @@ from sparseinst.config import REFERENCE_BATCH, Config
 from sparseinst.criterion import Criterion, count, prepare_targets
 from sparseinst.data.coco import CocoSplit
 from sparseinst.data.loader import Batch
-from sparseinst.device import autocast, is_native, no_instructions
+from sparseinst.device import autocast, is_native
 from sparseinst.distributed import largest, mean_counts, share_norms
 from sparseinst.errors import UserError
 from sparseinst.machine import machine_memory
@@ -58,7 +58,7 @@ class Step(Updates):
         if config.train.compile and is_native(device, config.train.precision):
             self.network = torch.compile(self.network, dynamic=True)
         elif config.train.compile:
-            _log.warning("%s; train.compile has no effect", no_instructions(config.train.precision))
+            _log.warning("train.compile has no effect, because this processor has no instructions for %s", config.train.precision)
         self.criterion = Criterion(config.loss, config.matcher)
         groups = parameter_groups(self.model, config.train, config.train.backbone_multiplier)
         super().__init__(self.model, config.train, self._make_optimizer(groups), device)

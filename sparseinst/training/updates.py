@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparseinst.config import OptimizerConfig
-from sparseinst.device import fast_products
+from sparseinst.device import fast_products, is_native, no_instructions
 from sparseinst.distributed import average_gradients
 from sparseinst.training.schedule import learning_rate_factor
+
+
+_log = logging.getLogger(__name__)
 
 
 class Updates:
@@ -23,6 +27,8 @@ class Updates:
 
     def __init__(self, model: nn.Module, settings: OptimizerConfig, optimizer: torch.optim.AdamW, device: torch.device) -> None:
         self.updated, self.settings, self.optimizer, self.device = model, settings, optimizer, device
+        if not is_native(device, settings.precision):
+            _log.info(no_instructions(settings.precision))
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
 
     def set_learning_rate(self, iteration: int) -> float:
