@@ -13,7 +13,6 @@ from sparseinst.device import fast_products, is_native, no_instructions
 from sparseinst.distributed import average_gradients
 from sparseinst.training.schedule import learning_rate_factor
 
-
 _log = logging.getLogger(__name__)
 
 
