@@ -9,7 +9,7 @@ import torch
 
 from sparseinst.config import NetworkPrecision
 from sparseinst.errors import UserError
-from sparseinst.half_products import InFloat32, has_instructions
+from sparseinst.half_products import InFloat32, torch_is_fast
 from sparseinst.words import shorten
 
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,21 +62,21 @@ def autocast(device: torch.device, precision: NetworkPrecision) -> AbstractConte
 
 
 def fast_products(device: torch.device, precision: NetworkPrecision) -> AbstractContextManager[object]:
-    """Return the context in which products of this precision are fast even if the processor has no instructions for it.
+    """Return the context in which products of this precision are fast even if torch's own are slow on this device.
 
-    `autocast` contains it; a backward pass needs it, too. torch.compile cannot run in it.
+    `autocast` contains it; a backward pass needs it, too. A caller must not compile or export a model in it, see `InFloat32`.
     """
     return nullcontext() if is_native(device, precision) else InFloat32(DTYPES[precision])
 
 
 def is_native(device: torch.device, precision: NetworkPrecision) -> bool:
-    """Say whether torch has fast convolutions of this precision on this device."""
-    return precision not in DTYPES or has_instructions(device, DTYPES[precision])
+    """Say whether torch's own products of this precision are fast on this device."""
+    return precision not in DTYPES or torch_is_fast(device, DTYPES[precision])
 
 
-def no_instructions(precision: NetworkPrecision) -> str:
+def why_not_native(precision: NetworkPrecision) -> str:
     """Return what a user should know before using this precision where it is not native."""
-    return f"this processor has no instructions for {precision}, so {precision} is computed in float32 and saves no time"
+    return f"torch has no fast {precision} on this CPU, so {precision} is computed in float32 and is slower than fp32"
 
 
 @contextmanager

@@ -40,7 +40,8 @@ def verify(
     KEY is the name of a file in results/records; the page of `report --html` shows the key of each row.
 
     The exit code is 0 if the results have the same bits or are the same within the noise of seeds. It is 1 if they are different,
-    or undecided: their bits differ, and the record's row has no other seed that shows the noise.
+    or undecided: their bits differ, and there is nothing to judge the difference by (fewer than two trained seeds of the row, no
+    evaluation, or no AP).
     """
     from sparseinst.launch import verify as repeat
 

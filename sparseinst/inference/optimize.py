@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sparseinst.config import OptimizeMode, Precision
-from sparseinst.device import DTYPES, fast_products, is_native, no_instructions
+from sparseinst.device import DTYPES, fast_products, is_native, why_not_native
 from sparseinst.errors import UserError
 from sparseinst.inference.ahead import CannotCompile, compiled, has_compiler
 from sparseinst.inference.export import Network
@@ -124,8 +124,8 @@ def optimize(
     if device.type == "cpu":
         keep_freed_memory()
     options = _compile_options(device, mode)
-    if options is not None and not is_native(device, precision):
-        _log.warning("%s; the model runs without torch.compile", no_instructions(precision))
+    if not is_native(device, precision):
+        _log.warning("%s%s", why_not_native(precision), "; nothing is compiled" if options is not None else "")
         options = None
     winograd = options is not None and mode == "best" and device.type == "cpu" and _winograd_pays(precision)
     if options is None or device.type != "cpu" or has_compiler():

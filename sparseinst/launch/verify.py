@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparseinst.data.coco import CocoSplit
 
 Outcome = Literal["same bits", "same within noise", "different", "undecided"]
-"""`undecided`: the bits differ, and no noise over seeds is known to compare with."""
+"""`undecided`: the bits differ, and there is nothing to judge the difference by, such as a second trained seed of the row."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,16 @@ def verify(key: str, store: Store, device: str | None, *, threads: int | None = 
     used = threads or recorded.get("threads")
     import torch
 
+    from sparseinst.device import pick_device
+
     if used is not None:
         torch.set_num_threads(int(used))
     lines = [f"{record.kind} {record.key}: {used or 'default'} threads here, {recorded.get('threads', 'unknown')} in the record"]
-    here, there = torch.backends.cpu.get_cpu_capability(), recorded.get("instructions")
-    if there not in (None, here):
-        lines.append(f"the processor's instructions: {here} here, {there} in the record, so the bits will differ")
     if record.kind == "latency":
         return _verify_timing(record, config, device, lines)
+    here, there = torch.backends.cpu.get_cpu_capability(), recorded.get("instructions")
+    if pick_device(device).type == "cpu" and there not in (None, here):
+        lines.append(f"the CPU's instructions: {here} here, {there} in the record, so the bits may differ")
     # The folder is named by the threads and the code, so a stopped verification continues only if both are the same.
     folder = RUNS / "verify" / f"{config.train_key()}-{torch.get_num_threads()}-{code_digest()}"
     found = _verify_training(record, config, RunPaths(folder), store, device, lines, progress)
@@ -232,7 +234,7 @@ def _by_row(records: Iterable[Record], store: Store) -> dict[str, Sample]:
 def _within_noise(here: float | None, there: float | None, noise: SeedNoise | None, lines: list[str]) -> Outcome:
     if here is None or there is None or noise is None:
         lines.append(
-            "AP has no value" if noise is not None else "this row has no other seed, so its noise of AP over seeds is unknown"
+            "AP has no value" if noise is not None else "this row has fewer than two trained seeds, so its noise is unknown"
         )
         return "undecided"
     two_seeds = replace(noise, variance=2 * noise.variance, pooled=2 * noise.pooled, seeds=1)

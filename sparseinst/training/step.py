@@ -46,7 +46,7 @@ class Step(Updates):
     memory_format = torch.channels_last
 
     def __init__(self, model: SparseInst, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
+        self.config = config
         if config.model.backbone.frozen_norm:
             self._prepare_frozen_norms(model.backbone)
         self.model = model.to(device).to(memory_format=self.memory_format).train()
@@ -58,7 +58,7 @@ class Step(Updates):
         if config.train.compile and is_native(device, config.train.precision):
             self.network = torch.compile(self.network, dynamic=True)
         elif config.train.compile:
-            _log.warning("train.compile has no effect, because this processor has no instructions for %s", config.train.precision)
+            _log.warning("train.compile has no effect, because torch has no fast %s on this CPU", config.train.precision)
         self.criterion = Criterion(config.loss, config.matcher)
         groups = parameter_groups(self.model, config.train, config.train.backbone_multiplier)
         super().__init__(self.model, config.train, self._make_optimizer(groups), device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseinst.config import OptimizerConfig
-from sparseinst.device import fast_products, is_native, no_instructions
+from sparseinst.device import fast_products, is_native, why_not_native
 from sparseinst.distributed import average_gradients
 from sparseinst.training.schedule import learning_rate_factor
 
@@ -27,7 +27,7 @@ class Updates:
     def __init__(self, model: nn.Module, settings: OptimizerConfig, optimizer: torch.optim.AdamW, device: torch.device) -> None:
         self.updated, self.settings, self.optimizer, self.device = model, settings, optimizer, device
         if not is_native(device, settings.precision):
-            _log.info(no_instructions(settings.precision))
+            _log.info(why_not_native(settings.precision))
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
 
     def set_learning_rate(self, iteration: int) -> float:
