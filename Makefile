@@ -24,7 +24,7 @@ install: $(INSTALLED)
 # Each process tests with one thread; a process needs up to 2 GB.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 test: $(INSTALLED)
-	@echo "The tests take eight to thirteen minutes on two cores; make test-quick takes two."
+	@echo "The tests take eight to seventeen minutes on two cores; make test-quick takes two."
 	$(PYTEST)
 
 # All tests but those over three seconds.
