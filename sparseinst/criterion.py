@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sparseinst.config import LossConfig, MatcherConfig
 from sparseinst.matcher import DICE_EPSILON, Match, Target, match
-from sparseinst.models.decoder import Predictions
+from sparseinst.models.network import Predictions
 
 PREDICTION_THRESHOLD = 0.4
 TARGET_THRESHOLD = 0.5

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sparseinst.config import MatcherConfig
-from sparseinst.models.decoder import Predictions
+from sparseinst.models.network import Predictions
 
 DICE_EPSILON = 1e-4
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparseinst.config import InferenceConfig
-from sparseinst.models.decoder import Predictions
+from sparseinst.models.network import Predictions
 from sparseinst.paste import ImageSize, Resize, paste
 
 __all__ = ["ImageSize", "Instances", "ScoredMaps", "class_scores", "maskness", "postprocess", "score_maps"]

@@ -11,7 +11,7 @@ from sparseinst.config import LossConfig, MatcherConfig
 from sparseinst.criterion import Counts, Criterion, binary_iou, count, prepare_targets
 from sparseinst.distributed import mean_counts
 from sparseinst.matcher import Target, match
-from sparseinst.models.decoder import Predictions
+from sparseinst.models.network import Predictions
 from tests.conftest import alternatives
 
 MAPS, CLASSES, SIZE = 6, 3, (8, 12)

@@ -19,8 +19,9 @@ from sparseinst.criterion import Criterion, count, prepare_targets
 from sparseinst.data.transforms import short_side_size
 from sparseinst.integrations.released import rename_encoder_decoder
 from sparseinst.matcher import match
-from sparseinst.models.decoder import Decoder, Predictions
+from sparseinst.models.decoder import Decoder
 from sparseinst.models.encoder import Encoder
+from sparseinst.models.network import Predictions
 from sparseinst.postprocess import ImageSize, postprocess
 from sparseinst.training.schedule import learning_rate_factor
 

@@ -69,7 +69,7 @@ def test_an_image_without_instances() -> None:
 def test_autocast_does_not_change_the_masks() -> None:
     """The autocast of a caller must not reduce the precision of the resizing."""
     from sparseinst.config import InferenceConfig
-    from sparseinst.models.decoder import Predictions
+    from sparseinst.models.network import Predictions
     from sparseinst.postprocess import postprocess
 
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from sparseinst.ablation.statistics import Comparison, Prior, Sample, SeedNoise,
 from sparseinst.config import Config, MatcherConfig
 from sparseinst.data.masks import decode, encode, overlaps
 from sparseinst.matcher import Target, match, pairwise_dice
-from sparseinst.models.decoder import Predictions
+from sparseinst.models.network import Predictions
 from sparseinst.nested import flatten, leaf_paths, merge, nest
 from sparseinst.overrides import parse_override
 from sparseinst.section import content_hash

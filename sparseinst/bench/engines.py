@@ -170,9 +170,9 @@ def _score(setting: Setting, task: Task, device: torch.device, predictions: Path
 
 def _prepare_peer(setting: Setting, task: Task, device: torch.device, predictions: Path) -> _Scored:
     began = time.perf_counter()
-    workload, counts = build_workload(setting, task, device)
+    workload, count = build_workload(setting, task, device)
     assert workload.facts is not None
-    return _Scored(workload.facts, round(time.perf_counter() - began, 2), predictions, published=counts["published"])
+    return _Scored(workload.facts, round(time.perf_counter() - began, 2), predictions, published=count()["published"])
 
 
 def _check_same_artifact(setting: Setting, runner: Runner, scored: _Scored) -> None:

@@ -153,11 +153,11 @@ def _measure(setting: Setting, task: Task, device: Any, warmup: int, repetitions
     """Build the workload of a setting, and measure it."""
     from sparseinst.bench.benchmark import LocalSide, measure
 
-    workload, counts = build_workload(setting, task, device)
+    workload, count = build_workload(setting, task, device)
     LocalSide(workload, device).time_batch(0)
     first = round(time.time() - began, 3)
     measured = asdict(measure(workload, device=device, warmup=warmup, repetitions=repetitions))
-    return {**measured, **counts, "first_image_s": first}
+    return {**measured, **count(), "first_image_s": first}
 
 
 def _first_image(setting: Setting, task: Task, device: Any, began: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -182,9 +183,11 @@ def load_network(setting: Setting, data: Path | None = None, images: int | None 
     return config.replace(changes), trained
 
 
-def build_workload(setting: Setting, task: Task, device: Any) -> tuple[Workload, dict[str, Any]]:
-    """Return the workload to time, with `flops` (one forward pass of one image; None for a peer), `parameters` and, for a
-    peer, `published` (the AP of its published weights and the source, or None).
+def build_workload(setting: Setting, task: Task, device: Any) -> tuple[Workload, Callable[[], dict[str, Any]]]:
+    """Return the workload to time, and a function that counts what it costs.
+
+    The function returns `flops` (one forward pass of one image; None for a peer), `parameters` and, for a peer, `published` (the
+    AP of its published weights and the source, or None). Counting takes as long as a second start of most engines.
 
     Raises:
         UserError: the model is unknown or cannot do the task.
@@ -204,16 +207,19 @@ def build_workload(setting: Setting, task: Task, device: Any) -> tuple[Workload,
         precision: Any = setting.precision
         workload = peer_workload(peer, device, task.photos, engine=engine, precision=precision)
         published = asdict(peer.published) if peer.published is not None else None
-        return workload, {"flops": None, "parameters": peer.parameters, "published": published}
+        return workload, lambda: {"flops": None, "parameters": peer.parameters, "published": published}
     config, source = load_network(setting, task.data, task.images)
-    counts = {"flops": count_network_cost(config).flops, "parameters": count_parameters(config)}
+
+    def count() -> dict[str, Any]:
+        return {"flops": count_network_cost(config).flops, "parameters": count_parameters(config)}
+
     mode: Any = setting.mode
     if task.train:
         split = train_split(config.data) if task.data is not None else None
         model = source.model if source is not None else None
-        return training_workload(config, device=device, model=model, mode=mode, split=split), counts
+        return training_workload(config, device=device, model=model, mode=mode, split=split), count
     prepared = prepare_for_timing(setting, config, source, device)
-    return network_workload(config, prepared, device=device, batch=setting.batch, mode=mode, photos=task.photos), counts
+    return network_workload(config, prepared, device=device, batch=setting.batch, mode=mode, photos=task.photos), count
 
 
 def prepare_for_timing(setting: Setting, config: Config, source: Source | None, device: Any) -> Prepared:

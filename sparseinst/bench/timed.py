@@ -135,6 +135,7 @@ def network_workload(
         image = images[index]
         with autocast(device, inference.precision):
             if separable:
+                assert isinstance(network, SparseInst)
                 predictions = _run_modules(network, image, module_done)
             else:
                 predictions = network(image)

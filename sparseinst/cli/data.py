@@ -172,7 +172,7 @@ def look(
     settings = load_config(config, overrides=overrides)
     train = train_split(settings.data)
 
-    from sparseinst.models.sparseinst import mask_stride
+    from sparseinst.models.network import mask_stride
     from sparseinst.visualize.look import lines, summary
     from sparseinst.visualize.look import look as draw
 

@@ -15,6 +15,8 @@ from sparseinst.engines.base import missing_package
 from sparseinst.errors import UserError
 from sparseinst.files import check_is_file
 
+OPSET = 19
+"""The ONNX operator set of networks: the first with deformable convolutions."""
 ABOUT = "sparseinst"
 """The name of the entry in an artifact's metadata that describes the artifact."""
 _IN_XML = re.compile(rf'(<{ABOUT} value=")([^"]*)(" />)'.encode())

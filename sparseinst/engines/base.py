@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparseinst.config import EngineName, NetworkPrecision
 from sparseinst.errors import UserError
-from sparseinst.models.decoder import Predictions
+from sparseinst.models.network import Predictions
 
 INPUT = "images"
 """The name of a network's input."""

@@ -13,7 +13,7 @@ from sparseinst.config import NetworkPrecision
 from sparseinst.engines.artifact import artifact_identity, read_onnx
 from sparseinst.engines.base import INPUT, Facts, as_predictions, check_precision, missing_package, used_precision
 from sparseinst.errors import UserError
-from sparseinst.models.decoder import Predictions
+from sparseinst.models.network import Predictions
 from sparseinst.words import shorten
 
 _PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}

@@ -16,7 +16,7 @@ from sparseinst.engines.base import Facts, as_predictions, check_precision, miss
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import check_writable
 from sparseinst.machine import multiplies_bfloat16
-from sparseinst.models.decoder import Predictions
+from sparseinst.models.network import Predictions
 from sparseinst.words import shorten
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparseinst.config import NetworkPrecision
 from sparseinst.device import autocast
 from sparseinst.engines.base import Facts, check_precision, used_precision
-from sparseinst.models.decoder import Predictions
+from sparseinst.models.network import Predictions
 from sparseinst.models.norms import probe_image
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -24,8 +24,7 @@ from sparseinst.evaluation.coco_metrics import Evaluator, coco_metrics, figures_
 from sparseinst.evaluation.examine import SegmentedImage, TiledImage
 from sparseinst.evaluation.mechanism import Matches, summarise
 from sparseinst.evaluation.predictions import write_predictions
-from sparseinst.models.decoder import Predictions
-from sparseinst.models.sparseinst import SparseInst
+from sparseinst.models.network import InstanceNetwork, Predictions
 from sparseinst.paste import paste_by_column
 from sparseinst.postprocess import ImageSize, Instances, postprocess
 from sparseinst.progress import progress_bar
@@ -71,7 +70,7 @@ class Evaluation:
 @memory_explained("lower inference.short_side and inference.long_side, or set inference.precision=bf16")
 @torch.no_grad()
 def evaluate(
-    model: SparseInst,
+    model: InstanceNetwork,
     split: CocoSplit,
     config: Config,
     *,
@@ -179,7 +178,7 @@ def _by_name(by_category: dict[int, float | None], split: CocoSplit) -> dict[str
     }
 
 
-def forward_batch(model: SparseInst, batch: Batch, config: Config, device: torch.device) -> Predictions:
+def forward_batch(model: InstanceNetwork, batch: Batch, config: Config, device: torch.device) -> Predictions:
     """Return the model's raw output for a batch."""
     images = model.normalise(batch.images.to(device, non_blocking=True), batch.sizes)
     with autocast(device, config.inference.precision):

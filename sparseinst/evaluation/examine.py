@@ -18,7 +18,7 @@ from sparseinst.errors import DataError
 from sparseinst.evaluation.mechanism import Pairs, look, of_matched, of_tiles, with_found
 from sparseinst.evaluation.predictions import in_coco_format
 from sparseinst.inference.join import Placed, as_masks, join, place
-from sparseinst.models.decoder import Predictions
+from sparseinst.models.network import Predictions
 from sparseinst.postprocess import Instances
 
 

@@ -24,7 +24,7 @@ from sparseinst.config import STRIDES, Config
 from sparseinst.criterion import prepare_targets
 from sparseinst.data.masks import Mask
 from sparseinst.matcher import match
-from sparseinst.models.decoder import Predictions
+from sparseinst.models.network import Predictions
 
 METRICS = (
     "own", "others", "background", "border", "prefers_own", "chance", "peak_on_own", "lift", "duplicates", "neighbours_recall",

@@ -13,24 +13,24 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparseinst.config import Config, EngineName
 from sparseinst.data.coco import Category, read_categories
 from sparseinst.engines import artifact as files
-from sparseinst.engines.artifact import ABOUT, artifact_files, with_about
+from sparseinst.engines.artifact import ABOUT, OPSET, artifact_files, with_about
 from sparseinst.engines.base import missing_package
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import atomic, file_digest, make_folder
-from sparseinst.inference.export import OPSET, export_network
-from sparseinst.models.layers import DeformableConv2d
-from sparseinst.models.sparseinst import SparseInst
 from sparseinst.models.tensors import tensors_digest
 from sparseinst.overrides import parse_config
 from sparseinst.section import content_hash
 from sparseinst.words import shorten
+
+if TYPE_CHECKING:
+    from sparseinst.models.sparseinst import SparseInst
 
 ARTIFACT_SUFFIXES: dict[EngineName, str] = {"onnxruntime": ".onnx", "openvino": ".xml"}
 """The suffix of each engine's artifacts. The suffix of a given artifact therefore names its engine."""
@@ -144,6 +144,9 @@ def onnx_file(model: SparseInst, about: About, engine: EngineName) -> Path:
     Raises:
         UserError: a package is missing.
     """
+    from sparseinst.inference.export import export_network
+    from sparseinst.models.layers import DeformableConv2d
+
     # The process of OpenVINO 2026.4.1 dies when it reads ONNX's deformable convolutions.
     sampled = engine == "openvino" and any(isinstance(module, DeformableConv2d) for module in model.modules())
     path = network_folder(about) / ("network-sampled.onnx" if sampled else "network.onnx")

@@ -1,13 +1,16 @@
-"""Prepare a trained network to run in the engine and the precision that its config names."""
+"""Prepare a trained network to run in the engine and the precision that its config names.
+
+What only weights need is imported where weights are read: timm and torchvision take longer to import than an artifact to load.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparseinst.config import Config, EngineName, NetworkPrecision, OptimizeMode, Precision
 from sparseinst.data.coco import Category
@@ -15,7 +18,6 @@ from sparseinst.device import pick_device
 from sparseinst.engines.base import Engine, Facts
 from sparseinst.engines.names import check_engine
 from sparseinst.errors import UserError
-from sparseinst.inference import optimize as optimizing
 from sparseinst.inference.artifacts import (
     About,
     compiled_folder,
@@ -26,36 +28,31 @@ from sparseinst.inference.artifacts import (
     state_on_cpu,
 )
 from sparseinst.inference.quantization import Score, int8_artifact
-from sparseinst.inference.weights import load_weights
-from sparseinst.models.decoder import Predictions
-from sparseinst.models.sparseinst import SparseInst, mask_size
+from sparseinst.models.network import InstanceNetwork, Predictions
 from sparseinst.models.tensors import tensors_digest
+
+if TYPE_CHECKING:
+    from sparseinst.models.sparseinst import SparseInst
 
 Optimize = OptimizeMode | None
 
 
-class EngineNetwork(SparseInst):
-    """A network that runs in an engine. It has the inputs and outputs of a `SparseInst`, but none of its modules."""
+class EngineNetwork(InstanceNetwork):
+    """A network that runs in an engine."""
 
     def __init__(self, engine: Engine, about: About) -> None:
-        nn.Module.__init__(self)
+        super().__init__(about.config.model.decoder.mask_scale, about.pixel_mean, about.pixel_std)
         self.engine = engine
-        self._mask_scale = about.config.model.decoder.mask_scale
-        for name, values in (("pixel_mean", about.pixel_mean), ("pixel_std", about.pixel_std)):
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Predictions:
         return self.engine.run(images)
-
-    def mask_size(self, padded: tuple[int, int]) -> tuple[int, int]:
-        return mask_size(padded, self._mask_scale)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A network that is ready to run, and the facts about what runs it."""
 
-    network: SparseInst
+    network: InstanceNetwork
     facts: Facts
     artifact: Path | None = None
     """The file that runs; None for torch."""
@@ -140,6 +137,7 @@ def device_for(config: Config, name: str | None) -> torch.device:
 
 def _prepare_torch(model: SparseInst, config: Config, device: torch.device, optimize: Optimize) -> Prepared:
     from sparseinst.engines import torch_engine
+    from sparseinst.inference import optimize as optimizing
 
     state = state_on_cpu(model)
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -214,6 +212,8 @@ def open_source(path: Path) -> Source:
     """
     engine = engine_of(path)
     if engine is None:
+        from sparseinst.inference.weights import load_weights
+
         model, config, categories = load_weights(path)
         return Source(path, config, categories, model)
     about = read_about(path)

@@ -16,19 +16,19 @@ from timm.layers import Conv2dSame  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from sparseinst.config import SIZE_DIVISOR, InferenceConfig
+from sparseinst.engines.artifact import OPSET
 from sparseinst.engines.base import INPUT
 from sparseinst.engines.base import OUTPUTS as NETWORK_OUTPUTS
 from sparseinst.errors import UserError
 from sparseinst.files import atomic, check_writable
 from sparseinst.inference.onnx_operators import translations
-from sparseinst.models.decoder import Coordinates, Predictions
+from sparseinst.models.decoder import Coordinates
 from sparseinst.models.encoder import resize
 from sparseinst.models.layers import DeformableConv2d
+from sparseinst.models.network import Predictions
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.postprocess import class_scores, maskness
 
-OPSET = 19
-"""The ONNX operator set: the first with deformable convolutions."""
 _EXAMPLE_SIZE = (250, 330)
 """Height and width of the exporters' example image. They are no multiples of 32, so that the graph contains the padding."""
 OUTPUTS = ("scores", "labels", "masks")

@@ -26,8 +26,8 @@ from sparseinst.inference.memory import keep_freed_memory
 from sparseinst.inference.winograd import WinogradConv2d, compile_winograd
 from sparseinst.machine import multiplies_bfloat16
 from sparseinst.models.backbone import Backbone
-from sparseinst.models.decoder import Predictions
 from sparseinst.models.encoder import Encoder, resize
+from sparseinst.models.network import Predictions
 from sparseinst.models.norms import nearly_equal, norms_after_convolutions, probe_image
 from sparseinst.models.sparseinst import SparseInst
 

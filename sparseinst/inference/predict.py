@@ -19,14 +19,12 @@ from sparseinst.data.network_input import at_test_size, cut, image_tiles, infere
 from sparseinst.data.tiles import Size, Tile
 from sparseinst.device import autocast
 from sparseinst.errors import DataError
-from sparseinst.inference import optimize as optimizing
 from sparseinst.inference.checkpoints import find_weights
 from sparseinst.inference.compact import CompactMasks, Strip
 from sparseinst.inference.engine_network import check_device, device_for, open_source, torch_precision, with_engine
 from sparseinst.inference.found import CompactInstances, FoundInstances, M
 from sparseinst.inference.join import Placed, as_masks, join, place
-from sparseinst.models.decoder import Predictions
-from sparseinst.models.sparseinst import SparseInst
+from sparseinst.models.network import InstanceNetwork, Predictions
 from sparseinst.paste import paste_strips
 from sparseinst.postprocess import ImageSize, postprocess, score_maps
 
@@ -67,7 +65,7 @@ class Predictor:
         categories: the categories of the training data, indexed by label.
     """
 
-    def __init__(self, model: SparseInst, config: Config, categories: tuple[Category, ...], device: torch.device) -> None:
+    def __init__(self, model: InstanceNetwork, config: Config, categories: tuple[Category, ...], device: torch.device) -> None:
         self.model = model.to(device).eval()
         self.config = config
         self.categories = categories
@@ -84,6 +82,10 @@ class Predictor:
         """
         if self.config.inference.engine != "torch":
             check_device(self.config.inference.engine, self.device, mode)
+        from sparseinst.inference import optimize as optimizing
+        from sparseinst.models.sparseinst import SparseInst
+
+        assert isinstance(self.model, SparseInst)
         chosen = precision or torch_precision(self.config)
         self.config = self.config.replace({"inference.precision": chosen})
         self.model = optimizing.optimize(self.model, device=self.device, mode=mode, precision=chosen)

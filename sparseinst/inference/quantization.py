@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,11 +31,14 @@ from sparseinst.engines.base import OUTPUTS, missing_package
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import file_digest
 from sparseinst.inference.artifacts import About, float_artifact, network_folder, onnx_file, write_openvino
-from sparseinst.models.sparseinst import SparseInst, normalise
+from sparseinst.models.network import normalise
 from sparseinst.section import content_hash
 
 _log = logging.getLogger(__name__)
 _log.setLevel(logging.INFO)  # this takes minutes, and its steps are what a user wants to see
+
+if TYPE_CHECKING:
+    from sparseinst.models.sparseinst import SparseInst
 
 Score = Callable[[Path, NetworkPrecision], float | None]
 """Returns the AP in percent, on the validation data, of an OpenVINO artifact in a precision; None if that is unknown."""

@@ -22,7 +22,8 @@ from sparseinst.config import PRESETS, RELEASED_MODELS, Config
 from sparseinst.data.coco import Category
 from sparseinst.errors import UserError
 from sparseinst.models.backbone import read_tensors
-from sparseinst.models.sparseinst import PIXEL_MEAN, PIXEL_STD, build_model
+from sparseinst.models.network import PIXEL_MEAN, PIXEL_STD
+from sparseinst.models.sparseinst import build_model
 
 _Names = tuple[tuple[str, str], ...]
 """Pairs of a part of their names and the same part of our names. A part that begins with a dot is replaced anywhere in a name,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig, *, load_pretrained: bool = True) -> None:
         super().__init__()
-        with torch.device("meta"):
-            levels = _level_indices(config.name)
-        body = _feature_model(config, levels)
+        body = _feature_model(config, _level_indices(config.name))
         self.channels: list[int] = body.feature_info.channels()
         self.channels_last = getattr(getattr(body, "output_fmt", None), "value", "NCHW") == "NHWC"
         if load_pretrained and (config.pretrained or config.weights is not None):
@@ -58,10 +57,12 @@ class Backbone(nn.Module):
         return [f.permute(0, 3, 1, 2) for f in features] if self.channels_last else features
 
 
+@cache  # timm tells the strides of a built model only
 def _level_indices(name: str) -> tuple[int, ...]:
     """Return the indices of timm's feature levels with the strides 8, 16 and 32."""
     try:
-        model: Any = timm.create_model(name, features_only=True)
+        with torch.device("meta"):
+            model: Any = timm.create_model(name, features_only=True)
         reductions = model.feature_info.reduction()
     except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
         # timm's errors have no common class, and they do not list the valid names.

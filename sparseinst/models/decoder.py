@@ -5,8 +5,6 @@ Shapes: B images, N instance maps, G groups, E encoder channels, D branch channe
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,19 +12,7 @@ from torch.nn import functional as F
 from sparseinst.config import DecoderConfig
 from sparseinst.models.iam import KINDS
 from sparseinst.models.layers import FOCAL_PRIOR_BIAS, DeformableConv2d, conv3x3, kaiming_normal, normal
-
-
-class Predictions(NamedTuple):
-    """The model's raw output. Losses and scoring live outside the model."""
-
-    class_logits: Tensor
-    """(B, N, classes)."""
-    objectness_logits: Tensor
-    """(B, N): the predicted mask IoU before the sigmoid."""
-    mask_logits: Tensor
-    """(B, N, s H, s W) with s = `mask_scale`: by default, 1/4 of the padded input."""
-    responses: Tensor
-    """(B, G N, H, W): the instance activation maps before their normalisation; they are not negative."""
+from sparseinst.models.network import Predictions
 
 
 class Coordinates(nn.Module):

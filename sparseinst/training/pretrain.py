@@ -32,7 +32,7 @@ from sparseinst.errors import memory_explained
 from sparseinst.files import atomic, make_folder
 from sparseinst.inference.weights import halved
 from sparseinst.models.backbone import Backbone, backbone_metadata
-from sparseinst.models.sparseinst import normalise
+from sparseinst.models.network import normalise
 from sparseinst.paths import SHIPPED, RunPaths
 from sparseinst.training.checkpoint import load_checkpoint, newest_checkpoint, remove_if_all_damaged, save_checkpoint
 from sparseinst.training.interrupt import StopRequest

@@ -21,7 +21,7 @@ from sparseinst.distributed import largest, mean_counts, share_norms
 from sparseinst.errors import UserError
 from sparseinst.machine import machine_memory
 from sparseinst.models.backbone import Backbone
-from sparseinst.models.decoder import Predictions
+from sparseinst.models.network import Predictions
 from sparseinst.models.norms import absorb_norms
 from sparseinst.models.sparseinst import SparseInst, build_model
 from sparseinst.training.schedule import parameter_groups

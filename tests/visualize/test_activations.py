@@ -15,7 +15,7 @@ from sparseinst.data.coco import Category
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.inference.found import FoundInstances
 from sparseinst.inference.predict import Predictor, instance_responses
-from sparseinst.models.decoder import Predictions
+from sparseinst.models.network import Predictions
 from sparseinst.models.sparseinst import build_model
 from sparseinst.visualize.activations import mean_responses, most_different_maps, write_mean_maps
 from sparseinst.visualize.draw import activation_sheet, outline, overlay, palette

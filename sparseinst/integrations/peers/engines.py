@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from sparseinst.config import EngineName, NetworkPrecision
+from sparseinst.engines.artifact import OPSET
 from sparseinst.engines.base import INPUT, Engine, Facts
 from sparseinst.errors import UserError
 from sparseinst.files import atomic, make_folder
 from sparseinst.inference.artifacts import artifacts_folder, compiled_folder
-from sparseinst.inference.export import OPSET, check_onnx_packages
+from sparseinst.inference.export import check_onnx_packages
 from sparseinst.inference.onnx_operators import translations
 from sparseinst.integrations.peers.peer import Exportable, Peer, PeerInput
 from sparseinst.models.tensors import tensors_digest
