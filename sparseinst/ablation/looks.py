@@ -16,7 +16,8 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter, with_config
 
 from sparseinst.ablation.provenance import code_version
-from sparseinst.ablation.sequential import LOOKS, PENALTIES, Decision
+from sparseinst.ablation.sequential import BOUNDARIES, LEAST_POWER, LOOKS, LOWER_LEVELS, PENALTIES, Decision
+from sparseinst.ablation.statistics import FALSE_DISCOVERIES
 from sparseinst.ablation.study import Profile, Table, row_config
 from sparseinst.checked import read_checked, with_checksum
 from sparseinst.errors import UserError
@@ -45,7 +46,8 @@ def look_name(table: Table, profile: Profile) -> str:
     spec = table.spec
     rows = {row.name: row_config(spec, row, profile).evaluate_key() for row in spec.rows}
     paper = {row.name: row.paper.get("AP") for row in spec.rows}
-    design = {"looks": LOOKS, "penalties": PENALTIES}
+    # The penalties follow from the boundaries, but their last digits may differ between machines.
+    design = {"looks": LOOKS, "boundaries": BOUNDARIES, "level": FALSE_DISCOVERIES, "power": LEAST_POWER, "factor": LOWER_LEVELS}
     identity = content_hash({"rows": rows, "paper": paper, "margin": spec.margin, "reference": spec.reference, **design})
     return f"{table.name}-{profile.name}-{identity[:8]}"
 
@@ -63,12 +65,11 @@ def other_looks(results: Path, table: Table, profile: Profile) -> list[Path]:
 
 
 def read_looks(results: Path, name: str) -> list[Look]:
-    """Return the looks at a table so far. Raises `UserError` if a file is damaged."""
+    """Return the looks at a table so far. Raises `UserError` if a file is damaged, or missing before a later one."""
     looks = []
-    for number in range(len(PENALTIES)):
-        file = look_file(results, name, number)
-        if not file.exists():
-            break
+    files = [look_file(results, name, number) for number in range(len(LOOKS))]
+    count = max((number for number, file in enumerate(files, start=1) if file.exists()), default=0)
+    for file in files[:count]:
         try:
             looks.append(TypeAdapter(Look).validate_python(read_checked(file.read_bytes())))
         except (ValueError, OSError) as error:
@@ -107,5 +108,12 @@ def last_decisions(looks: Sequence[Look]) -> dict[str, Decision]:
 
 
 def penalties(looks: Sequence[Look]) -> dict[str, float]:
-    """Return the factor for the p-values of each row that was looked at."""
-    return {row: PENALTIES[look.number] for look in looks for row in look.decisions}
+    """Return the factor for the p-values of each row that was looked at.
+
+    A row that gets more seeds is judged as at its next look, because until then its seeds are a part of those of that look.
+    """
+    return {row: PENALTIES[_judged_at(look.number, decision)] for look in looks for row, decision in look.decisions.items()}
+
+
+def _judged_at(number: int, decision: Decision) -> int:
+    return min(number + 1, len(PENALTIES) - 1) if decision.kind == "more seeds" else number

@@ -4,7 +4,9 @@ This is a group-sequential design. All rows are compared with the reference row 
 get more seeds, and are compared again when they have 2, 3, 4, 6 and 8. Repeated tests find more false differences, so each look
 demands stronger evidence than a single test. The boundaries are from the family of Wang and Tsiatis (1987). They are strictest at
 the first look that tests anything, and the last one is close to the boundary of a single test. A row also stops if it is unlikely
-to be settled with 8 seeds (futility). This is all that the first look decides, because a row with one seed has no test.
+to be settled with 8 seeds (futility). This is all that the first look decides, because a row with one seed has no test. Rows can
+have more seeds than a look asks for. All of them are compared, but the look is as strict as without them, and the first one tests
+nothing.
 
 With k comparisons, the reference row gets about sqrt(k) times the seeds of another row, because every comparison uses it. This is
 the best division of a fixed number of trainings (Dunnett, 1955).
@@ -19,7 +21,7 @@ from typing import Literal
 
 from scipy import special
 
-from sparseinst.ablation.statistics import FALSE_DISCOVERIES, Comparison, Difference, Judgement, Verdict, judge
+from sparseinst.ablation.statistics import FALSE_DISCOVERIES, Comparison, Difference, Verdict, judge
 
 LOOKS = (1, 2, 3, 4, 6, 8)
 """The number of seeds of a row at each look."""
@@ -81,32 +83,36 @@ def decide(comparisons: Mapping[str, Comparison], look: int) -> dict[str, Decisi
         look: the index of the look, from 0.
     """
     penalised = [Comparison(c.difference, c.paper, c.margin, PENALTIES[look]) for c in comparisons.values()]
+    verdicts: list[Verdict] = [judgement.verdict if look > 0 else "undecided" for judgement in judge(penalised)]
     decisions = {}
-    for (name, comparison), judgement in zip(comparisons.items(), judge(penalised), strict=True):
-        power = predictive_power(comparison, look)
-        decisions[name] = Decision(_kind(judgement, power, look), judgement.verdict, power)
+    for (name, comparison), verdict in zip(comparisons.items(), verdicts, strict=True):
+        power = predictive_power(comparison, len(comparisons))
+        decisions[name] = Decision(_kind(verdict, power, look), verdict, power)
     return decisions
 
 
-def _kind(judgement: Judgement, power: float, look: int) -> Literal["settled", "futile", "more seeds", "out of looks"]:
-    if judgement.verdict != "undecided":
+def _kind(verdict: Verdict, power: float, look: int) -> Literal["settled", "futile", "more seeds", "out of looks"]:
+    if verdict != "undecided":
         return "settled"
     if look + 1 >= len(LOOKS):
         return "out of looks"
     return "futile" if power < LEAST_POWER else "more seeds"
 
 
-def predictive_power(comparison: Comparison, look: int) -> float:
+def predictive_power(comparison: Comparison, comparisons: int) -> float:
     """Return the chance that a comparison is settled at the last look, if the estimated variances are right.
 
     The true difference has a flat prior. The difference at the last look is then normally distributed around the present one. Its
     variance is the error variance of the present difference minus the smaller one that it will have at the last look (Jennison
     and Turnbull 2000, section 10.3). The chance is 1 if the noise of seeds is unknown.
+
+    Args:
+        comparisons: the number of rows that are compared with the reference row, which decides about its seeds.
     """
     now = comparison.difference
     if not now.seeds_known:
         return 1.0
-    last = _at_last_look(now, look)
+    last = _at_last_look(now, comparisons)
     move = math.sqrt(max(now.error**2 - last.error**2, 1e-12))
     limit = FALSE_DISCOVERIES / PENALTIES[-1]
     from_zero = last.quantile(1 - limit / 2) * last.error + (comparison.margin if comparison.asks_equivalence else 0.0)
@@ -119,15 +125,10 @@ def predictive_power(comparison: Comparison, look: int) -> float:
     return chance
 
 
-def _at_last_look(now: Difference, look: int) -> Difference:
+def _at_last_look(now: Difference, comparisons: int) -> Difference:
     """Return the difference with the seeds of the last look, if the estimates stay the same."""
-    grown = LOOKS[-1] / LOOKS[look]
-    rows = []
-    for place, row in enumerate(now.rows):
-        last = LOOKS[-1] if place == 0 else min(round(row.seeds * grown), MOST_REFERENCE_SEEDS)  # the reference row comes second
-        seeds = max(row.seeds, last)
-        rows.append(row.with_seeds(seeds))
-    return replace(now, rows=tuple(rows))
+    last = (LOOKS[-1], reference_seeds(len(LOOKS) - 1, comparisons))  # the reference row comes second
+    return replace(now, rows=tuple(row.with_seeds(max(row.seeds, seeds)) for row, seeds in zip(now.rows, last, strict=False)))
 
 
 def next_seeds(names: Sequence[str], decisions: Mapping[str, Decision], look: int, reference: str) -> dict[str, int]:

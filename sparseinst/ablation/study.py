@@ -51,7 +51,7 @@ _LONGEST_LINE = 1000
 OneLine = Annotated[str, AfterValidator(_one_line)]
 CSV_COLUMNS = (
     *("table", "profile", "row", "figure", "device", "state", "measured", "deviation", "seeds", "paper"),
-    *("difference", "low", "high", "verdict", "p_sign", "p_equivalence", "more_seeds"),
+    *("difference", "low", "high", "confidence", "one_seed", "verdict", "p_sign", "p_equivalence", "more_seeds"),
 )
 """The columns that the CSV file of every table has beside those of its labels."""
 Labels = dict[str, OneLine | int | float]

@@ -77,6 +77,8 @@ class RowResult:
     """The keys of the evaluations alone."""
     timing: str = "done"
     """The state of the row's timing."""
+    other_images: bool = False
+    """Whether the row and the reference row were not evaluated on the same images. Such a row has no difference."""
 
     @property
     def verdict(self) -> str:
@@ -229,6 +231,7 @@ def collect(
                 trainings=tuple(entry.trainings),
                 evaluations=tuple(record.key for record in entry.evaluations.values()),
                 timing=entry.timing,
+                other_images=base is not None and not share_images(entry, base),
             )
         )
     found = TableResult(table, profile.name, columns, rows, peers, provenance_of(records.values()))
@@ -253,12 +256,14 @@ def _cell(
     measured = sample_of(entry, column)
     found = None
     if measured is not None and reference is not None and column.metric in ACCURACY:
-        same_weights = shares_training and evaluate_same_weights(entry, reference)
-        # Two evaluations of the same weights are compared seed by seed, so the reference needs the row's seeds.
-        base = (sample_of(reference, column, entry.evaluations) if same_weights else None) or sample_of(reference, column)
-        if base is not None and share_images(entry, reference):
-            error = image_error(entry, reference, column.metric, entry.evaluations if same_weights else SEEDS)
-            found = difference(measured, base, priors.get(column.metric), error, same_weights=same_weights)
+        # Two evaluations of the same weights are compared seed by seed.
+        paired = entry.evaluations.keys() & reference.evaluations.keys() if shares_training else set()
+        same_weights = bool(paired) and evaluate_same_weights(entry, reference)
+        seeds = paired if same_weights else SEEDS
+        own, base = sample_of(entry, column, seeds), sample_of(reference, column, seeds)
+        if own is not None and base is not None and share_images(entry, reference):
+            error = image_error(entry, reference, column.metric, seeds)
+            found = difference(own, base, priors.get(column.metric), error, same_weights=same_weights)
     timed = entry.latencies.get(column.device or "")
     spread = timed_spread(timed.result, column.metric) if timed is not None and column.metric not in EVALUATED else None
     return Cell(measured, row.paper.get(column.metric), found, spread)

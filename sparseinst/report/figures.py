@@ -8,6 +8,12 @@ from sparseinst.report.collect import TableResult
 MODULES: tuple[LatencyFigure, ...] = ("backbone", "encoder", "decoder", "post")
 
 
+PLOTS = ("speed-accuracy", "modules", "differences")
+"""The names of all plots of tables."""
+SUFFIXES = (".png", ".svg")
+"""The suffixes of a plot's files."""
+
+
 def figure_texts(result: TableResult) -> dict[str, str]:
     """Return the content of each plot that fits a table in words, for readers who cannot see it, by the plot's name."""
     metrics = set(result.table.spec.figures)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,9 +9,10 @@ from pathlib import Path
 from sparseinst.ablation.store import Store
 from sparseinst.files import atomic
 from sparseinst.report.collect import TableResult
-from sparseinst.report.figures import figure_file, figure_texts, forest_file
+from sparseinst.report.figures import PLOTS, SUFFIXES, figure_file, figure_texts, forest_file
 from sparseinst.report.tables import FORMATS
 from sparseinst.report.webpage import web_page
+from sparseinst.section import content_hash
 
 _WRITERS = 8
 """The number of files that are written at the same time."""
@@ -33,10 +33,11 @@ def write_report(results: Sequence[TableResult], folder: Path, *, page: Sequence
         for result in results:
             texts = {folder / "tables" / f"{result.name}.{suffix}": write(result).encode() for suffix, write in FORMATS.items()}
             new = {path: text for path, text in texts.items() if not _holds(path, text)}
+            source = content_hash({"table": texts[folder / "tables" / f"{result.name}.csv"].decode()})
             for name in figure_texts(result):
                 path = folder / "figures" / f"{figure_file(result, name)}.svg"
-                if new or not path.exists():  # the table contains every number of the plot, so it changes whenever the plot does
-                    new |= _draw(result, name, path)
+                if not _is_drawn_from(path, source):
+                    new |= _draw(result, name, path, source)
             written += [writers.submit(_write_bytes, path, content) for path, content in new.items()]
             changed += new
         for future in written:
@@ -53,33 +54,45 @@ def write_report(results: Sequence[TableResult], folder: Path, *, page: Sequence
     return changed
 
 
-def _draw(result: TableResult, name: str, path: Path) -> dict[Path, bytes]:
-    """Draw a plot as SVG and PNG; return the content of its files, none if there is nothing to show."""
+def _is_drawn_from(path: Path, source: str) -> bool:
+    """Return whether a plot's files exist and were drawn from these values. The table holds every value of its plots."""
+    if not path.exists() or not path.with_suffix(".png").exists():
+        return False
+    return f"<dc:source>{source}</dc:source>".encode() in path.read_bytes()
+
+
+def _draw(result: TableResult, name: str, path: Path, source: str) -> dict[Path, bytes]:
+    """Draw a plot as PNG and SVG, and return the content of its files. If there is nothing to show, remove them."""
     from sparseinst.report.plots import plots  # matplotlib is not imported if no plot changes
     from sparseinst.report.style import render
 
     figure = plots(result)[name].draw(result)
-    return {path.with_suffix(suffix): content for suffix, content in render(figure).items()} if figure is not None else {}
+    if figure is None:
+        _remove(path)
+        return {}
+    return {path.with_suffix(suffix): content for suffix, content in render(figure, source).items()}
+
+
+def _remove(path: Path) -> None:
+    """Remove the files of a plot that shows nothing any more."""
+    for suffix in SUFFIXES:
+        path.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def _draw_forest(page: Sequence[TableResult], path: Path) -> list[Path]:
     """Draw the plot of all comparisons as SVG and PNG if its bytes change; return the files that change."""
     from sparseinst.report.forest import forest
-    from sparseinst.report.style import save
+    from sparseinst.report.style import render
 
     figure = forest(page)
     if figure is None:
+        _remove(path)
         return []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        drawn = Path(folder) / path.name
-        save(figure, drawn)
-        if path.exists() and path.read_bytes() == drawn.read_bytes():
-            return []
-        files = [path, path.with_suffix(".png")]
-        for file in files:
-            (Path(folder) / file.name).replace(file)
-    return files
+    drawn = {path.with_suffix(suffix): content for suffix, content in render(figure).items()}
+    changed = [file for file, content in drawn.items() if not _holds(file, content)]
+    for file in changed:
+        _write_bytes(file, drawn[file])
+    return changed
 
 
 def page_file(folder: Path, profile: str) -> Path:
@@ -116,7 +129,6 @@ def _index(folder: Path) -> str:
         title, _, body = text.partition("\n")
         others = ", ".join(f"[{suffix}](tables/{table.stem}.{suffix})" for suffix in FORMATS if suffix != "md")
         parts.append(f"{title}\n{body}\n\n{others}\n")
-        parts += [
-            f"![{picture.stem}](figures/{picture.name})\n" for picture in sorted((folder / "figures").glob(f"{table.stem}-*.png"))
-        ]
+        pictures = (folder / "figures" / f"{table.stem}-{name}.png" for name in sorted(PLOTS))
+        parts += [f"![{picture.stem}](figures/{picture.name})\n" for picture in pictures if picture.exists()]
     return "\n".join(parts)

@@ -148,17 +148,17 @@ def share_images(row: RowRecords, reference: RowRecords) -> bool:
     return len({(record.provenance.get("data"), record.result.get("images")) for record in records}) <= 1 and len(contents) <= 1
 
 
-def image_error(row: RowRecords, reference: RowRecords, metric: str, reference_seeds: Container[int]) -> float | None:
+def image_error(row: RowRecords, reference: RowRecords, metric: str, seeds: Container[int] = SEEDS) -> float | None:
     """Return the standard error over images of the difference of the seeds' means.
 
     Args:
-        reference_seeds: the seeds of the reference row that are compared.
+        seeds: the seeds that are compared.
 
     Returns:
         None if an evaluation has no resamplings.
     """
     means = []
-    for entry, seeds in ((row, SEEDS), (reference, reference_seeds)):
+    for entry in (row, reference):
         resampled = [r.result.get("resampled", {}).get(metric) for seed, r in entry.evaluations.items() if seed in seeds]
         if not resampled or any(values is None for values in resampled) or len({len(values) for values in resampled}) > 1:
             return None

@@ -117,8 +117,12 @@ def finish(axes: mpl.axes.Axes, title: str, sources: Sequence[str], *, columns: 
 
 
 @styled
-def render(figure: Figure) -> dict[str, bytes]:
-    """Return a plot as PNG and as SVG, by suffix; the same plot gives the same bytes."""
+def render(figure: Figure, source: str | None = None) -> dict[str, bytes]:
+    """Return a plot as PNG and as SVG, by suffix; the same plot gives the same bytes.
+
+    Args:
+        source: a text that identifies what the plot was drawn from, for the metadata of the SVG.
+    """
     dpi, layout = figure.dpi, figure.get_layout_engine()
     found = {}
     try:
@@ -129,7 +133,7 @@ def render(figure: Figure) -> dict[str, bytes]:
             figure.dpi = _DPI
             layout.execute(figure)
             figure.set_layout_engine(None)
-        formats = ((".png", FigureCanvasAgg, {"Software": None}), (".svg", FigureCanvasSVG, {"Date": None}))
+        formats = ((".png", FigureCanvasAgg, {"Software": None}), (".svg", FigureCanvasSVG, {"Date": None, "Source": source}))
         for suffix, canvas, metadata in formats:
             canvas(figure)
             content = io.BytesIO()

@@ -91,6 +91,11 @@ def _comparison_notes(result: TableResult) -> list[str]:
             "are right."
         )
     for row in result.rows:
+        if row.other_images:
+            lines.append(
+                f"'{row.row.name}' was evaluated on other images than '{spec.reference}', so it has no difference. Remove the "
+                "record of the older evaluation, and run the table again."
+            )
         if row.not_trained:
             lines.append(f"'{row.row.name}' is not trained: {'; '.join(row.not_trained)}. It has no verdict.")
     return lines
@@ -122,7 +127,10 @@ def markdown(result: TableResult) -> str:
 
 
 def csv(result: TableResult) -> str:
-    """Return the values in long format, one line for each, with four decimals, for scripts and notebooks."""
+    """Return the values in long format, one line for each, with four decimals, for scripts and notebooks.
+
+    With `one_seed`, the interval from `low` to `high` is a guess from the noise of other rows, and people are shown none.
+    """
     lines = []
     for entry in result.rows:
         for column, cell in entry.cells.items():
@@ -136,7 +144,7 @@ def csv(result: TableResult) -> str:
                     **{name: entry.row.labels.get(name, "") for name in result.table.spec.columns},
                     "figure": column.metric,
                     "device": column.device or "",
-                    "state": entry.state,
+                    "state": entry.state_of(column.metric),
                     "measured": cell.measured.mean if cell.measured else None,
                     "deviation": cell.measured.deviation if cell.measured else None,
                     "seeds": len(cell.measured.values) if cell.measured else 0,
@@ -144,6 +152,8 @@ def csv(result: TableResult) -> str:
                     "difference": difference.value if difference else None,
                     "low": difference.low if difference else None,
                     "high": difference.high if difference else None,
+                    "confidence": difference.confidence if difference else None,
+                    "one_seed": ("yes" if difference.guessed else "no") if difference else None,
                     "verdict": ("not trained" if entry.not_trained else judgement.verdict if judgement else "")
                     if column.metric == "AP"
                     else "",

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from sparseinst.ablation.looks import look_file, look_name, make_look, read_looks, write_look
+from sparseinst.ablation.looks import look_file, look_name, make_look, penalties, read_looks, write_look
 from sparseinst.ablation.plan import make_plan
 from sparseinst.ablation.sequential import (
     BOUNDARIES,
@@ -60,7 +61,7 @@ def test_less_noise_never_lowers_the_chance() -> None:
     chances = []
     for deviation in (0.4, 0.3, 0.25, 0.2, 0.1):
         noise_of_rows = (SeedNoise(deviation**2, 4, 2), SeedNoise(deviation**2, 8, 4))
-        chances.append(predictive_power(Comparison(Difference(0.02, noise_of_rows, 0.05), -1.0, 0.5), 0))
+        chances.append(predictive_power(Comparison(Difference(0.02, noise_of_rows, 0.05), -1.0, 0.5), 3))
     assert chances == sorted(chances)
     assert chances[-1] == 1.0
 
@@ -100,6 +101,33 @@ def test_decisions() -> None:
     assert next_seeds(["clear"], {"clear": found["clear"]}, 5, "reference") == {}
 
 
+def test_the_first_look_tests_nothing_even_if_rows_have_several_seeds() -> None:
+    """The levels of the later looks leave nothing for it."""
+    clear = noise(-20, 0.3, 4)
+    assert (decide({"clear": clear}, 0)["clear"].kind, decide({"clear": clear}, 1)["clear"].kind) == ("more seeds", "settled")
+
+
+def test_a_row_that_gets_more_seeds_is_judged_as_at_its_next_look() -> None:
+    found = decide({"open": noise(-1.2, 0.8, 6), "clear": noise(-20, 0.3, 6)}, 4)
+    assert penalties([make_look(4, {}, found)]) == {"open": PENALTIES[5], "clear": PENALTIES[4]}
+
+
+def test_the_reference_row_gets_no_more_seeds_than_its_last_look_asks_for() -> None:
+    """With one comparison, these are 8, not 12."""
+    noises = (SeedNoise(1.0, 8, 1), SeedNoise(1.0, 8, 2))
+    one, many = (predictive_power(Comparison(Difference(-1.0, noises, 0.1), -1.0, 0.5), count) for count in (1, 3))
+    assert one < many
+
+
+def test_a_lost_look_is_an_error(tmp_path: Path) -> None:
+    """Without it, the verdicts would count too few looks."""
+    for number in range(3):
+        write_look(tmp_path, "table", make_look(number, {}, {}))
+    look_file(tmp_path, "table", 1).unlink()
+    with pytest.raises(UserError, match=r"table-2\.json: .*restore it"):
+        read_looks(tmp_path, "table")
+
+
 def test_predictive_power_is_how_often_the_last_look_settles() -> None:
     """Compare it with a simulation of the last look, for a known deviation."""
     now = Comparison(Difference(-1.0, (SeedNoise(1.0, 1e6, 6),) * 2, 0.0), -1.0, 0.0)
@@ -109,7 +137,7 @@ def test_predictive_power_is_how_often_the_last_look_settles() -> None:
     last = (6 * -1.0 + 2 * further) / 8
     boundary = stats.norm.isf(0.05 / PENALTIES[-1] / 2)
     settled = np.mean(np.abs(last) > boundary * np.sqrt(2 / 8))
-    assert predictive_power(now, 4) == pytest.approx(settled, abs=0.02)
+    assert predictive_power(now, 1) == pytest.approx(settled, abs=0.02)
 
 
 def finish(wanted: dict[str, dict[str, int]], store: Store) -> int:
@@ -165,6 +193,22 @@ def test_verdicts_pay_for_the_looks(tmp_path: Path) -> None:
     write_look(store.results, name, make_look(1, {}, {"dice + focal": Decision("futile", "undecided", 0.1)}))
     assert p_value() == pytest.approx(min(1.0, before * PENALTIES[1]), rel=0.35)
     assert p_value() > before
+
+
+def test_a_look_never_decides_about_a_row_that_was_evaluated_on_other_images(tmp_path: Path) -> None:
+    """The look could not be changed when the evaluation is mended."""
+    store = Store(tmp_path / "results")
+    wanted = advance(TABLES, TABLES, MINI, store, "cpu")
+    finish(wanted, store)
+    spec = TABLES[0].spec
+    key = row_config(spec, spec.rows[0], MINI, 0).evaluate_key()
+    record = store.load(key)
+    assert record is not None
+    store.path(key).unlink()
+    store.write(replace(record, provenance={"data": "other"}))
+    with pytest.raises(UserError, match="'BCE alone' was evaluated on other images than the reference row 'dice \\+ BCE'"):
+        advance(TABLES, TABLES, MINI, store, "cpu")
+    assert read_looks(store.results, look_name(TABLES[0], MINI)) == []
 
 
 def test_a_look_is_logged_once_and_never_changed(tmp_path: Path) -> None:

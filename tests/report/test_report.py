@@ -87,6 +87,38 @@ def test_a_row_that_is_not_trained_has_no_verdict_and_does_not_count(store: Stor
     assert found.comparisons == 2
 
 
+def test_evaluations_of_the_same_trainings_are_compared_on_the_seeds_of_both(store: Store) -> None:
+    """The row's further seed is no difference: the reference row lacks it."""
+    [table] = read_tables(["table6"], EXPERIMENTS)
+    row = next(row for row in table.spec.rows if row.name == "CE without rescoring")
+    reference = next(row for row in table.spec.rows if row.name == table.spec.reference)
+    for chosen, values in ((row, (30.0, 30.0, 45.0)), (reference, (29.9, 29.9))):
+        keys = [row_config(table.spec, chosen, MINI, seed).evaluate_key() for seed in range(3)]
+        for key in keys:
+            store.path(key).unlink(missing_ok=True)
+        for seed, ap in enumerate(values):
+            store.write(evaluation(keys[seed], ap, seed))
+    result = collect(table, MINI, store, {}, {})
+    [cell] = [found.cells[Column("AP")] for found in result.rows if found.row.name == row.name]
+    assert cell.measured is not None
+    assert cell.measured.mean == 35.0
+    assert cell.difference is not None
+    assert cell.difference.value == pytest.approx(0.1)
+    assert [noise.seeds for noise in cell.difference.rows] == [2]
+
+
+def test_a_row_of_other_images_has_no_difference_and_says_so(store: Store) -> None:
+    spec = read_spec("table5", EXPERIMENTS)
+    key = row_config(spec, spec.rows[0], MINI, 0).evaluate_key()
+    record = store.load(key)
+    assert record is not None
+    store.path(key).unlink()
+    store.write(replace(record, provenance={**record.provenance, "data": "d2"}))
+    found = table5(store)
+    assert found.rows[0].cells[Column("AP")].difference is None
+    assert any("'BCE alone' was evaluated on other images than 'dice + BCE'" in note for note in notes(found))
+
+
 def test_other_tables_change_a_verdict_only_through_the_prior(store: Store) -> None:
     """Without the seeds of another table, the difference and each row's own noise stay the same; only the prior moves."""
     others = read_tables(["table5", "table3"], EXPERIMENTS)
@@ -241,6 +273,40 @@ def test_an_unchanged_report_is_not_written_again(store: Store) -> None:
         assert (store.results / link).exists()
 
 
+def test_a_figure_that_is_lost_or_older_than_its_table_is_drawn_again(store: Store) -> None:
+    """A stop between the two files, or a deleted picture, must not leave an old plot beside a new table."""
+    figure = store.results / "figures" / "table5-mini-differences.svg"
+    write_report([table5(store)], store.results)
+    before = figure.read_bytes()
+    spec = read_spec("table5", EXPERIMENTS)
+    store.write(evaluation(row_config(spec, spec.rows[0], MINI, 3).evaluate_key(), 12.0, 3))
+    write_report([table5(store)], store.results)
+    after = figure.read_bytes()
+    figure.write_bytes(before)
+    figure.with_suffix(".png").unlink()
+    assert set(write_report([table5(store)], store.results)) >= {figure, figure.with_suffix(".png")}
+    assert figure.read_bytes() == after != before
+    for record in store.folder.iterdir():
+        record.unlink()
+    write_report([table5(store)], store.results)
+    assert not figure.exists(), "nothing is measured any more"
+    assert "differences.png" not in (store.results / "README.md").read_text()
+
+
+def test_the_index_shows_each_figure_at_its_own_table(store: Store) -> None:
+    """One profile's name may begin with another one's."""
+    longer = MINI.model_copy(update={"name": "mini-doubled"})
+    write_report([table5(store), table5(store, profile=longer)], store.results)
+    index = (store.results / "README.md").read_text()
+    assert index.count("figures/table5-mini-doubled-differences.png") == 1
+
+
+def test_a_missing_timing_is_not_done_in_the_csv(tmp_path: Path) -> None:
+    [table] = read_tables(["table8"], EXPERIMENTS)
+    data = pd.read_csv(io.StringIO(FORMATS["csv"](collect(table, MINI, Store(tmp_path), {}, {}))))
+    assert set(data["state"]) == {"pending"}
+
+
 def test_a_damaged_table_is_written_again_or_shown(store: Store) -> None:
     results, folder = [table5(store)], store.folder.parent
     write_report(results, folder)
@@ -278,15 +344,13 @@ def test_a_report_reads_each_record_and_each_spec_once(store: Store, monkeypatch
     assert set(read.values()) == {2}, "a record that changed in between would be seen"
 
 
-def test_a_report_without_new_records_imports_no_plots(tmp_path: Path) -> None:
+def test_a_report_without_new_records_imports_no_plots(store: Store) -> None:
     code = (
         "import sys; from sparseinst.cli import run_cli; "
-        f"assert run_cli(['report', 'table5', '--profile', 'mini', '--results', {str(tmp_path)!r}]) == 0; "
+        f"assert run_cli(['report', 'table5', '--profile', 'mini', '--results', {str(store.results)!r}]) == 0; "
         "assert not {'matplotlib.figure', 'pandas', 'scipy.stats'} & set(sys.modules)"
     )
-    (tmp_path / "figures").mkdir()
-    write_report(read_results(["table5"], "mini", tmp_path), tmp_path)
-    (tmp_path / "figures/table5-mini-differences.svg").touch()
+    assert write_report(read_results(["table5"], "mini", store.results), store.results)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
