@@ -79,7 +79,7 @@ def test_overlaps_are_intersection_over_union(stack: NDArray[np.bool_]) -> None:
     flat = stack.reshape(len(stack), -1)
     for (i, one), (j, other) in itertools.product(enumerate(flat), repeat=2):
         union = (one | other).sum()
-        assert found[i, j] == (((one & other).sum() / union) if union else found[i, j])
+        assert found[i, j] == ((one & other).sum() / union if union else 0)
     assert np.allclose(found, found.T)
 
 

@@ -215,13 +215,13 @@ def _extent(counts: str | bytes) -> tuple[int, int]:
 def metrics_content(file: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the parts of a checked annotation file that the metrics need.
 
-    hotcoco refuses a whole file for values that nothing reads, such as the year as a text, which Roboflow writes. Roboflow also
-    numbers the annotations from 0, which COCO's evaluation reads as "no match"; such annotations are numbered from 1.
+    hotcoco refuses a whole file for values that nothing reads, such as the year as a text, which Roboflow writes. The annotations
+    are numbered anew from 1: COCO's evaluation reads the id 0, with which Roboflow begins, as "no match", and hotcoco takes
+    annotations with one id for one another.
     """
     data = read_content(file)
     parts = {part: [{key: entry[key] for key in keys if key in entry} for entry in data[part]] for part, keys in _USED.items()}
-    if any(entry["id"] == 0 for entry in parts["annotations"]):
-        parts["annotations"] = [{**entry, "id": number} for number, entry in enumerate(parts["annotations"], start=1)]
+    parts["annotations"] = [{**entry, "id": number} for number, entry in enumerate(parts["annotations"], start=1)]
     return parts
 
 

@@ -47,13 +47,20 @@ def read_image(path: Path | BinaryIO, size: tuple[int, int] | None = None) -> Im
         if stored.size != size[::-1]:
             raise DataError(f"{path}: is {stored.width} x {stored.height}, its annotations say {size[1]} x {size[0]}")
         upright = stored
-    return _rgb(upright)
+    return as_rgb(upright, str(path))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits a pixel, which Pillow would clip at 255
-        values = np.asarray(image, dtype=np.float64)
-        # The scale of a 16-bit image does not depend on its values, so that all images of a folder are read alike.
-        scale = 255 / 65535 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1.0
-        image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
+def as_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+    """Return an image as RGB. The scale of a 16-bit image does not depend on its values, so that all images are read alike.
+
+    Args:
+        name: how messages call the image.
+
+    Raises:
+        DataError: its pixels have 32 bits, so that their range is unknown.
+    """
+    if image.mode in ("I", "F"):
+        raise DataError(f"{name}: has 32 bits a pixel, and their range is unknown: convert it to 8 or 16 bits")
+    if image.mode.startswith("I;16"):  # Pillow would clip the values at 255
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) * (255 / 65535)).round().astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparseinst.config import Config
 from sparseinst.data.coco import CocoSplit, ImageRecord
 from sparseinst.data.loader import Batch
-from sparseinst.data.masks import encode_runs, overlaps
+from sparseinst.data.masks import Mask, encode_runs, overlaps
 from sparseinst.data.network_input import image_tiles
-from sparseinst.data.objects import Objects, Part, read_segments
-from sparseinst.data.tiles import Size
+from sparseinst.data.objects import Objects, read_segments
 from sparseinst.data.transforms import as_mask, resize_segments
 from sparseinst.errors import DataError
 from sparseinst.evaluation.mechanism import Pairs, look, of_matched, of_tiles, with_found
@@ -50,20 +51,34 @@ def examine(
     results = in_coco_format(record.id, found, [category.id for category in split.categories])
     try:
         segments, labels = read_segments(record, split)
-    except DataError:
+    except DataError as error:
         if config.data.on_bad_image == "error":
             raise
-        return SegmentedImage(record.id, results, batch.skipped, None)
+        return SegmentedImage(record.id, [], [str(error)], None)
     whole = (record.height, record.width)
     labels_and_scores = found.labels.cpu().numpy(), found.scores.cpu().numpy()
     iou = overlaps([result["segmentation"] for result in results], _true_segmentations(record), *whole)
-    small = [as_mask(segment, size) for segment in resize_segments(segments, whole, size)]
-    originals = [as_mask(segment, whole) for segment in segments]
     pairs = None
     if len(labels):
-        matches = look(raw, batch.padded, labels, small, config, mask_size)
-        pairs = with_found(of_matched(matches), labels, iou, labels_and_scores, originals)
+        small = [as_mask(segment, size) for segment in resize_segments(segments, whole, size)]
+        observed = _observe(raw, batch.padded, labels, small, config, mask_size) or of_tiles([])
+        originals = (as_mask(segment, whole) for segment in segments)  # one at a time, since an image may have very many
+        pairs = with_found(observed, labels, iou, labels_and_scores, originals)
     return SegmentedImage(record.id, results, batch.skipped, pairs)
+
+
+def _observe(
+    raw: Predictions,
+    padded: tuple[int, int],
+    labels: NDArray[np.int64],
+    masks: Sequence[Mask],
+    config: Config,
+    mask_size: tuple[int, int],
+) -> Pairs | None:
+    """Return the metrics of the maps; None if no object has a pixel at the network's size. The arguments are those of `look`."""
+    if not any(mask.any() for mask in masks):
+        return None
+    return of_matched(look(raw, padded, labels, masks, config, mask_size))
 
 
 class TiledImage:
@@ -93,7 +108,10 @@ class TiledImage:
         [tile], [size] = batch.tiles, batch.sizes
         self._placed += place(found, tile, self._added, self._size)
         if self._objects is not None:
-            self._observe(raw, batch.padded, self._objects.inside(tile), tile.size, size, mask_size)
+            part = self._objects.inside(tile)
+            masks = [as_mask(segment, size) for segment in resize_segments(part.segments, tile.size, size)]
+            observed = _observe(raw, batch.padded, part.labels, masks, self._config, mask_size)
+            self._pairs += [observed] if observed is not None else []
         return self._next()
 
     def skip(self, reasons: list[str]) -> SegmentedImage | None:
@@ -108,22 +126,14 @@ class TiledImage:
         return SegmentedImage(self.record.id, [], self._skipped, None) if self._skipped else self._joined()
 
     def _read_objects(self) -> Objects | None:
-        """Return the objects of the image; None if they cannot be read and may be left out."""
+        """Return the objects of the image; None if they cannot be read and the image is skipped."""
         try:
             return Objects(self.record, self._split)
-        except DataError:
+        except DataError as error:
             if self._config.data.on_bad_image == "error":
                 raise
+            self._skipped = [str(error)]
             return None
-
-    def _observe(
-        self, raw: Predictions, padded: tuple[int, int], part: Part, whole: Size, size: Size, mask_size: tuple[int, int]
-    ) -> None:
-        masks = [as_mask(segment, size) for segment in resize_segments(part.segments, whole, size)]
-        inside = [index for index, mask in enumerate(masks) if mask.any()]
-        if inside:
-            seen = [masks[index] for index in inside]
-            self._pairs.append(of_matched(look(raw, padded, part.labels[inside], seen, self._config, mask_size)))
 
     def _joined(self) -> SegmentedImage:
         joined = join(self._placed, self._tiles)

@@ -32,14 +32,14 @@ METRICS = (
 """The names of the metrics.
 
 A map's mass is the sum of its values, which is normalised to 1. `own`, `others`, `background`: the fractions of the mass on
-its own object, on the image's other objects, and outside all objects. `border`: the fraction on the outermost ring of cells,
-whether objects cover these or not. `prefers_own`: the fraction of maps whose mean response per cell is highest on their own
-object, among all objects of the image; only images with at least two objects count. `chance`: the expected `prefers_own` of
-maps that do not depend on the objects. `peak_on_own`: the fraction of maps whose strongest cell lies on their own object.
-`lift`: `own` divided by the fraction of the cells that the object covers. `duplicates`: for each object that a confident
-instance covers, the number of further confident instances that cover it, of any category. `neighbours_recall`: of the pairs
-of touching objects of one category, the fraction in which a kept instance of that category covers each of the two. The others
-are means over matched pairs."""
+its own object, on the image's other objects, and outside all objects; a crowd is no object. `border`: the fraction on the
+outermost ring of cells, whether objects cover these or not. `prefers_own`: the fraction of maps whose mean response per cell
+is highest on their own object, among all objects of the image; only images with at least two objects count. `chance`: the
+expected `prefers_own` of maps that do not depend on the objects. `peak_on_own`: the fraction of maps whose strongest cell lies
+on their own object. `lift`: `own` divided by the fraction of the cells that the object covers. `duplicates`: for each object
+that a confident instance covers, the number of further confident instances that cover it, of any category.
+`neighbours_recall`: of the pairs of touching objects of one category, the fraction in which a kept instance of that category
+covers each of the two. The others are means over matched pairs."""
 
 CONFIDENT = 0.4
 """An instance with this score or more can count as a duplicate; the paper draws such instances in Figure 5."""
@@ -95,20 +95,21 @@ def look(
     config: Config,
     mask_size: tuple[int, int],
 ) -> MatchedMaps:
-    """Assign a map to each object of one image or tile, with the matching of the training.
+    """Assign a map to each object of one image or tile that has a pixel, with the matching of the training.
 
     Args:
         raw: the model's output for this image alone.
         padded: height and width of the network's input.
-        labels: (K,) the labels of the objects; K must be at least 1.
-        masks: K masks of the objects, (H', W'), 0 or 1.
+        labels: (K,) the labels of the objects.
+        masks: K masks of the objects, (H', W'), 0 or 1; at least one has a pixel. The training leaves out the others, too.
         mask_size: height and width of the predicted masks.
     """
     stacked = torch.from_numpy(np.stack(masks))  # K H' W'
-    targets = prepare_targets([torch.from_numpy(labels)], [stacked], padded, mask_size)
+    seen = torch.from_numpy(np.array([mask.any() for mask in masks])).nonzero()[:, 0]
+    targets = prepare_targets([torch.from_numpy(labels)[seen]], [stacked[seen]], padded, mask_size)
     [pairs] = match(_on_cpu(raw), targets, config.matcher)
     maps = instance_maps(raw.responses[0].cpu(), config.model.decoder.iam.num_maps)[pairs.predictions].numpy()  # M h w
-    return MatchedMaps(pairs.instances.numpy(), pairs.predictions.numpy(), maps, _coverage(stacked, padded).numpy())
+    return MatchedMaps(seen[pairs.instances].numpy(), pairs.predictions.numpy(), maps, _coverage(stacked, padded).numpy())
 
 
 def of_matched(matches: MatchedMaps) -> Pairs:
@@ -164,7 +165,7 @@ def of_maps(maps: NDArray[np.float32], covered: NDArray[np.float32], own: NDArra
     Args:
         maps: (M, h, w), each with a sum of 1.
         covered: (K, h, w) the fraction of each cell that an object covers.
-        own: (M,) the index of each map's object.
+        own: (M,) the index of each map's object, which covers some cells.
     """
     flat, cells = maps.reshape(len(maps), -1).astype(np.float64), covered.reshape(len(covered), -1).astype(np.float64)
     on_objects = flat @ cells.T  # M K
@@ -174,8 +175,8 @@ def of_maps(maps: NDArray[np.float32], covered: NDArray[np.float32], own: NDArra
     ring = np.ones(maps.shape[1:], dtype=bool)
     ring[1:-1, 1:-1] = False
     per_cell = on_objects / area.clip(min=1e-9)
-    several = len(covered) > 1
-    seen = cells.max(1) > 0  # an object may vanish at the network's resolution
+    seen = int((cells.max(1) > 0).sum())  # an object may vanish at the network's resolution
+    several = seen > 1
     peak = flat.argmax(1)
     return Pairs(
         own=share.tolist(),
@@ -183,9 +184,9 @@ def of_maps(maps: NDArray[np.float32], covered: NDArray[np.float32], own: NDArra
         border=(flat @ ring.ravel()).tolist(),
         lift=(share / (area[own] / flat.shape[1]).clip(min=1e-9)).tolist(),
         prefers=(per_cell.argmax(1) == own).tolist() if several else [],
-        chance=[1 / len(covered)] * len(flat) if several else [],
+        chance=[1 / seen] * len(flat) if several else [],
         # A small object may cover no cell completely. A cell belongs to it if its coverage is at least half of the highest one.
-        peak=(seen[own] & (cells[own, peak] >= 0.5 * cells[own].max(1))).tolist(),
+        peak=(cells[own, peak] >= 0.5 * cells[own].max(1)).tolist(),
         duplicates=[],
         neighbours=[],
         matched={},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseinst.config import STRIDES, Config, EngineName, NetworkPrecision, OptimizeMode, Precision
 from sparseinst.data.coco import Category
-from sparseinst.data.images import read_image
+from sparseinst.data.images import as_rgb, read_image
 from sparseinst.data.network_input import at_test_size, cut, image_tiles, inference_size, pad
 from sparseinst.data.tiles import Size, Tile
 from sparseinst.device import autocast
@@ -278,7 +278,7 @@ def as_image(image: str | Path | Image.Image | NDArray[Any]) -> Image.Image:
     if isinstance(image, str | Path):
         return read_image(Path(image))
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return as_rgb(image)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise DataError(
             f"an image array must be (H, W, 3) or (H, W) of type uint8; this one is {image.shape} of type {image.dtype}"

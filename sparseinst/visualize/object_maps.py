@@ -66,10 +66,10 @@ def object_maps(predictor: Predictor, record: ImageRecord, split: CocoSplit) -> 
     else:
         tile, (_, labels, segments) = fullest_tile(Objects(record, split), tiles)
         picture, whole = cut(picture, tile), tile.size
-    if not segments:
-        return picture, []
     raw, size, padded = predictor.forward(picture)
     small = [as_mask(segment, size) for segment in resize_segments(segments, whole, size)]
+    if not any(mask.any() for mask in small):
+        return picture, []
     looked = look(raw, padded, labels, small, predictor.config, predictor.model.mask_size(padded))
     told = of_maps(looked.responses, looked.covered, looked.objects)
     every = predictor.config.inference.model_copy(update={"score_threshold": 0.0})

@@ -12,7 +12,7 @@ from pycocotools import mask as reference_mask
 from sparseinst.config import DataConfig
 from sparseinst.data.annotations import _extent, check_segmentation
 from sparseinst.data.check import check_folder
-from sparseinst.data.coco import train_split, val_split
+from sparseinst.data.coco import CocoSplit, train_split, val_split
 from sparseinst.data.masks import decode, encode
 from sparseinst.errors import UserError
 from sparseinst.evaluation.coco_metrics import coco_figures
@@ -104,19 +104,50 @@ def test_a_file_that_is_no_annotation_file_is_refused(folder: Path, number: int)
     assert len(str(caught.value).splitlines()) == 1
 
 
+def perfect(split: CocoSplit) -> list[dict[str, Any]]:
+    """Return the objects of a split as results."""
+    return [
+        {
+            "image_id": image.id,
+            "category_id": split.categories[a.label].id,
+            "score": 0.9,
+            "segmentation": encode(decode(a.segmentation, image.height, image.width)[None])[0],
+        }
+        for image in split.images
+        for a in image.annotations
+        if not a.crowd
+    ]
+
+
 @pytest.mark.parametrize("kind", wrong.HARMLESS)
 def test_values_that_nothing_reads_do_not_matter(folder: Path, kind: str) -> None:
     """Roboflow, for example, writes the year as a text."""
     config = DataConfig(root=str(folder))
     file = val_split(config).file
-    whole, before = file.read_text(), coco_figures(file, [], [1])
+    whole, split = file.read_text(), val_split(config)
+    results, ids = perfect(split), [image.id for image in split.images]
+    before = coco_figures(file, results, ids)
+    assert before["AP"] == pytest.approx(100)
     for seed in range(5):
         content = json.loads(whole)
         wrong.HARMLESS[kind](content, random.Random(seed))
         file.write_text(json.dumps(content))
         assert val_split(config).file == file
         assert not any(report.problems for report in check_folder(config).values())
-        assert coco_figures(file, [], [1]) == before
+        assert coco_figures(file, results, ids) == before
+
+
+@pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
+def test_annotations_with_one_id_are_told_apart(folder: Path, evaluator: Any) -> None:
+    """hotcoco would take them for one another, and pycocotools would keep the last one."""
+    split = val_split(DataConfig(root=str(folder)))
+    results = perfect(split)
+    content = json.loads(split.file.read_text())
+    assert len(content["annotations"]) > 1
+    content["annotations"] = [{**entry, "id": 7} for entry in content["annotations"]]
+    split.file.write_text(json.dumps(content))
+    found = coco_figures(split.file, results, [image.id for image in split.images], evaluator)
+    assert found["AP"] == pytest.approx(100)
 
 
 def test_an_annotation_with_the_id_0_counts(folder: Path) -> None:

@@ -15,6 +15,7 @@ from sparseinst.data.check import check_folder
 from sparseinst.data.collage import find_backgrounds
 from sparseinst.data.images import read_image
 from sparseinst.errors import DataError
+from sparseinst.inference.predict import as_image
 from sparseinst.visualize.predict_files import find_images
 from tests.conftest import annotation, box, write_coco
 
@@ -42,6 +43,20 @@ def test_images_of_every_kind_become_rgb(tmp_path: Path, kind: str) -> None:
     assert (image.mode, image.size) == ("RGB", (60, 40))
     difference = np.abs(np.asarray(image, dtype=int) - np.asarray(read_image(tmp_path / "grey.png"), dtype=int))
     assert difference.mean() < (4 if kind == "cmyk" else 1)
+
+
+@pytest.mark.parametrize("values", [np.full((8, 8), 300, np.int32), np.full((8, 8), 0.5, np.float32)])
+def test_images_of_unknown_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    """A scale that depends on the values would make similar images differ."""
+    Image.fromarray(values).save(tmp_path / "image.tiff")
+    with pytest.raises(DataError, match=r"image\.tiff: has 32 bits a pixel.* convert it to 8 or 16 bits"):
+        read_image(tmp_path / "image.tiff")
+
+
+def test_a_16_bit_picture_in_memory_is_read_as_its_file(tmp_path: Path) -> None:
+    write_kind(tmp_path / "image.png", "16 bit")
+    with Image.open(tmp_path / "image.png") as picture:
+        assert np.array_equal(np.asarray(as_image(picture)), np.asarray(read_image(tmp_path / "image.png")))
 
 
 def test_exif_rotation(tmp_path: Path) -> None:

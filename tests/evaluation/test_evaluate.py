@@ -118,6 +118,20 @@ def test_evaluation_skips_and_counts_bad_images(tiny: Config, tmp_path: Path) ->
         evaluate(model, val_split(strict.data), strict, device=CPU, progress=False)
 
 
+@pytest.mark.parametrize("tile", [None, 32])
+def test_an_image_whose_annotations_are_bad_is_skipped_and_counted(tiny: Config, tmp_path: Path, tile: int | None) -> None:
+    """Its other objects must not count as missed."""
+    entries = [{"id": i, "file_name": f"{i}.png", "height": 40, "width": 60} for i in (1, 2)]
+    categories = [{"id": i, "name": str(i)} for i in range(1, 9)]
+    truth = [annotation(1, 1, 3, box(5, 5, 20, 20)), annotation(2, 2, 3, box(5, 5, 20, 20)), annotation(3, 2, 3, [[1, 2]])]
+    write_coco(tmp_path / "coco", entries, truth, categories)
+    changes = {"data.root": str(tmp_path / "coco"), "data.on_bad_image": "skip", "inference.tile": tile}
+    config = tiny.replace(changes)
+    result = evaluate(build_model(config.model).eval(), val_split(config.data), config, device=CPU, progress=False)
+    assert (result.images, result.skipped_images) == (1, [2])
+    assert "2.png" in result.skipped[0] or "annotation 3" in result.skipped[0]
+
+
 def test_prediction_equals_evaluation(tiny: Config, tmp_path: Path) -> None:
     """`predict` and the evaluation find the same instances, because they share one scoring path."""
     run(tiny, tmp_path / "run")

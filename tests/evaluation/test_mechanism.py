@@ -11,7 +11,7 @@ from sparseinst.config import Config, IAMConfig
 from sparseinst.data.coco import val_split
 from sparseinst.evaluation import mechanism
 from sparseinst.evaluation.evaluate import evaluate
-from sparseinst.evaluation.mechanism import METRICS, Pairs, instance_maps, summarise, touching
+from sparseinst.evaluation.mechanism import METRICS, Pairs, instance_maps, look, of_matched, summarise, touching
 from sparseinst.models.sparseinst import build_model
 from tests.conftest import alternatives
 
@@ -102,6 +102,9 @@ def mask(box: tuple[slice, slice]) -> np.ndarray:
     return whole
 
 
+NEXT = slice(20, 40), slice(20, 40)
+
+
 @pytest.mark.parametrize(("gap", "touches"), [(0, True), (2, True), (3, False)])
 def test_touching(gap: int, touches: bool) -> None:
     first, second = mask((slice(5, 15), slice(5, 15))), mask((slice(5, 15), slice(15 + gap, 25 + gap)))
@@ -141,6 +144,22 @@ def test_every_kind_of_map_is_measured(tiny: Config, kind: dict[str, Any]) -> No
     assert background is not None
     assert own + others + background == pytest.approx(1, abs=1e-3)
     assert all(value is None or 0 <= value <= 1 for name, value in found.items() if name not in ("lift", "duplicates"))
+
+
+def test_an_object_without_a_pixel_at_the_networks_size_has_no_map(tiny: Config) -> None:
+    """The training leaves it out, too. It would get an arbitrary map, and lower the means."""
+    torch.manual_seed(0)
+    model = build_model(tiny.model).eval()
+    with torch.no_grad():
+        raw = model(torch.rand(1, 3, 64, 64))
+    labels, masks = np.array([1, 2, 1]), [mask((slice(0, 20), slice(0, 20))), mask((slice(0, 0), slice(0, 0))), mask(NEXT)]
+    three = look(raw, (64, 64), labels, masks, tiny, model.mask_size((64, 64)))
+    two = look(raw, (64, 64), labels[[0, 2]], [masks[0], masks[2]], tiny, model.mask_size((64, 64)))
+    assert sorted(three.objects.tolist()) == [0, 2]
+    assert three.maps.tolist() == two.maps.tolist()
+    with_it, without = of_matched(three), of_matched(two)
+    assert with_it._replace(matched={}) == without._replace(matched={})
+    assert set(with_it.matched) == {"0", "2"}
 
 
 def test_polygons_in_images_of_other_sizes(tiny: Config, tmp_path: Path) -> None:
