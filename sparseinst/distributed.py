@@ -107,6 +107,13 @@ def gather(value: T) -> list[T]:
     return values if rank() == 0 else []
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give the model of each process the buffers of rank 0's, such as the running means of its norms."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, src=0)
+
+
 def share_norms(model: nn.Module) -> None:
     """Make every trainable BatchNorm of a model compute its statistics over all processes' images."""
     for module in model.modules():

@@ -167,6 +167,28 @@ def test_two_parts_in_one_process_equal_two_processes(tiny: Config, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_two_parts_in_one_process_drop_the_blocks_that_two_processes_drop(tiny: Config, tmp_path: Path) -> None:
+    """Each part has random numbers of its own, so that the processes do not drop the same blocks."""
+    changes = {"model.backbone.name": "pvt_v2_b0", "model.backbone.frozen_norm": False, "model.backbone.drop_path": 0.5}
+    config = tiny.replace({**changes, "train.checkpoint_every": 1, "train.keep_checkpoints": 9})
+    train(config, tmp_path / "one", device=CPU, progress=False, parts=2)
+    trained(config, tmp_path / "several", 2)
+    assert_close(RunPaths(tmp_path / "one"), RunPaths(tmp_path / "several"))
+
+
+@pytest.mark.slow
+def test_processes_evaluate_the_weights_that_are_saved(tiny: Config, tmp_path: Path) -> None:
+    """The running means of trained norms differ between processes, and rank 0's are saved."""
+    config = tiny.replace({"train.evaluate_every": 4, "inference.score_threshold": 0.0, "train.learning_rate": 0.01})
+    trained(config, tmp_path / "run", 2)
+    paths = RunPaths(tmp_path / "run")
+    [logged] = [line for text in paths.metrics.read_text().splitlines() if "AP" in (line := json.loads(text))]
+    model, config, _ = load_weights(paths.best)
+    alone = evaluate(model, val_split(config.data), config, device=CPU, progress=False)
+    assert {name: logged[name] for name in alone.mechanism} == pytest.approx(alone.mechanism, abs=2e-4, nan_ok=True)
+
+
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_identical(tiny: Config, tmp_path: Path) -> None:
     config = tiny.replace({"loss.reduction": "global", "train.keep_checkpoints": 9, "train.clip_norm": 1.0})
     whole = trained(config, tmp_path / "run", 4)

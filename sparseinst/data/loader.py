@@ -5,6 +5,7 @@ B images of a batch, K instances of one image, H W height and width in pixels.
 
 from __future__ import annotations
 
+import itertools
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
@@ -196,11 +197,13 @@ def read_sample(record: ImageRecord, split: CocoSplit, tile: Tile | None = None)
 class BatchOrder(Sampler[list[Draw]]):
     """The parts of batches that one process uses, from optimiser step `start` on.
 
-    Each epoch is shuffled anew. A batch holds wide images only or tall images only, so that little is padded. The order depends
-    only on the seed and the batch size, not on the number of workers or processes.
+    Each epoch is shuffled anew. A batch holds wide images only or tall images only, so that little is padded. With `by_part`,
+    this holds for each part alone, as in the reference, whose processes group their own images. The order depends only on the
+    seed and the batch size, and with `by_part` on the number of parts, but never on the number of workers or processes.
 
     Args:
         parts: the number of parts into which each batch is split, whichever process uses them.
+        by_part: let the parts of one batch differ in their orientation.
 
     Raises:
         DataError: a batch cannot be split into so many parts, or these cannot be divided among the processes.
@@ -215,13 +218,16 @@ class BatchOrder(Sampler[list[Draw]]):
         parts: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        by_part: bool = False,
     ) -> None:
         self.wide = [image.width > image.height for image in split.images]
         self.config = config
-        self.start, self.rank = start, rank
-        self.parts = parts
+        self.start = start
+        self.parts, self.by_part = parts, by_part
         self.passes = parts // world_size
         """The number of parts that each process computes in one optimiser step."""
+        self.own = range(rank * self.passes, (rank + 1) * self.passes)
+        """The parts of each batch that this process computes."""
         if parts % world_size or config.batch_size % parts:
             raise DataError(
                 f"a batch of {config.batch_size} images cannot be split into {parts} parts "
@@ -235,10 +241,20 @@ class BatchOrder(Sampler[list[Draw]]):
         for step, batch in zip(range(self.config.iterations), self._batches(), strict=False):
             if step < self.start:
                 continue
-            for part in range(self.rank * self.passes, (self.rank + 1) * self.passes):
-                yield batch[part :: self.parts]
+            for part in self.own:
+                yield batch[part]
 
-    def _batches(self) -> Iterator[list[Draw]]:
+    def _batches(self) -> Iterator[list[list[Draw]]]:
+        """Yield the parts of each batch."""
+        if self.by_part:
+            groups = self._groups(self.config.batch_size // self.parts)
+            while True:
+                yield list(itertools.islice(groups, self.parts))
+        for group in self._groups(self.config.batch_size):
+            yield [group[part :: self.parts] for part in range(self.parts)]
+
+    def _groups(self, size: int) -> Iterator[list[Draw]]:
+        """Yield groups of this many images of one orientation."""
         waiting: dict[bool, list[Draw]] = {False: [], True: []}
         count, epoch = len(self.wide), 0
         while True:
@@ -246,7 +262,7 @@ class BatchOrder(Sampler[list[Draw]]):
             for position, image in enumerate(order):
                 group = waiting[self.wide[image]]
                 group.append(Draw(image, epoch * count + position))
-                if len(group) == self.config.batch_size:
+                if len(group) == size:
                     yield group.copy()
                     group.clear()
             epoch += 1
@@ -267,6 +283,8 @@ class Loader:
             pin_memory=pin_memory,
             worker_init_fn=_start_worker,
             prefetch_factor=PREFETCH if workers else None,
+            # By default, each start of a loader draws from torch's generator, which also decides about drop path.
+            generator=torch.Generator(),
             **kwargs,
         )
 

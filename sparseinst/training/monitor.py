@@ -99,7 +99,18 @@ class Monitor:
         self.progress = progress_bar("steps", visible=visible and self.lead)
         self.task = self.progress.add_task("train", total=total, completed=start)
         self.pending = list(pending)
-        self.last_flush = time.perf_counter()
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self.began, self.timed, self.paused = time.perf_counter(), 0, 0.0
+        """When the first step since the last line began, the steps since then, and the seconds between that are not theirs."""
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Do not count the time of this context, an evaluation or a checkpoint, as time of a step."""
+        began = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - began
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -119,12 +130,14 @@ class Monitor:
     def step(self, iteration: int, losses: Mapping[str, Tensor], learning_rate: float, **values: float) -> None:
         """Collect the weighted losses of optimiser step `iteration`, counted from 0. `values` are written with the means."""
         self.pending.append((iteration, {name: loss.detach() for name, loss in losses.items()}))
+        self.timed += 1
         self.progress.update(self.task, completed=iteration + 1)
         if (iteration + 1) % self.every == 0 or iteration + 1 == self.total:
             self.flush(learning_rate, **values)
 
     def flush(self, learning_rate: float | None = None, **values: float) -> None:
-        """Write the means of the collected losses.
+        """Write the means of the collected losses, and the mean time of the steps of this process, without evaluations and
+        checkpoints.
 
         Raises:
             RunFailed: a loss is NaN or infinite. The message names the loss and the step.
@@ -140,7 +153,7 @@ class Monitor:
                     raise RunFailed(diverged(f"the {name} loss became {value} in step {iteration}", self.paths))
         means = dict(zip(names, losses_by_step.mean(0).tolist(), strict=True))
         iteration = self.pending[-1][0] + 1
-        seconds = (time.perf_counter() - self.last_flush) / len(self.pending)
+        seconds = (time.perf_counter() - self.began - self.paused) / max(1, self.timed)
         record = {"iteration": iteration, **{f"loss_{k}": round(v, 6) for k, v in means.items()}}
         record |= {"loss": round(sum(means.values()), 6), "seconds": round(seconds, 4), **values}
         if learning_rate is not None:
@@ -149,7 +162,7 @@ class Monitor:
         self.progress.update(self.task, description=f"train  loss {record['loss']:.3f}")
         _log.info("step %d/%d  %s", iteration, self.total, "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
         self.pending.clear()
-        self.last_flush = time.perf_counter()
+        self._restart_clock()
 
     def say(self, text: str) -> None:
         """Write a line to the log, and above the progress bar if there is one."""

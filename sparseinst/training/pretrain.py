@@ -241,7 +241,7 @@ class _Pretraining:
                 if due:
                     monitor.flush(rate)
                 if due or stopping:
-                    self._save(done, monitor.pending)
+                    self._save(done, monitor)
                 if stopping:
                     raise stop.stopped(done, settings.iterations)
             accuracies = self._cell_accuracies()
@@ -289,12 +289,13 @@ class _Pretraining:
         percentages = (100 * counts[:, 0] / counts[:, 1].clamp(min=1)).tolist()
         return {f"cells_right_{stride}": round(value, 2) for stride, value in zip(STRIDES, percentages, strict=True)}
 
-    def _save(self, iteration: int, pending: Pending) -> None:
+    def _save(self, iteration: int, monitor: Monitor) -> None:
         if rank() != 0:
             return
         self.attempt.at("save", iteration)
-        state: dict[str, Any] = {"iteration": iteration, "pending": list(pending), **self.updates.state_dict()}
-        save_checkpoint(self.paths, iteration, state, self.settings.keep_checkpoints, self.attempt.check)
+        state: dict[str, Any] = {"iteration": iteration, "pending": list(monitor.pending), **self.updates.state_dict()}
+        with monitor.pause():
+            save_checkpoint(self.paths, iteration, state, self.settings.keep_checkpoints, self.attempt.check)
 
     def _resume(self) -> int:
         """Load the newest checkpoint, if there is one, and return the number of finished steps."""

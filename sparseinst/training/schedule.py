@@ -31,13 +31,16 @@ def learning_rate_factor(config: OptimizerConfig, iteration: int) -> float:
 def parameter_groups(model: nn.Module, config: OptimizerConfig, backbone_multiplier: float = 1.0) -> list[dict[str, Any]]:
     """Return the parameter groups for AdamW, each with its base learning rate as `initial_lr` and its weight decay.
 
-    The parameters of norms and patch embeddings do not decay. In `reference` mode, class tokens do not decay either; in `weights`
-    mode, this holds for all parameters with fewer than two dimensions.
+    The parameters of norms and patch embeddings do not decay. In `reference` mode, class tokens do not decay either, but norms
+    that timm calls `bn` do: the reference goes by names, and those of its DarkNets contain no `norm`. In `weights` mode, no
+    parameter with fewer than two dimensions decays.
     """
     without_decay = {
         id(parameter)
         for name, module in model.named_modules()
-        if isinstance(module, _NORMS) or "PatchEmbed" in type(module).__name__ or "cls_token" in name
+        if (isinstance(module, _NORMS) and not name.endswith(".bn"))
+        or "PatchEmbed" in type(module).__name__
+        or "cls_token" in name
         for parameter in module.parameters()
     }
     groups: dict[tuple[float, float], list[Parameter]] = {}

@@ -73,11 +73,15 @@ class Step(Updates):
         """Return the optimiser for these parameter groups."""
         return torch.optim.AdamW(groups, fused=True)
 
-    def gradients(self, parts: list[Batch], phase_done: Callable[[str], Any] = _nothing) -> dict[str, Tensor]:
+    def gradients(
+        self, parts: list[Batch], phase_done: Callable[[str], Any] = _nothing, *, seeds: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         """Compute the gradients of the parts' mean loss, and return the mean of each weighted loss.
 
         Args:
             phase_done: is called with a phase of `PHASES` each time a part has finished it.
+            seeds: a seed for the random numbers of each part (drop path), which then depend on nothing else. None leaves torch's
+                generators as they are.
         """
         if self.config.loss.reduction == "global":  # the padding changes the result, so all parts need the same padding
             size = largest([part.padded for part in parts], self.device)
@@ -95,7 +99,9 @@ class Step(Updates):
         num_maps = self.config.model.decoder.iam.num_maps
         counts = mean_counts([count(target, num_maps) for target in targets], self.device)
         total: dict[str, Tensor] = {}
-        for part, target in zip(parts, targets, strict=True):
+        for index, (part, target) in enumerate(zip(parts, targets, strict=True)):
+            if seeds is not None:
+                torch.manual_seed(seeds[index])
             with autocast(self.device, self.config.train.precision):
                 images = part.images.to(self.device, non_blocking=True, memory_format=self.memory_format)
                 images = self.model.normalise(images, part.sizes)

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sparseinst.attempts import Attempt
@@ -18,7 +19,7 @@ from sparseinst.data.check import MIRRORED, mirrored_categories
 from sparseinst.data.coco import CocoSplit, category_names, check_categories, train_split, val_split
 from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
 from sparseinst.device import tf32
-from sparseinst.distributed import rank, same_for_all, world_size
+from sparseinst.distributed import rank, same_for_all, share_buffers, world_size
 from sparseinst.errors import RunFailed, UserError, memory_explained
 from sparseinst.evaluation.coco_metrics import COCO_LIMIT, most_objects
 from sparseinst.evaluation.evaluate import evaluate
@@ -156,7 +157,10 @@ class _Training:
         """Run all steps. A step depends only on its number and the state, so a resumed run gives exactly the same weights."""
         train = self.config.train
         start = self._resume()
-        order = BatchOrder(self.dataset.split, train, start=start, parts=self.parts, rank=rank(), world_size=world_size())
+        by_part = self.config.loss.reduction == "per_process"
+        order = BatchOrder(
+            self.dataset.split, train, start=start, parts=self.parts, rank=rank(), world_size=world_size(), by_part=by_part
+        )
         loader = train_loader(self.dataset, order, pin_memory=self.device.type == "cuda")
         monitor = Monitor(
             self.paths,
@@ -187,7 +191,7 @@ class _Training:
                 rate = self.step.set_learning_rate(iteration)
                 # The following calls wait for the other processes.
                 self.attempt.at("wait", iteration)
-                losses = self.step.gradients(parts)
+                losses = self.step.gradients(parts, seeds=[_seed(train.seed, iteration, part) for part in order.own])
                 values |= self.step.update()
                 monitor.step(iteration, losses, rate, **values)
                 done = iteration + 1
@@ -196,13 +200,13 @@ class _Training:
                 if due or stopping:
                     if due:  # a stop writes no line of its own
                         monitor.flush(rate)
-                    self._save(done, monitor.pending)
+                    self._save(done, monitor)
                 if self.config.train.evaluates_after(done):
                     self._evaluate(monitor, done)
                     if due or stopping or self._gives_up():  # save (again), with the state of the evaluation
                         if due or self._gives_up():
                             monitor.flush(rate)
-                        self._save(done, monitor.pending)
+                        self._save(done, monitor)
                 if stopping and not self._gives_up():
                     raise stop.stopped(done, train.iterations)
         if rank() == 0:
@@ -216,7 +220,9 @@ class _Training:
 
     def _evaluate(self, monitor: Monitor, iteration: int) -> None:
         model = self.step.trained().eval()
-        result = evaluate(model, self.val, self.config, device=self.device, progress=False, attempt=self.attempt)
+        share_buffers(model)  # the means and variances of norms differ between processes, and rank 0's are saved
+        with monitor.pause():
+            result = evaluate(model, self.val, self.config, device=self.device, progress=False, attempt=self.attempt)
         logged: dict[str, float | None] = {**result.figures, **result.mechanism}
         logged["matching_stability"] = stability(self.matches, result.matches)
         self.matches, self.evaluated = result.matches, iteration
@@ -235,7 +241,7 @@ class _Training:
                 f"the last {self.best.without_better} evaluations gave no better AP, so the training ends (train.patience)"
             )
 
-    def _save(self, iteration: int, pending: Pending) -> None:
+    def _save(self, iteration: int, monitor: Monitor) -> None:
         """Save a checkpoint. Raises `RunFailed` if a weight is NaN or infinite."""
         not_finite = [name for name, p in self.step.model.named_parameters() if not torch.isfinite(p).all()]
         if not_finite:
@@ -249,12 +255,11 @@ class _Training:
             "matches": self.matches,
             "evaluated": self.evaluated,
             "best": self.best.state_dict(),
-            "pending": list(pending),
+            "pending": list(monitor.pending),
             "categories": [asdict(category) for category in self.categories],
-            "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
-        save_checkpoint(self.paths, iteration, state, self.config.train.keep_checkpoints, self.attempt.check)
+        with monitor.pause():
+            save_checkpoint(self.paths, iteration, state, self.config.train.keep_checkpoints, self.attempt.check)
 
     def _resume(self) -> int:
         """Load the newest checkpoint, if there is one, and return the number of finished steps."""
@@ -274,13 +279,15 @@ class _Training:
         self.evaluated = state.get("evaluated", state["iteration"])
         self.best.load_state_dict(state.get("best", {}))
         self.pending = state.get("pending", ())
-        torch.set_rng_state(state["random"].cpu())
-        if state["cuda_random"] is not None:
-            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
 
     def _warn_of_skipped(self, parts: list[Batch]) -> None:
         for reason in (reason for part in parts for reason in part.skipped):
             _log.warning("skipped %s", reason)
+
+
+def _seed(seed: int, iteration: int, part: int) -> int:
+    """Return the seed of the random numbers of a part of a step. Neither a stop nor the number of processes changes it."""
+    return int(np.random.SeedSequence((seed, iteration, part)).generate_state(1)[0])
 
 
 def _with_start(model: ModelConfig, start: Path | None) -> ModelConfig:

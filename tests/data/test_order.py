@@ -47,6 +47,22 @@ def test_processes_and_parts_share_each_batch() -> None:
         order(split, parts=4, world_size=3)
 
 
+def test_parts_may_differ_in_their_orientation() -> None:
+    """The reference's processes group their own images. One tall image in ten must not wait for a whole batch of tall ones."""
+    split = wide_and_tall(10)
+
+    def tall(draws: list[Draw]) -> set[bool]:
+        return {split.images[draw.image].height > split.images[draw.image].width for draw in draws}
+
+    whole = order(split, parts=2, by_part=True)
+    assert all(len(tall(part)) == 1 for part in whole)
+    assert any(tall(whole[step]) != tall(whole[step + 1]) for step in range(0, 24, 2))
+    for rank in range(2):
+        assert order(split, parts=2, rank=rank, world_size=2, by_part=True) == whole[rank::2]
+    assert order(split, parts=2, start=5, by_part=True) == whole[10:]
+    assert order(split, by_part=True) == order(split)
+
+
 def test_all_images_are_used_about_equally_often() -> None:
     split = wide_and_tall(10)
     config = TrainConfig(iterations=50, batch_size=4, warmup_iterations=0)

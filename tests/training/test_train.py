@@ -28,6 +28,7 @@ from sparseinst.models.sparseinst import build_model
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths
 from sparseinst.training.checkpoint import newest_checkpoint, write_state
+from sparseinst.training.monitor import Monitor
 from sparseinst.training.schedule import learning_rate_factor, parameter_groups
 from sparseinst.training.step import Step, recomputed
 from tests.conftest import CPU, THREADS, run
@@ -78,6 +79,7 @@ def test_a_run_writes_its_files(tiny: Config, tmp_path: Path) -> None:
             "data.crop_short_sides": [64],
             "data.crop_sizes": [32, 48],
         },
+        {"model.backbone.name": "pvt_v2_b0", "model.backbone.frozen_norm": False, "model.backbone.drop_path": 0.5},
     ],
     ids=str,
 )
@@ -93,6 +95,32 @@ def test_every_setting_trains_and_resumes_bit_identically(tiny: Config, tmp_path
         file.write('{"iteration": 6, "lo')
     assert_same(run(config, tmp_path / "resumed"), whole)
     assert [r["iteration"] for r in read_metrics(tmp_path / "resumed")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_evaluation_does_not_change_the_training(tiny: Config, tmp_path: Path) -> None:
+    """`evaluate_every` is not part of the run's key, also if blocks are dropped at random."""
+    changes = {"model.backbone.name": "pvt_v2_b0", "model.backbone.frozen_norm": False, "model.backbone.drop_path": 0.5}
+    config = tiny.replace({**changes, "train.iterations": 4})
+    evaluated = config.replace({"train.evaluate_every": 2})
+    assert evaluated.train_key() == config.train_key()
+    assert_same(run(config, tmp_path / "a"), run(evaluated, tmp_path / "b"))
+
+
+def test_the_seconds_of_a_step_contain_neither_evaluations_nor_the_steps_before_a_stop(tmp_path: Path) -> None:
+    """`status` computes from them when a training ends, and its record how long it took."""
+    before = [(number, {"loss": torch.tensor(1.0)}) for number in range(3)]
+    arguments: dict[str, Any] = {"total": 9, "visible": False, "device": CPU, "check": lambda: None}
+    with Monitor(RunPaths(tmp_path), start=3, every=4, pending=before, **arguments) as monitor:
+        time.sleep(0.2)
+        monitor.step(3, {"loss": torch.tensor(1.0)}, 0.1)
+        with monitor.pause():
+            time.sleep(0.3)
+        for number in range(4, 8):
+            time.sleep(0.05)
+            monitor.step(number, {"loss": torch.tensor(1.0)}, 0.1)
+    first, second = [record["seconds"] for record in read_metrics(tmp_path)]
+    assert 0.2 <= first < 0.3
+    assert 0.05 <= second < 0.1
 
 
 def test_a_seed_repeats_a_run_and_another_seed_changes_it(tiny: Config, tmp_path: Path) -> None:
@@ -333,7 +361,7 @@ def test_learning_rate_schedules() -> None:
     assert learning_rate_factor(cosine, 26) < 0.01
 
 
-@pytest.mark.parametrize("backbone", ["resnet10t", "pvt_v2_b0"])
+@pytest.mark.parametrize("backbone", ["resnet10t", "pvt_v2_b0", "cspdarknet53"])
 def test_parameter_groups(tiny: Config, backbone: str) -> None:
     config = tiny.replace({"model.backbone.name": backbone, "train.backbone_multiplier": 0.1})
     model = build_model(config.model)
@@ -345,7 +373,9 @@ def test_parameter_groups(tiny: Config, backbone: str) -> None:
             name = names[id(parameter)]
             factor = 0.1 if name.startswith("backbone.") else 1.0
             assert group["lr"] == pytest.approx(config.train.learning_rate * factor)
-            if backbone.startswith("pvt"):  # norms, and the layers that the original calls patch_embed1 to patch_embed4
+            if backbone.startswith("csp"):  # the reference goes by names, and these norms are called `bn`
+                without_decay = False
+            elif backbone.startswith("pvt"):  # norms, and the layers that the original calls patch_embed1 to patch_embed4
                 without_decay = any(part in name for part in ("norm", "patch_embed", "downsample"))
             else:  # in a ResNet, only norms have one-dimensional parameters
                 without_decay = name.startswith("backbone.") and parameter.ndim == 1
