@@ -29,6 +29,11 @@ def with_checksum(content: Mapping[str, Any]) -> str:
     return text.replace('"', _FIRST_FIELD.format(_checksum(text.encode())) + '"', 1)
 
 
+def has_checksum(text: bytes) -> bool:
+    """Return whether a file holds a checksum, so that `read_checked` finds damage."""
+    return _FIRST_FIELD.partition("{")[0].encode() in text[:32]
+
+
 def read_checked(text: bytes) -> dict[str, Any]:
     """Return the content of a file that `with_checksum` wrote.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +29,10 @@ def keep_peer(
     store: Store, name: str, short_side: int, result: Mapping[str, Any], *, profile: str, device: str, seconds: float,
     data: str | None = None,
 ) -> str:  # fmt: skip
-    """Write the result of a measurement; it replaces an earlier one.
+    """Write the result of a measurement; it replaces an earlier one of the same system, size, profile and data or device.
 
     Args:
-        result: `figures` from an evaluation, or `whole_ms` from a timing.
+        result: `figures` and `images`, their number, from an evaluation, or `whole_ms` from a timing in torch and fp32.
         profile: the profile's name.
         device: the name of the device.
         seconds: wall time of the measurement.
@@ -42,29 +42,37 @@ def keep_peer(
         The record's key.
     """
     kind = "evaluate" if "figures" in result else "latency"
-    where = data if kind == "evaluate" else device
+    where = [data, result["images"]] if kind == "evaluate" else device
     key = PREFIX + content_hash({"peer": name, "short_side": short_side, "kind": kind, "where": where, "profile": profile})
     about = describe(profile=profile, device=device, world_size=1, attempts=1, seed=0, seconds=seconds, data=data)
-    store.path(key).unlink(missing_ok=True)
-    store.write(Record("peer", key, {"peer": name, "short_side": short_side, **result}, provenance=about))
+    store.write(Record("peer", key, {"peer": name, "short_side": short_side, **result}, provenance=about), again=True)
     return key
 
 
-def find_peers(store: Store, names: Iterable[str], profile: str, keys: set[str]) -> list[PeerResult]:
+Evaluated = tuple[str | None, int | None]
+"""What was evaluated: the hash of the annotation file, and the number of its images."""
+
+
+def find_peers(
+    store: Store, names: Iterable[str], profile: str, keys: set[str], of: Collection[Evaluated] = ()
+) -> list[PeerResult]:
     """Return the recorded results of these systems in a profile, ordered by name as given and by input size.
 
     Args:
         keys: the keys of all records.
+        of: what our models were evaluated on; evaluations on anything else are left out. If it is empty, the newest evaluation of
+            each system counts.
     """
     wanted = list(names)
     results: dict[tuple[str, int], PeerResult] = {}
-    for key in sorted(key for key in keys if key.startswith(PREFIX)) if wanted else []:
-        record = store.load(key)
-        if record is None or record.provenance.get("profile") != profile or record.result["peer"] not in wanted:
+    loaded = [store.load(key) for key in sorted(keys) if key.startswith(PREFIX)] if wanted else []
+    for record in sorted((r for r in loaded if r is not None), key=lambda record: record.provenance.get("ended", "")):
+        if record.provenance.get("profile") != profile or record.result["peer"] not in wanted:
             continue
         name, side = record.result["peer"], record.result["short_side"]
         entry = results.setdefault((name, side), PeerResult(name, side))
         if "whole_ms" in record.result:
             entry.whole_ms[record.provenance.get("device", "unknown device")] = record.result["whole_ms"]["median"]
-        entry.figures |= record.result.get("figures", {})
+        elif not of or (record.provenance.get("data"), record.result.get("images")) in of:
+            entry.figures = record.result["figures"]
     return sorted(results.values(), key=lambda entry: (wanted.index(entry.name), entry.short_side))

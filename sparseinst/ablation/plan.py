@@ -160,13 +160,13 @@ def needed_key(config: Config, stage: Stage) -> str | None:
     """Return the key of the stage whose weights this stage uses; None if it uses none."""
     if stage == "evaluate":
         return config.train_key()
-    return config.pretrain_key() if stage == "train" and config.pretrain.enabled else None
+    return config.pretrain_key() if stage == "train" and config.pretrains else None
 
 
 def _stages(spec: Spec, config: Config) -> list[Stage]:
     """Return the stages of a row: those of its table, after a pretraining if the config enables it."""
     stages = list(spec.stages())
-    return ["pretrain", *stages] if "train" in stages and config.pretrain.enabled else stages
+    return ["pretrain", *stages] if "train" in stages and config.pretrains else stages
 
 
 @dataclass(frozen=True)

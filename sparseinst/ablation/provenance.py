@@ -34,8 +34,8 @@ def code_version() -> dict[str, str | None]:
     """Return the version of the code that runs.
 
     Returns:
-        `commit`: the git commit; None if the package is not in a git checkout. `changes`: the hash of the package's content if
-        it differs from that commit, else None.
+        `commit`: the git commit; None if no git repository tracks the package. `changes`: the hash of the package's content if
+        it differs from that commit or there is none, else None.
     """
     snapshot = PACKAGE.parent / SNAPSHOT
     if snapshot.exists():  # this is a copy, made when a job was sent to a cluster
@@ -49,8 +49,10 @@ def code_version() -> dict[str, str | None]:
             return None
         return done.stdout
 
-    commit = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--", ".")  # this includes new files
+    # The package may be installed inside another project's repository, which ignores it.
+    tracked = git("ls-files", "--error-unmatch", "__init__.py") is not None
+    commit = git("rev-parse", "HEAD") if tracked else None
+    changed = commit is None or git("status", "--porcelain", "--", ".")  # this includes new files
     return {"commit": commit.strip() if commit else None, "changes": code_digest() if changed else None}
 
 

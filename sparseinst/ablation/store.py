@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from sparseinst.checked import read_checked, with_checksum
+from sparseinst.checked import has_checksum, read_checked, with_checksum
 from sparseinst.errors import UserError
 from sparseinst.files import atomic, check_writable
 from sparseinst.paths import SHIPPED
@@ -58,12 +58,12 @@ def _has_median(times: dict[str, float]) -> dict[str, float]:
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Times = Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], AfterValidator(_has_median)]
 """Times in milliseconds; images per second are their inverse, so that none can be zero."""
 
 
-_Range = Annotated[list[_Seconds], Field(min_length=2, max_length=2)]
+_Range = Annotated[list[_NotNegative], Field(min_length=2, max_length=2)]
 
 
 class _Content(BaseModel):
@@ -94,7 +94,7 @@ class _Evaluated(_Content):
 
 class _Timed(_Content):
     whole_ms: _Times
-    modules_ms: dict[str, _Seconds]
+    modules_ms: dict[str, _NotNegative]
     modules_range_ms: dict[str, _Range] = {}
 
 
@@ -123,7 +123,7 @@ class _Provenance(_Trainer):
     seed: int | None = None
     data: str | None = None
     weights: str | None = None
-    seconds: _Seconds = 0
+    seconds: _NotNegative = 0
     world_size: int = 1
     arithmetic: dict[str, Any] | None = None
     trained: _Trainer = _Trainer()
@@ -139,6 +139,7 @@ _CONTENTS: dict[Kind, type[BaseModel]] = {
 """The values of each kind that a report reads; a record without them, or with values of other types, counts as damaged."""
 
 
+_FIELDS = {field.name for field in fields(Record)}
 _RETIRED = ("compare",)
 """Kinds that earlier versions wrote; nothing reads them."""
 
@@ -185,7 +186,8 @@ class Store:
     def load(self, key: str) -> Record | None:
         """Return the record of a key; None if there is none.
 
-        A damaged record is renamed, with a warning, so that its stage is done again.
+        A damaged record is renamed, with a warning, so that its stage is done again. A record of a newer version that cannot be
+        read stays, and its stage counts as done.
 
         Raises:
             UserError: a record of the package itself is damaged.
@@ -194,8 +196,12 @@ class Store:
         if not path.exists() and _shipped(key).exists():
             path = _shipped(key)
         try:
-            content = read_checked(path.read_bytes())
+            text = path.read_bytes()
+            content = read_checked(text)
             if content.get("kind") in _RETIRED:
+                return None
+            if has_checksum(text) and (content.get("kind") not in _CONTENTS or content.keys() - _FIELDS):
+                _log.warning("%s was written by a newer version of this package, which can read it", path)
                 return None
             record = Record(**content)
             _CONTENTS[record.kind].model_validate(record.result)
@@ -212,13 +218,14 @@ class Store:
             return None
         return record
 
-    def write(self, record: Record, check: Callable[[], None] | None = None) -> None:
+    def write(self, record: Record, check: Callable[[], None] | None = None, *, again: bool = False) -> None:
         """Write a record, unless its key has one already.
 
         Args:
             check: called just before the file appears; an exception that it raises prevents the write.
+            again: replace a record that the key has already.
         """
-        if not self.has(record.key):
+        if again or not self.has(record.key):
             with atomic(self.path(record.key), check) as temporary:
                 temporary.write_text(with_checksum(asdict(record)), encoding="utf-8")
 

@@ -115,6 +115,8 @@ class Spec(Section):
                 raise ValueError(f"columns: {column!r} is a column of every CSV file: choose another name")
             if column in self.columns[:number]:
                 raise ValueError(f"columns: two columns are called {column!r}")
+        if "evaluate" in self.measures and "train" not in self.measures:
+            raise ValueError("measures: evaluate needs the weights of train: add it")
         names = [row.name for row in self.rows]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two rows are called {twice[0]!r}")
@@ -303,8 +305,8 @@ def overruled(spec: Spec, profile: Profile) -> dict[str, list[str]]:
     replaced: dict[str, list[str]] = {}
     scale = flatten(profile.settings)
     for row in spec.rows:
-        for path, value in flatten(nest({**spec.set, **row.set}, Config)).items():
-            if path in row.set and path in scale and scale[path] != value:
+        for path, value in flatten(nest(row.set, Config)).items():
+            if path in scale and scale[path] != value:
                 replaced.setdefault(path, []).append(row.name)
     return replaced
 

@@ -69,6 +69,8 @@ class Request:
             raise UserError("--photos are for inference, and --data is for --train, which needs instances to learn from")
         if self.record and not all(map(is_peer, self.models)):
             raise UserError("--record is for peers only; `run` records the timings of our own models")
+        if self.record and (self.compare or {*(self.engines or ()), *(self.precisions or ())} - {"torch", "fp32"}):
+            raise UserError("--record keeps the time of a peer in torch and fp32: leave out --compare, --engine and --precision")
 
     @property
     def task(self) -> Task:

@@ -181,8 +181,8 @@ def evaluate(
         check_writable(predictions)
     if peer is not None and checkpoint is not None:
         raise UserError("evaluate: --checkpoint chooses weights of a run, so it cannot be used with --peer")
-    if peer is not None and (engine is not None or precision is not None):
-        raise UserError("evaluate: a peer always runs in torch and fp32: leave out --engine and --precision")
+    if peer is not None and (engine is not None or precision is not None or optimize is not None):
+        raise UserError("evaluate: a peer always runs in torch and fp32: leave out --engine, --precision and --optimize")
     if peer is not None:
         found = _evaluate_peer(peer, weights, overrides, predictions, evaluator, device, (profile, results) if record else None)
     elif weights is None:
@@ -241,8 +241,9 @@ def _evaluate_peer(
     found = evaluate_peer(model, split, predictions=predictions, evaluator=evaluator)
     if keep is not None:
         profile, results = keep
+        result = {"figures": found.figures, "images": found.images}
         keep_peer(
-            Store(results), name, config.inference.sides()[0], {"figures": found.figures}, profile=profile,
+            Store(results), name, config.inference.sides()[0], result, profile=profile,
             device=device_name(str(chosen)), seconds=found.seconds, data=file_digest(split.file),
         )  # fmt: skip
     return found

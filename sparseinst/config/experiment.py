@@ -72,11 +72,21 @@ class Config(Section):
         """Return the key of the stage `pretrain`, which also names its folder."""
         return content_hash(self.pretrain_content())
 
+    @property
+    def pretrains(self) -> bool:
+        """Whether the training starts from the stage `pretrain`; weights in `train.start` take its place."""
+        return self.pretrain.enabled and self.train.start is None
+
     def train_content(self) -> dict[str, Any]:
-        """Return everything that can change the trained weights."""
+        """Return everything that can change the trained weights. With `train.patience`, evaluations decide when it ends."""
         parts = {"model": self.model, "loss": self.loss, "matcher": self.matcher, "data": self.data, "train": self.train}
-        start = {"start": self.pretrain_key()} if self.pretrain.enabled else {}
-        return {"stage": "train", **{name: part.content("train") for name, part in parts.items()}, **start}
+        start = {"start": self.pretrain_key()} if self.pretrains else {}
+        ends = {"evaluation": self._evaluation_content()} if self.train.patience is not None else {}
+        return {"stage": "train", **{name: part.content("train") for name, part in parts.items()}, **start, **ends}
+
+    def _evaluation_content(self) -> dict[str, Any]:
+        """Return everything that can change the metrics of given weights."""
+        return {"inference": self.inference.content("evaluate"), "data": self.data.content("evaluate")}
 
     def tile_advice(self) -> str | None:
         """Return a warning if the tiles of training and inference show objects in other sizes; None if they do not."""
@@ -109,16 +119,14 @@ class Config(Section):
         Args:
             train_key: what `train_key` returns, if the caller has it already.
         """
-        parts = {"inference": self.inference.content("evaluate"), "data": self.data.content("evaluate")}
-        return content_hash({"stage": "evaluate", "train": train_key or self.train_key(), **parts})
+        return content_hash({"stage": "evaluate", "train": train_key or self.train_key(), **self._evaluation_content()})
 
     def keys_of_seeds(self, seeds: Iterable[int]) -> dict[int, tuple[str, str]]:
         """Return the keys of the training and of the evaluation with each seed, by seed; the config's own seed plays no part.
 
         The contents are built once for all seeds, because a report asks for thousands of keys.
         """
-        content = self.train_content()
-        parts = {"inference": self.inference.content("evaluate"), "data": self.data.content("evaluate")}
+        content, parts = self.train_content(), self._evaluation_content()
         keys = {}
         for seed in seeds:
             content["train"]["seed"] = seed

@@ -25,7 +25,7 @@ class InferenceConfig(Section):
     """The least overlap of two neighbouring tiles, as a fraction of `tile`. It should be as large as a large object, because an
     object that no tile shows as a whole is found in pieces, which are united afterwards."""
     score_threshold: Fraction = 0.005
-    """Instances with a lower score are left out."""
+    """Instances with a lower score are left out. The score of this comparison does not contain the factor of `maskness`."""
     mask_threshold: Fraction = 0.45
     """The probability from which a pixel belongs to a mask."""
     rescore: bool = True

@@ -112,12 +112,11 @@ class ModelConfig(Section):
             return max(1, round(channels * self.width_factor))
 
         decoder = {"width": scale(self.decoder.width), "kernel_dim": scale(self.decoder.kernel_dim)}
-        return ModelConfig(
-            num_classes=self.num_classes,
-            backbone=self.backbone,
-            encoder=self.encoder.model_copy(update={"channels": scale(self.encoder.channels)}),
-            decoder=DecoderConfig.model_validate({**dict(self.decoder), **decoder}),
-        )
+        parts = {
+            "encoder": self.encoder.model_copy(update={"channels": scale(self.encoder.channels)}),
+            "decoder": DecoderConfig.model_validate({**dict(self.decoder), **decoder}),
+        }
+        return self.model_copy(update={**parts, "width_factor": 1.0})
 
     def content(self, stage: Stage | None = None) -> dict[str, Any]:
         """Return the content with the channels that are built: 256 with a factor of 0.5 equals 128."""

@@ -119,7 +119,8 @@ def _for_one_machine(runs: Sequence[StageRun], cluster: Cluster) -> list[Array]:
     for run in runs:
         if run.stage != "pretrain":
             chains.setdefault(str(run.needs) if run.stage == "evaluate" else run.key, []).append(run)
-    chains = chains or {key: [run] for key, run in pretrainings.items()}
+    needed_here = {run.needs for chain in chains.values() for run in chain}
+    chains |= {key: [run] for key, run in pretrainings.items() if key not in needed_here}
     shares: list[list[StageRun]] = [[] for _ in range(min(cluster.parallelism, len(chains)))]
     for number, chain in enumerate(chains.values()):
         share = shares[number % len(shares)]

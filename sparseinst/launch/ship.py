@@ -42,5 +42,10 @@ def ship_demo(run: Path) -> Path:
 
 
 if __name__ == "__main__":
-    _, what, source = sys.argv
-    print(ship_start(source) if what == "start" else ship_demo(Path(source)))
+    match sys.argv[1:]:
+        case ["start", key]:
+            print(ship_start(key))
+        case ["demo", run]:
+            print(ship_demo(Path(run)))
+        case _:
+            sys.exit(str(__doc__))

@@ -76,10 +76,12 @@ def plan_status(plan: Plan, queue: Queue | None = None) -> list[Status]:
         queue: the scheduler's answer, if it was asked.
     """
     states = {run.key: _status(run, run.key in plan.done, queue) for run in plan.runs.values()}
-    for key, status in states.items():
+    removed: set[str] = set()
+    for key, status in states.items():  # a stage comes after those that it needs
         needed = states.get(str(status.run.needs))
-        if status.state == "queued" and needed is not None and needed.state in NEEDS_RETRY:
+        if status.state == "queued" and needed is not None and (needed.state in NEEDS_RETRY or needed.run.key in removed):
             # The scheduler silently removes such a job from its queue.
+            removed.add(key)
             what = "pretraining" if status.run.stage == "train" else "training"
             states[key] = replace(status, state="pending", reason=f"the {what} that it needs is {needed.state}")
     return list(states.values())
@@ -100,7 +102,8 @@ def _status(run: StageRun, done: bool, queue: Queue | None) -> Status:
         return Status(run, "pending", 0.0, reason="its result is gone", attempts=attempt.number)
     progress, eta = _progress(run, paths)
     state, why = _state_of_attempt(attempt, submission, queue)
-    return Status(run, state, progress, eta if state == "running" else None, why, attempt.number, job)
+    # A later attempt is that of another job, or of `sparseinst run`, which is no job.
+    return Status(run, state, progress, eta if state == "running" else None, why, attempt.number, attempt.job)
 
 
 def _state_before_attempt(submission: Submission, queue: Queue | None) -> tuple[State, str | None]:

@@ -284,7 +284,9 @@ def cancel(runs: Sequence[StageRun], plan: Plan) -> list[str]:
     submissions = {
         status.run.key: submission
         for status in plan_status(plan)
-        if status.state in ("queued", "running") and (submission := read_submission(run_folder(status.run.key))) is not None
+        if status.state in ("queued", "running")
+        and (submission := read_submission(run_folder(status.run.key))) is not None
+        and submission.job == status.job  # otherwise `sparseinst run` does the stage now
     }
     for run in plan.runs.values():  # a stage comes after those that it needs
         keys |= {run.key} if run.needs in keys else set()

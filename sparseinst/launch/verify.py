@@ -185,7 +185,7 @@ def _train(config: Config, paths: RunPaths, device: str | None, progress: bool) 
     from sparseinst.device import pick_device
     from sparseinst.training.train import train
 
-    start = stored_weights(config.pretrain_key()) if config.pretrain.enabled else None
+    start = stored_weights(config.pretrain_key()) if config.pretrains else None
     return train(config, paths.root, device=pick_device(device), progress=progress, start=start)
 
 
@@ -226,7 +226,7 @@ def _by_row(records: Iterable[Record], store: Store) -> dict[str, Sample]:
     for record in records:
         ap = record.result["figures"].get("AP")
         training = store.load(parse_config(record.config).train_key())
-        if not untrained_ap(ap) and not (training is not None and training.result.get("not_trained")):
+        if ap is not None and not untrained_ap(ap) and not (training is not None and training.result.get("not_trained")):
             rows.setdefault(_row_key(record), []).append(ap)
     return {key: Sample(tuple(values)) for key, values in rows.items()}
 

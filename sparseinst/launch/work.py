@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseinst.ablation.gate import curve, not_trained
 from sparseinst.ablation.plan import StageRun
-from sparseinst.ablation.provenance import describe, note_code, trained_by
+from sparseinst.ablation.provenance import code_version, describe, note_code, trained_by
 from sparseinst.ablation.store import Record, Store
 from sparseinst.attempts import Attempt
 from sparseinst.checked import read_json_lines
@@ -20,7 +20,7 @@ from sparseinst.config import Config
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import file_digest
 from sparseinst.launch.names import give_name
-from sparseinst.machine import energy_counters, energy_since
+from sparseinst.machine import device_name, energy_counters, energy_since
 from sparseinst.paths import RunPaths, run_folder, stored_weights
 from sparseinst.section import Stage
 
@@ -57,6 +57,7 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
         UserError, RunFailed: the stage's own errors.
     """
     began = time.perf_counter()
+    code_version()  # it is asked once, before somebody edits the code while the stage runs
     with context.claim(run_folder(run.key)) as attempt:
         if run.is_done(store):  # another process may have written it before this one got the claim
             return
@@ -64,6 +65,7 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
             _log.warning("%s: the weights of %s %s are gone, so they are made again", run.label, run.stage, run.key)
         if attempt.rank == 0:
             give_name(run_folder(run.key), run.name(context.profile))
+        _check_device(context)
         energy = energy_counters()
         outcome = _DO[run.stage](run, store, context, attempt)
         if outcome is None:
@@ -89,6 +91,7 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
             about["energy_joules"] = round(joules, 1)
         if run.stage in ("pretrain", "train"):
             about |= {**trained_by(run_folder(run.key)), "weights": file_tensors_digest(run_folder(run.key).weights)}
+            about["parts"] = context.parts or attempt.world_size * run.config.train.accumulate
         if run.stage == "evaluate":
             assert run.needs is not None
             weights = stored_weights(run.needs)
@@ -98,11 +101,32 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
                 "training": run.needs,
                 "weights": file_tensors_digest(weights),
             }
+            training = store.load(run.needs)
+            about["parts"] = training.provenance.get("parts") if training is not None else None
         record = Record(run.stage, run.key, result, run.config.model_dump(mode="json"), about)
         if run.remake and _differs(record, store.load(run.key)):
             # Not every GPU kernel repeats its bits. The record must describe the weights that exist.
             store.retire(run.key, attempt.check)
         store.write(record, attempt.check)
+
+
+def _check_device(context: StageContext) -> None:
+    """Raise `RunFailed` if torch uses another device than the one that keys and records name.
+
+    The driver names the devices, so that a plan needs no torch; but it also sees GPUs that are hidden from torch.
+    """
+    import torch
+
+    from sparseinst.device import pick_device
+
+    device = pick_device(context.device)
+    used = torch.cuda.get_device_name(device) if device.type == "cuda" else device_name("cpu")
+    # One of the names of a part of a GPU (MIG) may be longer.
+    if not (used.startswith(context.device_name) or context.device_name.startswith(used)):
+        raise RunFailed(
+            f"torch uses {used}, but the driver names {context.device_name}: give --device cpu, or let torch see the GPUs that "
+            "the driver lists (CUDA_VISIBLE_DEVICES, a torch with CUDA)"
+        )
 
 
 def _differs(new: Record, old: Record | None) -> bool:

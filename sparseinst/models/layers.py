@@ -46,7 +46,7 @@ class DeformableConv2d(nn.Module):
         # On a CPU, torchvision's operator takes 5 times as long in a training step.
         sampled = x.device.type == "cpu" if not torch.compiler.is_exporting() else self.export_sampled
         convolve = sampled_conv2d if sampled else deform_conv2d
-        # Half precision is too coarse for offsets.
+        # The sum of position and offset would be too coarse in half precision.
         with torch.autocast(x.device.type, enabled=False):
             bias = self.bias.float() if self.bias is not None else None
             output = convolve(

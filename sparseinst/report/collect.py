@@ -31,6 +31,7 @@ from sparseinst.report.records import (
     RowRecords,
     columns_of,
     evaluate_same_weights,
+    evaluated_on,
     find_records,
     image_error,
     provenance_of,
@@ -205,7 +206,8 @@ def collect(
         row.name: known.get((table.name, row.name)) or find_records(table, row, profile, store, states, keys)
         for row in table.spec.rows
     }
-    peers = find_peers(store, table.spec.peers, profile.name, keys)
+    ours = {evaluated_on(record) for entry in records.values() for record in entry.evaluations.values()}
+    peers = find_peers(store, table.spec.peers, profile.name, keys, ours)
     devices = sorted({d for entry in records.values() for d in entry.latencies} | {d for peer in peers for d in peer.whole_ms})
     columns = [column for metric in table.spec.figures for column in columns_of(metric, devices)]
     reference = table.spec.reference

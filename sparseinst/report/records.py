@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 import numpy as np
 
 from sparseinst.ablation.gate import untrained_ap
+from sparseinst.ablation.peers import Evaluated
 from sparseinst.ablation.statistics import Sample
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import AccuracyFigure, Figure, MechanismFigure, Profile, Row, Table, row_config
@@ -145,7 +146,12 @@ def share_images(row: RowRecords, reference: RowRecords) -> bool:
     """Return whether all evaluations of two rows are of the same validation images."""
     records = [*row.evaluations.values(), *reference.evaluations.values()]
     contents = {record.provenance.get("images") for record in records} - {None}  # old records do not state it
-    return len({(record.provenance.get("data"), record.result.get("images")) for record in records}) <= 1 and len(contents) <= 1
+    return len({evaluated_on(record) for record in records}) <= 1 and len(contents) <= 1
+
+
+def evaluated_on(record: Record) -> Evaluated:
+    """Return what an evaluation evaluated."""
+    return record.provenance.get("data"), record.result.get("images")
 
 
 def image_error(row: RowRecords, reference: RowRecords, metric: str, seeds: Container[int] = SEEDS) -> float | None:
@@ -204,6 +210,7 @@ def provenance_of(rows: Iterable[RowRecords]) -> list[str]:
         *differing("image content", "images"),
         *differing("threads", "arithmetic", "threads"),
         *differing("instructions", "arithmetic", "instructions"),
+        *differing("parts of a batch", "parts"),
     ]
 
 

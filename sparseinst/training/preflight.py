@@ -189,7 +189,7 @@ def _eight_tiles(config: Config, side: int, output: Path) -> tuple[str, Path]:
 def _small(config: Config, annotations: Path, images: str) -> Config:
     """Return the config of the check, which trains and evaluates on the images of this annotation file and folder."""
     data = config.data
-    from_nothing = config.pretrain.enabled and config.train.start is None
+    from_nothing = config.pretrains
     frozen = config.model.backbone.frozen_norm and not from_nothing
     return config.replace(
         {
@@ -223,7 +223,7 @@ def _small(config: Config, annotations: Path, images: str) -> Config:
 
 
 def _losses(run: Path) -> tuple[list[float], list[float]]:
-    """Return the loss and the seconds of each step of a run."""
+    """Return the loss and the seconds of a step in each line of a run's log, which are means over several steps."""
     records = [json.loads(line) for line in RunPaths(run).metrics.read_text(encoding="utf-8").splitlines()]
     steps = [record for record in records if "loss" in record]
     return [record["loss"] for record in steps], [record["seconds"] for record in steps]

@@ -75,7 +75,7 @@ def train(
     """
     paths = RunPaths(make_folder(output))
     _refuse_other_run(paths, config)
-    needs_start = config.pretrain.enabled and config.train.start is None
+    needs_start = config.pretrains
     if needs_start and start is None and not same_for_all(paths.weights.exists()):
         # The key in the folder's name keeps the weights from different settings apart.
         folder = paths.start / config.pretrain_key()

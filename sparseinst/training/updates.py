@@ -43,13 +43,16 @@ class Updates:
             self.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
 
     def update(self) -> dict[str, float]:
-        """Update the weights, and return the gradient norm if gradients are clipped."""
-        values = {}
+        """Update the weights, and return the gradient norm if gradients are clipped.
+
+        With fp16, a gradient can overflow. The scaler then skips the step, which has no norm.
+        """
+        values: dict[str, float] = {}
         average_gradients(self.updated.parameters())
         if self.settings.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.updated.parameters(), self.settings.clip_norm)
-            values["gradient_norm"] = float(norm)
+            values |= {"gradient_norm": float(norm)} if norm.isfinite() else {}
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

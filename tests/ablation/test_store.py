@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sparseinst.ablation.store import Kind, Record, Store
+from sparseinst.checked import with_checksum
 
 RESULTS: dict[Kind, dict[str, Any]] = {
     "train": {"steps": 2, "losses": {"loss": math.nan}, "history": [{"iteration": 1, "AP": None, "APl": 1.0}]},
@@ -76,6 +77,20 @@ def test_a_flipped_bit_is_damage(kind: Kind, tmp_path: Path) -> None:
         assert store.load("k") is None, place
     store.path("k").write_bytes(whole)
     assert store.load("k") is not None
+
+
+@pytest.mark.parametrize("change", [{"kind": "calibrate"}, {"notes": []}], ids=str)
+def test_a_record_of_a_newer_version_stays(change: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An older version must not rename it, and must not do its stage again."""
+    store = Store(tmp_path)
+    store.write(Record("train", "k", {"steps": 1}))
+    path = store.path("k")
+    content = {name: value for name, value in json.loads(path.read_text()).items() if name != "checksum"}
+    path.write_text(with_checksum({**content, **change}))
+    assert store.load("k") is None
+    assert store.has("k")
+    assert path.exists()
+    assert "was written by a newer version" in caplog.text
 
 
 def test_the_checksum_is_that_of_the_content(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sparseinst.ablation.plan import StageRun, as_json, costs, make_plan, show
+from sparseinst.ablation.plan import StageRun, as_json, costs, make_plan, needed_key, show
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import Profile, list_tables, overruled, read_profile, read_spec, read_tables, row_config
 from sparseinst.cli import run_cli
@@ -75,6 +75,21 @@ def test_the_key_of_a_stage_depends_only_on_settings_that_can_change_it() -> Non
     assert config.latency_key("a").split("-")[0] == config.latency_key("b").split("-")[0] == config.latency_prefix()
 
 
+def test_with_patience_everything_that_changes_an_evaluation_changes_the_training() -> None:
+    """The evaluations decide when it ends."""
+    patient = Config().replace({"train.patience": 2, "train.evaluate_every": 100})
+    for changes in ({"inference.short_side": 512}, {"data.val_limit": 50}):
+        assert patient.replace(changes).train_key() != patient.train_key()
+        assert Config().replace(changes).train_key() == Config().train_key()
+
+
+def test_a_training_that_starts_from_weights_needs_no_pretraining() -> None:
+    config = Config().replace({"pretrain.enabled": True, "train.start": "mine.safetensors"})
+    assert needed_key(config, "train") is None
+    assert config.replace({"pretrain.iterations": 7000}).train_key() == config.train_key()
+    assert needed_key(config.replace({"train.start": None}), "train") is not None
+
+
 def test_keys_depend_on_the_scaled_channels_and_sides() -> None:
     half = Config().replace({"model.width_factor": 0.5, "inference.size_factor": 0.5})
     spelled = {"encoder.channels": 128, "decoder.width": 128, "decoder.kernel_dim": 64}
@@ -123,6 +138,7 @@ def test_a_new_table_needs_only_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("reference: four", "reference: four\nmeasures: [evaluate]", "measures: evaluate needs the weights of train"),
         ("iam.heads: 8", "iam.head: 8", r"mine.yaml: row 'eight': unknown setting 'model.decoder.iam.head' \(did you mean"),
         ("iam.heads: 8", "iam.heads: eight", r"mine.yaml: row 'eight': model.decoder.iam.heads: input should be .*'eight'"),
         ("iam.heads: 8", "iam.heads: 7", r"mine.yaml: row 'eight': .*heads=7 does not divide"),

@@ -214,11 +214,15 @@ def test_records_of_peers_are_replaced_and_kept_apart(tmp_path: Path) -> None:
     keys = {keep_peer(store, "x", 800, {"whole_ms": {"median": ms}}, **about) for ms in (9.0, 7.0)}
     assert len(keys) == 1
     keep_peer(store, "x", 640, {"whole_ms": {"median": 5.0}}, **about)
-    keep_peer(store, "x", 800, {"figures": {"AP": 34.6}}, **about, data="d1")
+    keep_peer(store, "x", 800, {"figures": {"AP": 34.6}, "images": 9}, **about, data="d1")
     keep_peer(store, "x", 800, {"whole_ms": {"median": 1.0}}, **{**about, "profile": "mini"})
     small, large = find_peers(store, ["x"], "coco", store.keys())
     assert (small.whole_ms, large.whole_ms, large.figures) == ({"A card": 5.0}, {"A card": 7.0}, {"AP": 34.6})
     assert find_peers(store, ["y"], "coco", store.keys()) == []
+    keep_peer(store, "x", 800, {"figures": {"AP": 10.0}, "images": 4}, **about, data="d1")
+    keep_peer(store, "x", 800, {"figures": {"AP": 20.0}, "images": 9}, **about, data="d2")
+    ours = find_peers(store, ["x"], "coco", store.keys(), {("d1", 9)})
+    assert [peer.figures for peer in ours] == [{}, {"AP": 34.6}], "only what our models were evaluated on"
     store.write(Record("peer", "peer-broken", {"short_side": 3}))
     assert len(find_peers(store, ["x"], "coco", store.keys())) == 2, "a damaged record is set aside"
 
@@ -230,3 +234,8 @@ def test_options_for_only_peers_or_only_our_models(capsys: Any) -> None:
     assert "give --weights to evaluate a model, or --peer" in capsys.readouterr().err
     assert run_cli(["evaluate", "--weights", "x", "--record"]) == 2
     assert "--record is for peers" in capsys.readouterr().err
+    for option in (["--engine", "openvino"], ["--compare", "size=800", "size=640"]):
+        assert run_cli(["bench", "--model", MASK_RCNN, "--record", *option]) == 2
+        assert "--record keeps the time of a peer in torch and fp32" in capsys.readouterr().err
+    assert run_cli(["evaluate", "--peer", MASK_RCNN, "--optimize", "best"]) == 2
+    assert "leave out --engine, --precision and --optimize" in capsys.readouterr().err

@@ -185,6 +185,17 @@ def test_jobs_on_one_machine_share_a_pretraining() -> None:
     assert [[run.key for run in element.runs] for element in array.elements] == [[start]]
 
 
+def test_a_pretraining_that_no_sent_stage_needs_is_sent_alone() -> None:
+    """Its training can be running already, or be done."""
+    runs = list(planned("table5", "table8").runs.values())
+    pretraining = next(run for run in runs if run.stage == "pretrain")
+    timing = next(run for run in runs if run.stage == "latency")
+    local = read_cluster("local", CLUSTERS)
+    [array] = arrange.arrange([pretraining, timing], local, 10)
+    sent = [run for element in array.elements for run in element.runs]
+    assert {run.key for run in sent} == {pretraining.key, timing.key}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit's debugger leaves its logs open
 def test_debug_and_local_give_the_same_results_as_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,12 @@ from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables
 from sparseinst.attempts import Attempt, Superseded
 from sparseinst.cli import run_cli
+from sparseinst.errors import RunFailed
 from sparseinst.inference.weights import load_weights, save_weights
 from sparseinst.launch import work
 from sparseinst.launch.run import _outcome, run_plan
 from sparseinst.launch.status import plan_status
+from sparseinst.launch.work import StageContext, do_stage
 from sparseinst.paths import RunPaths, run_folder
 from sparseinst.report.collect import read_results
 
@@ -284,6 +286,34 @@ def test_a_record_names_the_code_that_trained(monkeypatch: pytest.MonkeyPatch) -
     assert provenance.trained_by(paths)["commit"][0] == "b"
     paths.code.unlink()
     assert provenance.trained_by(paths)["commit"] is None, "unknown for a run without code.jsonl"
+
+
+def test_a_stage_on_another_device_than_its_key_names_is_refused() -> None:
+    """The driver also sees GPUs that are hidden from torch; a time of the CPU must not become that of a card."""
+    [run] = [run for run in smoke(Store(), "table8", row="512").runs.values() if run.stage == "latency"]
+    with pytest.raises(RunFailed, match="torch uses .*, but the driver names NVIDIA H100 80GB HBM3: give --device cpu"):
+        do_stage(run, Store(), StageContext("smoke", "cpu", "NVIDIA H100 80GB HBM3"))
+    assert not Store().has(run.key)
+
+
+def test_code_inside_another_projects_repository_is_not_that_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment often lies inside the user's repository, which ignores it."""
+    package = tmp_path / ".venv" / "sparseinst"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", ".gitignore"], [*who, "commit", "-qm", "mine"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(provenance, "PACKAGE", package)
+    found = provenance.code_version.__wrapped__()
+    assert (found["commit"], found["changes"]) == (None, provenance.code_digest())
+    (tmp_path / ".gitignore").unlink()
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    subprocess.run(["git", *who, "commit", "-qm", "tracked"], cwd=tmp_path, check=True)
+    found = provenance.code_version.__wrapped__()
+    assert len(str(found["commit"])) == 40
+    assert found["changes"] is None
 
 
 @pytest.mark.parametrize("line", [b"5", b'"x"', b"[]", b"\xff", b"[" * 100_000, b'{"commit": 5}', b'{"versions": null}'])

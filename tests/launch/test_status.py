@@ -78,6 +78,32 @@ def test_cancelled_failed_and_lost_are_distinguished_without_a_scheduler(tmp_pat
     assert state_of(2)[0] == "cancelled"
 
 
+def test_a_failure_travels_down_the_whole_chain(tmp_path: Path) -> None:
+    """SLURM silently removes the jobs that wait for a failed one."""
+    plan = planned("table5", row="dice alone")
+    pretraining, training, evaluation = plan.runs.values()
+    for number, run in enumerate((pretraining, training, evaluation)):
+        write_submission(run_folder(run.key), Submission("c", "slurm", f"5_{number}", str(tmp_path), time.time()))
+    with pytest.raises(RuntimeError), Attempt.begin(run_folder(pretraining.key), job=Job("5_0")):
+        raise RuntimeError("the card fell out")
+    assert [status.state for status in plan_status(plan)] == ["failed", "pending", "pending"]
+
+
+def test_a_run_that_took_over_from_a_job_is_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its evaluation must wait for it, not for the dead job, and `cancel` must not say that it was cancelled."""
+    plan = planned("table5", row="dice alone")
+    training, evaluation = (run for run in plan.runs.values() if run.stage in ("train", "evaluate"))
+    write_submission(run_folder(training.key), Submission("c", "slurm", "5_0", str(tmp_path), time.time() - 60))
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("scancel was called"))
+    with Attempt.begin(run_folder(training.key)):
+        states = plan_status(plan)
+        [status] = [status for status in states if status.run.key == training.key]
+        assert (status.state, status.job) == ("running", None)
+        assert evaluation not in arrange.select(states, retry=False).runs
+        with pytest.raises(UserError, match="none of these runs is on a cluster"):
+            launch.cancel([training], plan)
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "null", "[" * 100_000, b"\xff", {"at": "x"}, {"job": 5}, {"job": "/a"}, {"process": ""}, {"folder": "a\0"}],

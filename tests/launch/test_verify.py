@@ -16,8 +16,9 @@ from sparseinst.ablation.statistics import SeedNoise
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables
 from sparseinst.cli import run_cli
+from sparseinst.config import Config
 from sparseinst.evaluation.predictions import read_predictions
-from sparseinst.launch.verify import _within_noise
+from sparseinst.launch.verify import _by_row, _within_noise
 from sparseinst.paths import run_folder
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -149,6 +150,12 @@ def test_metrics_and_resamplings_are_computed_again_from_predictions(
     Store(Path("elsewhere")).write(replace(found, provenance={**found.provenance, "data": "0" * 16}))
     assert run_cli(["verify", key, "--results", "elsewhere", "--predictions", str(kept)]) == 2
     assert "these are not the annotations of the record" in capsys.readouterr().err
+
+
+def test_evaluations_without_an_ap_say_nothing_about_the_noise(tmp_path: Path) -> None:
+    store, config = Store(tmp_path), Config().model_dump(mode="json")
+    records = [Record("evaluate", str(number), {"figures": {"AP": ap}}, config) for number, ap in enumerate((None, 30.0, 31.0))]
+    assert [sample.values for sample in _by_row(records, store).values()] == [(30.0, 31.0)]
 
 
 def test_noise_is_that_of_two_seeds() -> None:
