@@ -59,7 +59,7 @@ EngineChoice = Annotated[
 NetworkPrecisionChoice = Annotated[
     str | None,
     typer.Option(
-        metavar="fp32|bf16|fp16|int8",
+        metavar="fp32|tf32|bf16|fp16|int8",
         help="The number format in which the network computes.  [default: inference.precision of the weights]",
     ),
 ]

@@ -108,12 +108,16 @@ def export(
         return
     if precision is not None or max_drop is not None or calibration_images is not None or data is not None:
         raise UserError("export: --precision, --max-drop, --calibration-images and --data need --engine")
+    from sparseinst.inference.artifacts import describe
     from sparseinst.inference.checkpoints import find_weights
     from sparseinst.inference.export import export_model
     from sparseinst.inference.weights import load_weights
 
     model, config, categories = load_weights(find_weights(weights, checkpoint))
-    export_model(model, config.inference, output, form=form, normalise=not normalised, probabilities=probabilities, half=half)
+    about = describe(model, config, categories).to_json()
+    export_model(
+        model, config.inference, output, form=form, normalise=not normalised, probabilities=probabilities, half=half, about=about
+    )
     size = output.stat().st_size / 1e6
     print(f"{output}: {size:.1f} MB, {len(categories)} classes, {config.model.decoder.iam.num_maps} maps an image")
 

@@ -12,14 +12,17 @@ from typing import Any
 from xml.sax.saxutils import escape, unescape
 
 from sparseinst.engines.base import missing_package
-from sparseinst.errors import UserError
+from sparseinst.errors import DamagedFile
 from sparseinst.files import check_is_file
 
 OPSET = 19
 """The ONNX operator set of networks: the first with deformable convolutions."""
 ABOUT = "sparseinst"
 """The name of the entry in an artifact's metadata that describes the artifact."""
+GRAPH = "sparseinst_graph"
+"""The name of the entry in the metadata of a graph with pre- and post-processing, which is no artifact."""
 _IN_XML = re.compile(rf'(<{ABOUT} value=")([^"]*)(" />)'.encode())
+_NUMBERED = re.compile(rb"\b([A-Z][A-Za-z]*_)[0-9]+\b")
 _QUOTE, _UNQUOTE = {'"': "&quot;"}, {"&quot;": '"', "&#10;": "\n", "&#9;": "\t"}
 
 
@@ -31,25 +34,35 @@ def artifact_files(artifact: Path) -> list[Path]:
 def artifact_identity(artifact: Path) -> tuple[str, int]:
     """Return the digest of an artifact's network, 16 hexadecimal digits of a SHA-256, and the bytes of its files.
 
-    The digest leaves out what the artifact says about itself. Settings such as the image size can change there, while the
-    network stays the same.
+    The digest leaves out what the artifact says about itself, because settings such as the image size can change there while the
+    network stays the same. It also leaves out the numbers in the names that OpenVINO gives to layers, which count everything that
+    a process has made.
 
     Raises:
-        UserError: a file is missing or damaged, or the package that reads it is not installed.
+        DamagedFile: a file is incomplete, or the weights are missing.
+        UserError: the artifact is missing, or the package that reads it is not installed.
     """
+    check_is_file(artifact)
     files = artifact_files(artifact)
-    for path in files:
-        check_is_file(path)
+    for path in files[1:]:
+        if not path.is_file():
+            raise DamagedFile(artifact, f"its weights are missing: copy {path.name}, which belongs to it, into the same folder")
     if artifact.suffix == ".onnx":
         parts = [read_onnx(artifact).graph.SerializeToString(deterministic=True)]
     else:
-        parts = [_IN_XML.sub(rb"\1\3", artifact.read_bytes()), *(path.read_bytes() for path in files[1:])]
+        description = _NUMBERED.sub(rb"\1", _IN_XML.sub(rb"\1\3", artifact.read_bytes()))
+        parts = [description, *(path.read_bytes() for path in files[1:])]
     digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts))
     return digest.hexdigest()[:16], sum(path.stat().st_size for path in files)
 
 
 def read_onnx(path: Path) -> Any:
-    """Return the content of an ONNX file. Raises `UserError` if it is no ONNX file, or if the package `onnx` is missing."""
+    """Return the content of an ONNX file.
+
+    Raises:
+        DamagedFile: it is no ONNX file, or it is incomplete.
+        UserError: the file is missing, or the package `onnx`.
+    """
     try:
         import onnx
         from google.protobuf.message import DecodeError
@@ -59,7 +72,7 @@ def read_onnx(path: Path) -> Any:
     try:
         return onnx.load(path, load_external_data=False)
     except DecodeError:
-        raise UserError(f"{path}: is not an ONNX file, or it is damaged") from None
+        raise DamagedFile(path, "is not an ONNX file, or it is incomplete: copy or export it again") from None
 
 
 def read_about(artifact: Path) -> str | None:

@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseinst.files import atomic, causes, file_digest, make_folder
-from sparseinst.inference.artifacts import libraries_folder
+from sparseinst.files import atomic, causes, file_digest
+from sparseinst.inference.artifacts import libraries_folder, make_cache_folder
 from sparseinst.models.tensors import tensors_digest
 from sparseinst.section import content_hash
 from sparseinst.words import shorten
@@ -100,7 +100,7 @@ def compiled(
                 f"torch finds no C++ compiler on this machine (g++, or the one that CXX names), and {folder} has no library of "
                 f"{what} for this CPU and {torch.get_num_threads()} threads"
             )
-        _make_room(make_folder(folder))
+        _make_room(make_cache_folder(folder))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as temporary:
             _log.info("compiling %s for this CPU; the next start loads it from %s", what, folder)
             try:

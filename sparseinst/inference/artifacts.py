@@ -8,6 +8,7 @@ The folder of artifacts has one subfolder for each network, named by the content
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -20,14 +21,16 @@ import torch
 from sparseinst.config import Config, EngineName
 from sparseinst.data.coco import Category, read_categories
 from sparseinst.engines import artifact as files
-from sparseinst.engines.artifact import ABOUT, OPSET, artifact_files, with_about
+from sparseinst.engines.artifact import ABOUT, OPSET, artifact_files, read_onnx, with_about
 from sparseinst.engines.base import missing_package
-from sparseinst.errors import RunFailed, UserError
+from sparseinst.errors import DamagedFile, RunFailed, UserError
 from sparseinst.files import atomic, file_digest, make_folder
 from sparseinst.models.tensors import tensors_digest
 from sparseinst.overrides import parse_config
 from sparseinst.section import content_hash
 from sparseinst.words import shorten
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from sparseinst.models.sparseinst import SparseInst
@@ -71,11 +74,11 @@ class About:
             about = cls(parse_config(data["config"]), categories, data["weights"], mean, std, data["recipe"])
             beside = data.get("weights_file")
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: its metadata are damaged ({shorten(str(error))}); export it again") from None
-        if beside is not None and file_digest(path.with_suffix(".bin")) != beside:
-            raise UserError(
-                f"{path.with_suffix('.bin')}: holds other weights than those that {path.name} was exported with: copy both files "
-                "of the same export"
+            raise DamagedFile(path, f"its metadata are damaged ({shorten(str(error))}); export it again") from None
+        weights = path.with_suffix(".bin")
+        if beside is not None and weights.exists() and file_digest(weights) != beside:
+            raise DamagedFile(
+                path, f"{weights.name} beside it holds other weights than those of its export: copy both files of the same export"
             )
         return about
 
@@ -96,6 +99,28 @@ def artifacts_folder() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparseinst"
+
+
+def make_cache_folder(path: Path) -> Path:
+    """Create a folder for artifacts and return it.
+
+    Raises:
+        UserError: it cannot be created.
+        RunFailed: the disk is full.
+    """
+    try:
+        return make_folder(path)
+    except UserError as error:
+        raise UserError(f"{error}; set SPARSEINST_CACHE to a folder that you may write to") from None
+
+
+def remove_damaged(error: DamagedFile) -> None:
+    """Remove a damaged file that this package keeps for the next start, with a warning. Raises the error for any other file."""
+    if artifacts_folder().resolve() not in error.path.resolve().parents:
+        raise error
+    _log.warning("%s; it is made again", error)
+    for file in artifact_files(error.path):
+        file.unlink(missing_ok=True)
 
 
 def network_folder(about: About) -> Path:
@@ -134,7 +159,11 @@ def float_artifact(model: SparseInst, about: About, engine: EngineName) -> Path:
         return onnx
     converted = onnx.parent / f"network-{_openvino().__version__.split('-')[0]}.xml"
     if not converted.exists():
-        write_openvino(_openvino().Core().read_model(onnx), converted, about)
+        try:
+            network = _openvino().Core().read_model(onnx)
+        except RuntimeError as error:
+            raise DamagedFile(onnx, f"OpenVINO cannot read it ({_last_line(error)})") from None
+        write_openvino(network, converted, about)
     return converted
 
 
@@ -151,10 +180,14 @@ def onnx_file(model: SparseInst, about: About, engine: EngineName) -> Path:
     sampled = engine == "openvino" and any(isinstance(module, DeformableConv2d) for module in model.modules())
     path = network_folder(about) / ("network-sampled.onnx" if sampled else "network.onnx")
     if not path.exists():
-        make_folder(path.parent)
+        make_cache_folder(path.parent)
         with atomic(path) as temporary:
             export_network(model, temporary, sampled=sampled)
     return path
+
+
+def _last_line(error: Exception) -> str:
+    return shorten(str(error).strip().splitlines()[-1])
 
 
 def _openvino() -> Any:
@@ -172,15 +205,14 @@ def write_openvino(model: Any, path: Path, about: About) -> None:
         UserError, RunFailed: the files cannot be written.
     """
     model.set_rt_info("", [ABOUT])
-    with tempfile.TemporaryDirectory(dir=make_folder(path.parent), prefix=".", suffix=".tmp") as folder:
+    with tempfile.TemporaryDirectory(dir=make_cache_folder(path.parent), prefix=".", suffix=".tmp") as folder:
         saved = Path(folder) / "network.xml"
         try:
             _openvino().save_model(model, saved, compress_to_fp16=False)
         except RuntimeError as error:  # it does not say why
             free = shutil.disk_usage(folder).free
             raise RunFailed(
-                f"{path}: OpenVINO cannot write it ({shorten(str(error).strip().splitlines()[-1])}); "
-                f"{free / 1e6:.1f} MB are free on this disk"
+                f"{path}: OpenVINO cannot write it ({_last_line(error)}); {free / 1e6:.1f} MB are free on this disk"
             ) from None
         copy_artifact(saved, path, about)
 
@@ -217,9 +249,17 @@ def read_about(path: Path) -> About:
     """Return what an artifact says about itself.
 
     Raises:
-        UserError: the file cannot be read, it was not made by this package, or the weights beside it are those of another one.
+        DamagedFile: it is incomplete, or the weights beside it are those of another one.
+        UserError: the file cannot be read, or it was not made by this package.
     """
     text = files.read_about(path)
+    if text is None and path.suffix == ".onnx" and any(entry.key == files.GRAPH for entry in read_onnx(path).metadata_props):
+        raise UserError(
+            f"{path}: contains pre- and post-processing, and runs without this package. In place of weights, use the network "
+            "alone: sparseinst export --engine onnxruntime"
+        )
     if text is None:
-        raise UserError(f"{path}: is not a network of this package; make one with sparseinst export --engine")
+        raise DamagedFile(
+            path, "is no network of this package, or it is incomplete: copy it again, or make one with sparseinst export --engine"
+        )
     return About.from_json(text, path)

@@ -16,7 +16,7 @@ from timm.layers import Conv2dSame  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from sparseinst.config import SIZE_DIVISOR, InferenceConfig
-from sparseinst.engines.artifact import OPSET
+from sparseinst.engines.artifact import GRAPH, OPSET
 from sparseinst.engines.base import INPUT
 from sparseinst.engines.base import OUTPUTS as NETWORK_OUTPUTS
 from sparseinst.errors import UserError
@@ -154,6 +154,7 @@ def export_model(
     normalise: bool = True,
     probabilities: bool = False,
     half: bool = False,
+    about: str = "",
 ) -> None:
     """Write a trained model as a graph.
 
@@ -162,6 +163,7 @@ def export_model(
         normalise: true if the graph takes pixels of 0-255 and normalises them; false if it takes normalised images.
         probabilities: true if masks are probabilities; false if they are booleans.
         half: true if weights and features are fp16; scores and masks stay float32.
+        about: a text for the metadata of an ONNX file, under the name `artifact.GRAPH`.
 
     Raises:
         UserError: the extra `export` is not installed, or `output` is a folder.
@@ -192,6 +194,7 @@ def export_model(
             dynamic_shapes=dynamic,
             verbose=False,
         )
+        program.model.metadata_props[GRAPH] = about
         with atomic(output) as temporary:
             program.save(temporary)
 

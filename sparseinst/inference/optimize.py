@@ -11,7 +11,7 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from sparseinst.models.encoder import Encoder, resize
 from sparseinst.models.network import Predictions
 from sparseinst.models.norms import nearly_equal, norms_after_convolutions, probe_image
 from sparseinst.models.sparseinst import SparseInst
+from sparseinst.nested import nearest
 
 _log = logging.getLogger(__name__)
 
@@ -117,8 +118,10 @@ def optimize(
     process keeps freed memory from then on (see `inference.memory`).
 
     Raises:
-        UserError: the model is such a copy.
+        UserError: the model is such a copy, or there is no such mode.
     """
+    if mode not in (known := get_args(OptimizeMode)):
+        raise UserError(f"optimisation {mode!r} is unknown: expected one of {', '.join(known)}{nearest(mode, known)}")
     if isinstance(model, OptimizedSparseInst):
         raise UserError("the model is optimised already: load it again to optimise it in another way")
     if device.type == "cpu":

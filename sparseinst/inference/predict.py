@@ -279,8 +279,11 @@ def as_image(image: str | Path | Image.Image | NDArray[Any]) -> Image.Image:
         return read_image(Path(image))
     if isinstance(image, Image.Image):
         return as_rgb(image)
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+    if not isinstance(image, np.ndarray):
+        raise DataError(f"an image must be a path, a Pillow image or an array, not {type(image).__name__}; give one at a time")
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or not image.size:
         raise DataError(
-            f"an image array must be (H, W, 3) or (H, W) of type uint8; this one is {image.shape} of type {image.dtype}"
+            "an image array must be (H, W, 3) or (H, W) of type uint8, and not be empty; this one is "
+            f"{image.shape} of type {image.dtype}"
         )
     return Image.fromarray(image).convert("RGB")

@@ -1,6 +1,7 @@
 """Check the engines: their choice, their artifacts, the precision that they really use, and that they find what torch finds."""
 
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,13 +17,14 @@ from sparseinst.bench.engines import agreement
 from sparseinst.cli import run_cli
 from sparseinst.config import ENGINE_PRECISIONS, Config, EngineName
 from sparseinst.engines import openvino_engine
-from sparseinst.engines.artifact import artifact_identity
+from sparseinst.engines.artifact import GRAPH, artifact_identity
 from sparseinst.engines.base import check_precision
 from sparseinst.engines.names import ENGINES, check_engine
 from sparseinst.errors import UserError
 from sparseinst.evaluation.predictions import read_predictions
 from sparseinst.evaluation.weights import evaluate_weights
 from sparseinst.inference import artifacts as keeping
+from sparseinst.inference import export
 from sparseinst.inference.engine_network import prepare
 from sparseinst.inference.predict import Predictor
 from sparseinst.inference.weights import load_weights
@@ -152,7 +154,7 @@ def test_an_exported_network_is_evaluated_like_its_weights(
 def test_a_network_is_exported_once(artifacts: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require("onnxruntime")
     load_model(trained, engine="onnxruntime")
-    monkeypatch.setattr(keeping, "export_network", lambda *_: pytest.fail("the network was exported again"))
+    monkeypatch.setattr(export, "export_network", lambda *_: pytest.fail("the network was exported again"))
     load_model(trained, engine="onnxruntime")
 
 
@@ -167,6 +169,70 @@ def test_openvino_compiles_what_is_asked_for(artifacts: Path, trained: Path) -> 
     assert (found["precision"], max(found["layers"], key=found["layers"].get)) == ("bf16", "bf16")
     with pytest.raises(UserError, match="compiled bf16 although fp16 was asked for"):
         evaluate_weights(weights, {"inference.engine": "openvino", "inference.precision": "fp16"}, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("engine", "suffix"), [("onnxruntime", ".onnx"), ("openvino", ".onnx"), ("openvino", ".xml"), ("openvino", ".bin")]
+)
+def test_a_damaged_file_that_was_kept_is_made_again(
+    engine: Any,
+    suffix: str,
+    artifacts: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Otherwise every later start would fail until somebody removes the file."""
+    require(engine)
+    expected = load_model(trained, "cpu", engine=engine).predict(photo((100, 140)))
+    shutil.copytree(artifacts / "networks", tmp_path / "networks")
+    monkeypatch.setenv("SPARSEINST_CACHE", str(tmp_path))
+    for file in tmp_path.rglob(f"network*{suffix}"):
+        file.write_bytes(file.read_bytes()[:1000])
+    if suffix == ".onnx" and engine == "openvino":  # it needs this file only to make its own
+        for file in tmp_path.rglob("network-*"):
+            file.unlink()
+    caplog.clear()
+    again = load_model(trained, "cpu", engine=engine).predict(photo((100, 140)))
+    np.testing.assert_array_equal(again.scores, expected.scores)
+    assert "; it is made again" in caplog.text
+
+
+def test_weights_that_were_not_copied_are_named(artifacts: Path, trained: Path, tmp_path: Path) -> None:
+    require("openvino")
+    assert run_cli(["export", "--weights", str(trained), "--engine", "openvino", "--output", str(tmp_path / "model.xml")]) == 0
+    (tmp_path / "model.bin").unlink()
+    with pytest.raises(UserError, match=r"model\.xml: its weights are missing: copy model\.bin"):
+        load_model(tmp_path / "model.xml")
+
+
+def test_the_digest_does_not_depend_on_the_numbers_in_names(tmp_path: Path) -> None:
+    """OpenVINO counts everything that a process has made, so that the same network gets other numbers."""
+    digests = set()
+    for number in (175685, 187514):
+        layer = f'<net><layer id="0" name="Constant_{number}" type="Const"/></net>'
+        (tmp_path / "model.xml").write_text(layer)
+        (tmp_path / "model.bin").write_bytes(b"weights")
+        digests.add(artifact_identity(tmp_path / "model.xml")[0])
+    assert len(digests) == 1
+    (tmp_path / "model.bin").write_bytes(b"others")
+    assert artifact_identity(tmp_path / "model.xml")[0] not in digests
+
+
+def test_a_cache_that_cannot_be_written_names_its_variable(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require("onnxruntime")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPARSEINST_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="set SPARSEINST_CACHE to a folder that you may write to"):
+        load_model(trained, "cpu", engine="onnxruntime")
+
+
+def test_an_unknown_optimisation_is_refused(trained: Path) -> None:
+    with pytest.raises(UserError, match="optimisation 'fast' is unknown: expected one of folded, compiled, graph, best"):
+        load_model(trained, "cpu", optimize="fast")  # type: ignore[arg-type]
 
 
 def test_an_engine_has_no_optimisation_of_torch(tiny: Config) -> None:
@@ -220,14 +286,19 @@ def test_deformable_convolutions_run_in_every_engine(artifacts: Path, tiny: Conf
 def test_files_that_are_no_networks_are_refused(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     (tmp_path / "text.onnx").write_text("no network")
-    with pytest.raises(UserError, match="is not an ONNX file, or it is damaged"):
+    with pytest.raises(UserError, match="is not an ONNX file, or it is incomplete: copy or export it again"):
         load_model(tmp_path / "text.onnx")
     empty = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
     onnx.save(empty, tmp_path / "other.onnx")
-    with pytest.raises(UserError, match="is not a network of this package"):
+    with pytest.raises(UserError, match="is no network of this package, or it is incomplete"):
         load_model(tmp_path / "other.onnx")
     with pytest.raises(UserError, match="no such file"):
         load_model(tmp_path / "none.onnx")
+    whole = onnx.load(tmp_path / "other.onnx")
+    whole.metadata_props.add(key=GRAPH, value="{}")
+    onnx.save(whole, tmp_path / "whole.onnx")
+    with pytest.raises(UserError, match="contains pre- and post-processing.* sparseinst export --engine onnxruntime"):
+        load_model(tmp_path / "whole.onnx")
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,10 @@ def test_predictor_takes_files_images_and_arrays(tiny: Config, tmp_path: Path) -
     assert np.array_equal(a.scores, c.scores)
     assert predictor.predict(np.asarray(picture.convert("L"))).masks.shape[1:] == (picture.height, picture.width)
     assert len(predictor.predict(path, score=2.0).scores) == 0
+    nothing: Any
+    for nothing in (None, [path], np.zeros((0, 10, 3), np.uint8)):
+        with pytest.raises(DataError, match="an image"):
+            predictor.predict(nothing)
     with pytest.raises(DataError, match=r"\(H, W, 3\)"):
         predictor.predict(np.zeros((4, 4, 4), dtype=np.uint8))
 

@@ -15,8 +15,8 @@ from sparseinst.config import EngineName, NetworkPrecision
 from sparseinst.engines.artifact import OPSET
 from sparseinst.engines.base import INPUT, Engine, Facts
 from sparseinst.errors import UserError
-from sparseinst.files import atomic, make_folder
-from sparseinst.inference.artifacts import artifacts_folder, compiled_folder
+from sparseinst.files import atomic
+from sparseinst.inference.artifacts import artifacts_folder, compiled_folder, make_cache_folder
 from sparseinst.inference.export import check_onnx_packages
 from sparseinst.inference.onnx_operators import translations
 from sparseinst.integrations.peers.peer import Exportable, Peer, PeerInput
@@ -84,7 +84,7 @@ def _artifact(peer: Peer, exportable: Exportable, example: PeerInput) -> Path:
     path = artifacts_folder() / "peers" / content_hash(content) / "network.onnx"
     if not path.exists():
         check_onnx_packages()
-        make_folder(path.parent)
+        make_cache_folder(path.parent)
         with atomic(path) as temporary, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters warn about their own code
             _export(exportable, example.images, temporary)
