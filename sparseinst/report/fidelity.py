@@ -361,7 +361,9 @@ def read_fidelity(names: Sequence[str], profile: str, results: Path) -> Fidelity
             "or the paper states no AP for it"
         )
     settings, store = read_profile(profile), Store(results)
-    prior = seed_priors(list(tables.values()), settings, store, store.keys()).get("AP")
+    # The noise is that of all tables, as in the report.
+    every = [*tables.values(), *(read_tables(["all"]) if list_tables() else [])]
+    prior = seed_priors(every, settings, store, store.keys()).get("AP")
     collected = read_results(list(tables), profile, results)
     histories = {}
     for key in {key for result in collected for entry in result.rows for key in entry.trainings}:

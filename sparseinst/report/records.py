@@ -10,11 +10,12 @@ import numpy as np
 
 from sparseinst.ablation.gate import untrained_ap
 from sparseinst.ablation.peers import Evaluated
+from sparseinst.ablation.sequential import MOST_REFERENCE_SEEDS
 from sparseinst.ablation.statistics import Sample
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import AccuracyFigure, Figure, MechanismFigure, Profile, Row, Table, row_config
 
-SEEDS = range(12)
+SEEDS = range(MOST_REFERENCE_SEEDS)
 """The seeds that a report looks for."""
 ACCURACY: tuple[str, ...] = get_args(AccuracyFigure)
 EVALUATED: tuple[str, ...] = (*ACCURACY, *get_args(MechanismFigure))
