@@ -80,3 +80,8 @@ def test_the_shapes_in_method_md_are_those_of_the_model() -> None:
     with torch.no_grad():
         model(torch.zeros(1, 3, 640, 864))
     assert documented <= found, documented - found
+
+
+def test_every_model_is_named() -> None:
+    page = (ROOT / "docs" / "train.md").read_text()
+    assert [name for name in MODELS if f"`{name}`" not in page] == []
