@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 
 class UserError(Exception):
@@ -14,19 +13,6 @@ class UserError(Exception):
 
 class DataError(UserError):
     """An annotation file or an image cannot be used. The message names the file."""
-
-
-class DamagedFile(UserError):
-    """A file is incomplete or damaged. If it is one that this package keeps for the next start, it is made again.
-
-    Args:
-        path: the file; of an artifact in several files, the first one.
-        what: what is wrong with it.
-    """
-
-    def __init__(self, path: Path, what: str) -> None:
-        super().__init__(f"{path}: {what}")
-        self.path = path
 
 
 class RunFailed(Exception):

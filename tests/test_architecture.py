@@ -166,13 +166,6 @@ def test_listed_modules_do_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.slow
-def test_an_artifact_is_loaded_without_the_packages_of_the_layers() -> None:
-    """timm and torchvision take longer to import than an engine's network takes to load."""
-    code = "import sys, sparseinst.inference.predict; assert not {'timm', 'torchvision'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_there_are_no_import_cycles() -> None:
     """Imports inside functions count, too."""
     names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}

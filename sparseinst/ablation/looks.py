@@ -110,10 +110,11 @@ def last_decisions(looks: Sequence[Look]) -> dict[str, Decision]:
 def penalties(looks: Sequence[Look]) -> dict[str, float]:
     """Return the factor for the p-values of each row that was looked at.
 
-    A row that gets more seeds is judged as at its next look, because until then its seeds are a part of those of that look.
+    It is that of its newest look, so that a report settles nothing that the look left open. The first look tests nothing, and a
+    row that then gets more seeds has the factor of the first test.
     """
-    return {row: PENALTIES[_judged_at(look.number, decision)] for look in looks for row, decision in look.decisions.items()}
+    return {row: _penalty(look.number, decision) for look in looks for row, decision in look.decisions.items()}
 
 
-def _judged_at(number: int, decision: Decision) -> int:
-    return min(number + 1, len(PENALTIES) - 1) if decision.kind == "more seeds" else number
+def _penalty(number: int, decision: Decision) -> float:
+    return PENALTIES[max(number, 1) if decision.kind == "more seeds" else number]

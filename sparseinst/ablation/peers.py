@@ -54,14 +54,14 @@ Evaluated = tuple[str | None, int | None]
 
 
 def find_peers(
-    store: Store, names: Iterable[str], profile: str, keys: set[str], of: Collection[Evaluated] = ()
+    store: Store, names: Iterable[str], profile: str, keys: set[str], evaluated_on: Collection[Evaluated] = ()
 ) -> list[PeerResult]:
     """Return the recorded results of these systems in a profile, ordered by name as given and by input size.
 
     Args:
         keys: the keys of all records.
-        of: what our models were evaluated on; evaluations on anything else are left out. If it is empty, the newest evaluation of
-            each system counts.
+        evaluated_on: what our models were evaluated on; evaluations on anything else are left out. If it is empty, the newest
+            evaluation of each system counts.
     """
     wanted = list(names)
     results: dict[tuple[str, int], PeerResult] = {}
@@ -73,6 +73,6 @@ def find_peers(
         entry = results.setdefault((name, side), PeerResult(name, side))
         if "whole_ms" in record.result:
             entry.whole_ms[record.provenance.get("device", "unknown device")] = record.result["whole_ms"]["median"]
-        elif not of or (record.provenance.get("data"), record.result.get("images")) in of:
+        elif not evaluated_on or (record.provenance.get("data"), record.result.get("images")) in evaluated_on:
             entry.figures = record.result["figures"]
     return sorted(results.values(), key=lambda entry: (wanted.index(entry.name), entry.short_side))

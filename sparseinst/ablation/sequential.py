@@ -68,7 +68,7 @@ class Decision:
             return f"settled: {self.verdict}"
         chance = f"a chance of {100 * self.power:.0f} % to be settled"
         return {
-            "futile": f"stopped: {chance}" if self.power else "stopped: it is not trained",
+            "futile": f"stopped: {chance}" if self.power else "stopped: it is not trained, or has no AP",
             "more seeds": f"more seeds: {chance}",
             "out of looks": "undecided after all looks",
         }[self.kind]

@@ -201,7 +201,7 @@ class Store:
             if content.get("kind") in _RETIRED:
                 return None
             if has_checksum(text) and (content.get("kind") not in _CONTENTS or content.keys() - _FIELDS):
-                _log.warning("%s was written by a newer version of this package, which can read it", path)
+                _log.warning("a newer version of this package wrote %s; use that version to read it", path)
                 return None
             record = Record(**content)
             _CONTENTS[record.kind].model_validate(record.result)

@@ -37,6 +37,7 @@ def read_image(path: Path | BinaryIO, size: tuple[int, int] | None = None) -> Im
             with Image.open(path) as file:
                 file.load()
                 stored: Image.Image = file
+                scaled = file.mode == "I" and file.format == "PPM"  # Pillow scales the values of these files to 16 bits
                 turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
                 upright = ImageOps.exif_transpose(file) if turned else file
     except FileNotFoundError:
@@ -47,20 +48,21 @@ def read_image(path: Path | BinaryIO, size: tuple[int, int] | None = None) -> Im
         if stored.size != size[::-1]:
             raise DataError(f"{path}: is {stored.width} x {stored.height}, its annotations say {size[1]} x {size[0]}")
         upright = stored
-    return as_rgb(upright, str(path))
+    return as_rgb(upright, str(path), is_16_bit=scaled)
 
 
-def as_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+def as_rgb(image: Image.Image, name: str = "the image", *, is_16_bit: bool = False) -> Image.Image:
     """Return an image as RGB. The scale of a 16-bit image does not depend on its values, so that all images are read alike.
 
     Args:
         name: how messages call the image.
+        is_16_bit: the values are those of 16 bits, although the image has a mode for more.
 
     Raises:
-        DataError: its pixels have 32 bits, so that their range is unknown.
+        DataError: its pixels are signed or have 32 bits, so that their range is unknown.
     """
-    if image.mode in ("I", "F"):
-        raise DataError(f"{name}: has 32 bits a pixel, and their range is unknown: convert it to 8 or 16 bits")
-    if image.mode.startswith("I;16"):  # Pillow would clip the values at 255
+    if image.mode in ("I", "F") and not is_16_bit:
+        raise DataError(f"{name}: its pixels are signed or have 32 bits, so their range is unknown: convert it to 8 or 16 bits")
+    if is_16_bit or image.mode.startswith("I;16"):  # Pillow would clip the values at 255
         image = Image.fromarray((np.asarray(image, dtype=np.float64) * (255 / 65535)).round().astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")

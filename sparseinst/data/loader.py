@@ -283,8 +283,6 @@ class Loader:
             pin_memory=pin_memory,
             worker_init_fn=_start_worker,
             prefetch_factor=PREFETCH if workers else None,
-            # By default, each start of a loader draws from torch's generator, which also decides about drop path.
-            generator=torch.Generator(),
             **kwargs,
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 from xml.sax.saxutils import escape, unescape
 
 from sparseinst.engines.base import missing_package
-from sparseinst.errors import DamagedFile
+from sparseinst.errors import UserError
 from sparseinst.files import check_is_file
 
 OPSET = 19
@@ -39,14 +39,13 @@ def artifact_identity(artifact: Path) -> tuple[str, int]:
     a process has made.
 
     Raises:
-        DamagedFile: a file is incomplete, or the weights are missing.
-        UserError: the artifact is missing, or the package that reads it is not installed.
+        UserError: a file is missing or incomplete, or the package that reads it is not installed.
     """
     check_is_file(artifact)
     files = artifact_files(artifact)
     for path in files[1:]:
         if not path.is_file():
-            raise DamagedFile(artifact, f"its weights are missing: copy {path.name}, which belongs to it, into the same folder")
+            raise UserError(f"{artifact}: its weights are missing: copy {path.name}, which belongs to it, into the same folder")
     if artifact.suffix == ".onnx":
         parts = [read_onnx(artifact).graph.SerializeToString(deterministic=True)]
     else:
@@ -60,8 +59,7 @@ def read_onnx(path: Path) -> Any:
     """Return the content of an ONNX file.
 
     Raises:
-        DamagedFile: it is no ONNX file, or it is incomplete.
-        UserError: the file is missing, or the package `onnx`.
+        UserError: the file is missing, incomplete or no ONNX file, or the package `onnx` is missing.
     """
     try:
         import onnx
@@ -72,7 +70,7 @@ def read_onnx(path: Path) -> Any:
     try:
         return onnx.load(path, load_external_data=False)
     except DecodeError:
-        raise DamagedFile(path, "is not an ONNX file, or it is incomplete: copy or export it again") from None
+        raise UserError(f"{path}: is not an ONNX file, or it is incomplete: copy or export it again") from None
 
 
 def read_about(artifact: Path) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparseinst.config import NetworkPrecision
 from sparseinst.engines.artifact import artifact_identity, read_onnx
 from sparseinst.engines.base import INPUT, Facts, as_predictions, check_precision, missing_package, used_precision
-from sparseinst.errors import DamagedFile
+from sparseinst.errors import UserError
 from sparseinst.models.network import Predictions
 from sparseinst.words import shorten
 
@@ -60,7 +60,9 @@ def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None
         session = onnxruntime.InferenceSession(artifact, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 (its errors have no common class but RuntimeError and Exception)
         why = shorten(str(error).splitlines()[0])
-        raise DamagedFile(artifact, f"ONNX Runtime cannot load it ({why}); copy or export it again") from None
+        raise UserError(
+            f"{artifact}: ONNX Runtime cannot load it ({why}); if it is incomplete, copy or export it again"
+        ) from None
     layers = _count_layers(artifact)
     used = used_precision(layers)
     check_precision("onnxruntime", precision, used, layers)

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparseinst.config import NetworkPrecision
 from sparseinst.engines.artifact import artifact_identity
 from sparseinst.engines.base import Facts, as_predictions, check_precision, missing_package, used_precision
-from sparseinst.errors import DamagedFile, RunFailed, UserError
+from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import check_writable
 from sparseinst.machine import multiplies_bfloat16
 from sparseinst.models.network import Predictions
@@ -76,7 +76,9 @@ def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None
         except RuntimeError as error:
             if hint == hints[-1]:
                 why = shorten(str(error).strip().splitlines()[-1])
-                raise DamagedFile(artifact, f"OpenVINO cannot load it ({why}); copy or export it again") from None
+                raise UserError(
+                    f"{artifact}: OpenVINO cannot load it ({why}); if it is incomplete, copy or export it again"
+                ) from None
             _log.info("OpenVINO cannot run the layers that stay in float in %s, so they run in %s", hint, hints[-1])
     convolutions, layers = _count_layers(compiled)
     check_precision("openvino", precision, used_precision(convolutions), convolutions)

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseinst.files import atomic, causes, file_digest
-from sparseinst.inference.artifacts import libraries_folder, make_cache_folder
+from sparseinst.inference.artifacts import libraries_folder
+from sparseinst.inference.kept import make_cache_folder
 from sparseinst.models.tensors import tensors_digest
 from sparseinst.section import content_hash
 from sparseinst.words import shorten

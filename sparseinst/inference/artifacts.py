@@ -8,7 +8,6 @@ The folder of artifacts has one subfolder for each network, named by the content
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -23,14 +22,13 @@ from sparseinst.data.coco import Category, read_categories
 from sparseinst.engines import artifact as files
 from sparseinst.engines.artifact import ABOUT, OPSET, artifact_files, read_onnx, with_about
 from sparseinst.engines.base import missing_package
-from sparseinst.errors import DamagedFile, RunFailed, UserError
-from sparseinst.files import atomic, file_digest, make_folder
+from sparseinst.errors import RunFailed, UserError
+from sparseinst.files import atomic, file_digest
+from sparseinst.inference.kept import kept, make_cache_folder
 from sparseinst.models.tensors import tensors_digest
 from sparseinst.overrides import parse_config
 from sparseinst.section import content_hash
 from sparseinst.words import shorten
-
-_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from sparseinst.models.sparseinst import SparseInst
@@ -74,11 +72,12 @@ class About:
             about = cls(parse_config(data["config"]), categories, data["weights"], mean, std, data["recipe"])
             beside = data.get("weights_file")
         except (ValueError, KeyError, TypeError) as error:
-            raise DamagedFile(path, f"its metadata are damaged ({shorten(str(error))}); export it again") from None
+            raise UserError(f"{path}: its metadata are damaged ({shorten(str(error))}); export it again") from None
         weights = path.with_suffix(".bin")
         if beside is not None and weights.exists() and file_digest(weights) != beside:
-            raise DamagedFile(
-                path, f"{weights.name} beside it holds other weights than those of its export: copy both files of the same export"
+            raise UserError(
+                f"{path}: {weights.name} beside it holds other weights than those of its export: copy both files of the same "
+                "export"
             )
         return about
 
@@ -99,28 +98,6 @@ def artifacts_folder() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparseinst"
-
-
-def make_cache_folder(path: Path) -> Path:
-    """Create a folder for artifacts and return it.
-
-    Raises:
-        UserError: it cannot be created.
-        RunFailed: the disk is full.
-    """
-    try:
-        return make_folder(path)
-    except UserError as error:
-        raise UserError(f"{error}; set SPARSEINST_CACHE to a folder that you may write to") from None
-
-
-def remove_damaged(error: DamagedFile) -> None:
-    """Remove a damaged file that this package keeps for the next start, with a warning. Raises the error for any other file."""
-    if artifacts_folder().resolve() not in error.path.resolve().parents:
-        raise error
-    _log.warning("%s; it is made again", error)
-    for file in artifact_files(error.path):
-        file.unlink(missing_ok=True)
 
 
 def network_folder(about: About) -> Path:
@@ -154,17 +131,11 @@ def float_artifact(model: SparseInst, about: About, engine: EngineName) -> Path:
     Raises:
         UserError: a package is missing, or the network cannot be exported.
     """
-    onnx = onnx_file(model, about, engine)
     if engine == "onnxruntime":
-        return onnx
-    converted = onnx.parent / f"network-{_openvino().__version__.split('-')[0]}.xml"
-    if not converted.exists():
-        try:
-            network = _openvino().Core().read_model(onnx)
-        except RuntimeError as error:
-            raise DamagedFile(onnx, f"OpenVINO cannot read it ({_last_line(error)})") from None
-        write_openvino(network, converted, about)
-    return converted
+        return onnx_file(model, about, engine)
+    openvino = _openvino()
+    path = network_folder(about) / f"network-{openvino.__version__.split('-')[0]}.xml"
+    return kept(path, lambda: write_openvino(openvino.Core().read_model(onnx_file(model, about, engine)), path, about))
 
 
 def onnx_file(model: SparseInst, about: About, engine: EngineName) -> Path:
@@ -179,15 +150,12 @@ def onnx_file(model: SparseInst, about: About, engine: EngineName) -> Path:
     # The process of OpenVINO 2026.4.1 dies when it reads ONNX's deformable convolutions.
     sampled = engine == "openvino" and any(isinstance(module, DeformableConv2d) for module in model.modules())
     path = network_folder(about) / ("network-sampled.onnx" if sampled else "network.onnx")
-    if not path.exists():
-        make_cache_folder(path.parent)
+
+    def export() -> None:
         with atomic(path) as temporary:
             export_network(model, temporary, sampled=sampled)
-    return path
 
-
-def _last_line(error: Exception) -> str:
-    return shorten(str(error).strip().splitlines()[-1])
+    return kept(path, export)
 
 
 def _openvino() -> Any:
@@ -212,7 +180,8 @@ def write_openvino(model: Any, path: Path, about: About) -> None:
         except RuntimeError as error:  # it does not say why
             free = shutil.disk_usage(folder).free
             raise RunFailed(
-                f"{path}: OpenVINO cannot write it ({_last_line(error)}); {free / 1e6:.1f} MB are free on this disk"
+                f"{path}: OpenVINO cannot write it ({shorten(str(error).strip().splitlines()[-1])}); "
+                f"{free / 1e6:.1f} MB are free on this disk"
             ) from None
         copy_artifact(saved, path, about)
 
@@ -249,8 +218,7 @@ def read_about(path: Path) -> About:
     """Return what an artifact says about itself.
 
     Raises:
-        DamagedFile: it is incomplete, or the weights beside it are those of another one.
-        UserError: the file cannot be read, or it was not made by this package.
+        UserError: the file is incomplete, it was not made by this package, or the weights beside it are those of another one.
     """
     text = files.read_about(path)
     if text is None and path.suffix == ".onnx" and any(entry.key == files.GRAPH for entry in read_onnx(path).metadata_props):
@@ -259,7 +227,8 @@ def read_about(path: Path) -> About:
             "alone: sparseinst export --engine onnxruntime"
         )
     if text is None:
-        raise DamagedFile(
-            path, "is no network of this package, or it is incomplete: copy it again, or make one with sparseinst export --engine"
+        raise UserError(
+            f"{path}: is no network of this package, or it is incomplete: copy it again, or make one with "
+            "sparseinst export --engine"
         )
     return About.from_json(text, path)

@@ -17,7 +17,7 @@ from sparseinst.data.coco import Category
 from sparseinst.device import pick_device
 from sparseinst.engines.base import Engine, Facts
 from sparseinst.engines.names import check_engine
-from sparseinst.errors import DamagedFile, UserError
+from sparseinst.errors import UserError
 from sparseinst.inference.artifacts import (
     About,
     compiled_folder,
@@ -25,7 +25,6 @@ from sparseinst.inference.artifacts import (
     engine_of,
     float_artifact,
     read_about,
-    remove_damaged,
     state_on_cpu,
 )
 from sparseinst.inference.quantization import Score, int8_artifact
@@ -94,15 +93,6 @@ def prepare(
         return _prepare_torch(model, config, device, optimize)
     check_device(inference.engine, device, optimize)
     about = describe(model, config, categories)
-    try:
-        return _prepare_artifact(model, about, score)
-    except DamagedFile as error:
-        remove_damaged(error)
-    return _prepare_artifact(model, about, score)
-
-
-def _prepare_artifact(model: SparseInst, about: About, score: Score | None) -> Prepared:
-    inference = about.config.inference
     if inference.precision == "int8":
         artifact = int8_artifact(model, about, score)
         about = replace(about, recipe=read_about(artifact).recipe)

@@ -31,6 +31,7 @@ from sparseinst.engines.base import OUTPUTS, missing_package
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import file_digest
 from sparseinst.inference.artifacts import About, float_artifact, network_folder, onnx_file, write_openvino
+from sparseinst.inference.kept import kept
 from sparseinst.models.network import normalise
 from sparseinst.section import content_hash
 
@@ -77,14 +78,16 @@ def int8_artifact(model: SparseInst, about: About, score: Score | None) -> Path:
         RunFailed: AP drops too much.
     """
     path = int8_file(about)
-    if path.exists():
-        return path
-    if score is None:
-        raise UserError(
-            "there is no int8 network of these weights and settings yet: make one, with its AP checked, by "
-            "sparseinst export --engine openvino --precision int8 --weights ... --output model.xml; then load model.xml"
-        )
-    return quantise(model, about, path, score)
+
+    def make() -> None:
+        if score is None:
+            raise UserError(
+                "there is no int8 network of these weights and settings yet: make one, with its AP checked, by "
+                "sparseinst export --engine openvino --precision int8 --weights ... --output model.xml; then load model.xml"
+            )
+        quantise(model, about, path, score)
+
+    return kept(path, make, again=score is not None)
 
 
 def int8_file(about: About) -> Path:

@@ -95,18 +95,19 @@ def _names(table: Table, profile: Profile) -> list[str]:
 
 
 def _decide(result: TableResult, names: Sequence[str], number: int) -> dict[str, Decision]:
-    """Return the decision about each row. A row that is not trained gets no more seeds.
+    """Return the decision about each row. A row without a comparison, such as a collapsed one, gets no more seeds.
 
     Raises:
-        UserError: a row cannot be compared for another reason. A look never changes, so it must not decide about such a row.
+        UserError: a row was evaluated on other images than the reference row. A look never changes, so it must not decide about
+            such a row.
     """
     found = decide(compared_rows(result), number)
     for row in result.rows:
-        if row.row.name in names and row.row.name not in found and not row.not_trained:
-            why = "was evaluated on other images than" if row.other_images else "has no comparison with"
+        if row.row.name in names and row.other_images:
             raise UserError(
-                f"{result.table.name}: the row '{row.row.name}' {why} the reference row '{result.table.spec.reference}': remove "
-                "the record of the older evaluation, and run this command again"
+                f"{result.table.name}: the row '{row.row.name}' was evaluated on other images than the reference row "
+                f"'{result.table.spec.reference}': remove the records of the outdated evaluations (of this row: "
+                f"{', '.join(row.evaluations)}), and run this command again"
             )
     return {name: found.get(name, Decision("futile", "undecided", 0.0)) for name in names}
 

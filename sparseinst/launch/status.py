@@ -76,14 +76,18 @@ def plan_status(plan: Plan, queue: Queue | None = None) -> list[Status]:
         queue: the scheduler's answer, if it was asked.
     """
     states = {run.key: _status(run, run.key in plan.done, queue) for run in plan.runs.values()}
-    removed: set[str] = set()
+    removed: dict[str, str] = {}
     for key, status in states.items():  # a stage comes after those that it needs
         needed = states.get(str(status.run.needs))
-        if status.state == "queued" and needed is not None and (needed.state in NEEDS_RETRY or needed.run.key in removed):
-            # The scheduler silently removes such a job from its queue.
-            removed.add(key)
+        if status.state != "queued" or needed is None:
+            continue
+        if needed.state in NEEDS_RETRY:
             what = "pretraining" if status.run.stage == "train" else "training"
-            states[key] = replace(status, state="pending", reason=f"the {what} that it needs is {needed.state}")
+            removed[key] = f"the {what} that it needs is {needed.state}"
+        elif needed.run.key in removed:
+            removed[key] = removed[needed.run.key]
+        if key in removed:  # the scheduler silently removes such a job from its queue
+            states[key] = replace(status, state="pending", reason=removed[key])
     return list(states.values())
 
 

@@ -292,7 +292,15 @@ def cancel(runs: Sequence[StageRun], plan: Plan) -> list[str]:
         keys |= {run.key} if run.needs in keys else set()
     jobs = {submissions[key].job: submissions[key] for key in plan.runs if key in keys and key in submissions}
     if not jobs:
-        raise UserError("none of these runs is on a cluster; `sparseinst status` shows which are")
+        waiting = [
+            submission.job
+            for status in plan_status(plan)
+            if status.run.key in keys
+            and status.state == "running"
+            and (submission := read_submission(run_folder(status.run.key))) is not None
+        ]
+        also = f"; `sparseinst run` does them, and {', '.join(waiting)} may still wait (scancel)" if waiting else ""
+        raise UserError(f"none of these runs is on a cluster{also}; `sparseinst status` shows which are")
     for job, submission in jobs.items():
         if submission.kind != "slurm" and submission.machine not in (None, machine_name()):
             host = str(submission.machine).partition(" ")[0]

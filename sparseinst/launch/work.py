@@ -91,6 +91,7 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
             about["energy_joules"] = round(joules, 1)
         if run.stage in ("pretrain", "train"):
             about |= {**trained_by(run_folder(run.key)), "weights": file_tensors_digest(run_folder(run.key).weights)}
+        if run.stage == "train":
             about["parts"] = context.parts or attempt.world_size * run.config.train.accumulate
         if run.stage == "evaluate":
             assert run.needs is not None
@@ -121,11 +122,10 @@ def _check_device(context: StageContext) -> None:
 
     device = pick_device(context.device)
     used = torch.cuda.get_device_name(device) if device.type == "cuda" else device_name("cpu")
-    # One of the names of a part of a GPU (MIG) may be longer.
-    if not (used.startswith(context.device_name) or context.device_name.startswith(used)):
+    if used.partition(" MIG ")[0] != context.device_name.partition(" MIG ")[0]:  # torch adds the profile of a part of a GPU
         raise RunFailed(
             f"torch uses {used}, but the driver names {context.device_name}: give --device cpu, or let torch see the GPUs that "
-            "the driver lists (CUDA_VISIBLE_DEVICES, a torch with CUDA)"
+            "the driver lists, in the same order (CUDA_VISIBLE_DEVICES, CUDA_DEVICE_ORDER=PCI_BUS_ID, a torch with CUDA)"
         )
 
 
@@ -228,7 +228,8 @@ def _metrics(paths: RunPaths) -> list[dict[str, Any]]:
 
 
 def _steps(paths: RunPaths) -> dict[str, Any]:
-    """Return the number of steps in a run's log, their wall time in seconds, the last losses, and the losses over the steps."""
+    """Return the number of steps in a run's log, their time in seconds without evaluations and checkpoints, the last losses, and
+    the losses over the steps."""
     steps = [record for record in _metrics(paths) if "loss" in record and "seconds" in record]
     if not steps:
         raise RunFailed(f"{paths.metrics}: holds no step of this training; remove {paths.root} to train again")

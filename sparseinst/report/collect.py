@@ -233,7 +233,7 @@ def collect(
                 trainings=tuple(entry.trainings),
                 evaluations=tuple(record.key for record in entry.evaluations.values()),
                 timing=entry.timing,
-                other_images=base is not None and not share_images(entry, base),
+                other_images=base is not None and bool(entry.evaluations) and not share_images(entry, base),
             )
         )
     found = TableResult(table, profile.name, columns, rows, peers, provenance_of(records.values()))

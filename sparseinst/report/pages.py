@@ -33,7 +33,7 @@ def write_report(results: Sequence[TableResult], folder: Path, *, page: Sequence
         for result in results:
             texts = {folder / "tables" / f"{result.name}.{suffix}": write(result).encode() for suffix, write in FORMATS.items()}
             new = {path: text for path, text in texts.items() if not _holds(path, text)}
-            source = content_hash({"table": texts[folder / "tables" / f"{result.name}.csv"].decode()})
+            source = content_hash({path.name: text.decode() for path, text in texts.items()})
             for name in figure_texts(result):
                 path = folder / "figures" / f"{figure_file(result, name)}.svg"
                 if not _is_drawn_from(path, source):
@@ -55,7 +55,7 @@ def write_report(results: Sequence[TableResult], folder: Path, *, page: Sequence
 
 
 def _is_drawn_from(path: Path, source: str) -> bool:
-    """Return whether a plot's files exist and were drawn from these values. The table holds every value of its plots."""
+    """Return whether a plot's files exist and were drawn from this content of the table, which holds all that plots show."""
     if not path.exists() or not path.with_suffix(".png").exists():
         return False
     return f"<dc:source>{source}</dc:source>".encode() in path.read_bytes()

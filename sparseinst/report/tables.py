@@ -129,7 +129,7 @@ def markdown(result: TableResult) -> str:
 def csv(result: TableResult) -> str:
     """Return the values in long format, one line for each, with four decimals, for scripts and notebooks.
 
-    With `one_seed`, the interval from `low` to `high` is a guess from the noise of other rows, and people are shown none.
+    With `one_seed`, the interval from `low` to `high` is a guess from the noise of other rows, which the other formats leave out.
     """
     lines = []
     for entry in result.rows:

@@ -109,7 +109,7 @@ def _refuse_other_run(paths: RunPaths, config: Config) -> None:
         )
     theirs, ours = load_config(paths.config).train_content(), config.train_content()
     if theirs != ours:
-        parts = ", ".join(part for part in ours if ours[part] != theirs[part])
+        parts = ", ".join(part for part in {**ours, **theirs} if ours.get(part) != theirs.get(part))
         raise UserError(f"{paths.root}: holds a run with other settings ({parts}): use another folder, or remove this one")
 
 

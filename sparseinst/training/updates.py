@@ -52,7 +52,8 @@ class Updates:
         if self.settings.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.updated.parameters(), self.settings.clip_norm)
-            values |= {"gradient_norm": float(norm)} if norm.isfinite() else {}
+            if norm.isfinite() or not self.scaler.is_enabled():
+                values["gradient_norm"] = float(norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -90,7 +90,7 @@ def test_a_record_of_a_newer_version_stays(change: dict[str, Any], tmp_path: Pat
     assert store.load("k") is None
     assert store.has("k")
     assert path.exists()
-    assert "was written by a newer version" in caplog.text
+    assert "a newer version of this package wrote" in caplog.text
 
 
 def test_the_checksum_is_that_of_the_content(tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ def write_kind(path: Path, kind: str) -> None:
         Image.fromarray(grey).save(path)
     elif kind == "16 bit":
         Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    elif kind == "16-bit pgm":
+        values = (grey.astype(np.uint16) * 257).astype(">u2").tobytes()
+        path.write_bytes(b"P5\n60 40\n65535\n" + values)
     elif kind == "palette":
         Image.fromarray(grey).convert("P").save(path)
     elif kind == "transparent":
@@ -35,7 +38,7 @@ def write_kind(path: Path, kind: str) -> None:
         Image.fromarray(grey).convert("CMYK").save(path, format="JPEG", quality=95)
 
 
-@pytest.mark.parametrize("kind", ["grey", "16 bit", "palette", "transparent", "cmyk"])
+@pytest.mark.parametrize("kind", ["grey", "16 bit", "16-bit pgm", "palette", "transparent", "cmyk"])
 def test_images_of_every_kind_become_rgb(tmp_path: Path, kind: str) -> None:
     write_kind(tmp_path / "grey.png", "grey")
     write_kind(tmp_path / "image.png", kind)
@@ -49,7 +52,7 @@ def test_images_of_every_kind_become_rgb(tmp_path: Path, kind: str) -> None:
 def test_images_of_unknown_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
     """A scale that depends on the values would make similar images differ."""
     Image.fromarray(values).save(tmp_path / "image.tiff")
-    with pytest.raises(DataError, match=r"image\.tiff: has 32 bits a pixel.* convert it to 8 or 16 bits"):
+    with pytest.raises(DataError, match=r"image\.tiff: its pixels are signed or have 32 bits.* convert it to 8 or 16 bits"):
         read_image(tmp_path / "image.tiff")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,6 +27,7 @@ from sparseinst.evaluation.weights import evaluate_weights
 from sparseinst.inference import artifacts as keeping
 from sparseinst.inference import export
 from sparseinst.inference.engine_network import prepare
+from sparseinst.inference.kept import kept
 from sparseinst.inference.predict import Predictor
 from sparseinst.inference.weights import load_weights
 from sparseinst.machine import multiplies_bfloat16
@@ -81,8 +83,7 @@ def test_a_missing_package_is_one_line_that_names_the_extra(
 ) -> None:
     monkeypatch.setenv("SPARSEINST_CACHE", str(tmp_path))
     made = keeping.network_folder(keeping.describe(*load_weights(trained / "model.safetensors"))) / "network.onnx"
-    made.parent.mkdir(parents=True)
-    made.touch()  # so that nothing is exported
+    kept(made, made.touch)  # so that nothing is exported
     monkeypatch.setitem(sys.modules, engine, None)
     assert run_cli(["evaluate", "--weights", str(trained), "--engine", engine]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -196,7 +197,57 @@ def test_a_damaged_file_that_was_kept_is_made_again(
     caplog.clear()
     again = load_model(trained, "cpu", engine=engine).predict(photo((100, 140)))
     np.testing.assert_array_equal(again.scores, expected.scores)
-    assert "; it is made again" in caplog.text
+    assert "is damaged, so it is made again" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".bin"])
+def test_damage_of_the_same_size_is_noticed(
+    suffix: str, artifacts: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine: Any = "onnxruntime" if suffix == ".onnx" else "openvino"
+    require(engine)
+    expected = load_model(trained, "cpu", engine=engine).predict(photo((100, 140)))
+    shutil.copytree(artifacts / "networks", tmp_path / "networks")
+    monkeypatch.setenv("SPARSEINST_CACHE", str(tmp_path))
+    for file in tmp_path.rglob(f"network*{suffix}"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 64
+        file.write_bytes(content)
+    again = load_model(trained, "cpu", engine=engine).predict(photo((100, 140)))
+    np.testing.assert_array_equal(again.scores, expected.scores)
+    assert "is damaged, so it is made again" in caplog.text
+
+
+def test_a_whole_file_that_cannot_be_loaded_stays(artifacts: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lack of memory is no damage, and an int8 network takes minutes to make."""
+    require("onnxruntime")
+    import onnxruntime
+
+    load_model(trained, "cpu", engine="onnxruntime")
+    before = {file: file.stat().st_mtime_ns for file in artifacts.rglob("network*.onnx")}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("std::bad_alloc")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    with pytest.raises(UserError, match=r"cannot load it \(std::bad_alloc\)"):
+        load_model(trained, "cpu", engine="onnxruntime")
+    assert {file: file.stat().st_mtime_ns for file in artifacts.rglob("network*.onnx")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_artifact_runs_without_the_packages_of_the_layers(engine: str, artifacts: Path, trained: Path, tmp_path: Path) -> None:
+    """timm and torchvision take longer to import than an engine's network takes to load."""
+    require(engine)
+    file = tmp_path / f"model{keeping.ARTIFACT_SUFFIXES[check_engine(engine)]}"
+    assert run_cli(["export", "--weights", str(trained), "--engine", engine, "--output", str(file)]) == 0
+    code = (
+        "import sys, numpy, sparseinst; "
+        f"sparseinst.load_model({str(file)!r}).predict(numpy.zeros((90, 120, 3), 'uint8')); "
+        "assert not {'timm', 'torchvision'} & set(sys.modules), 'they were imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_weights_that_were_not_copied_are_named(artifacts: Path, trained: Path, tmp_path: Path) -> None:

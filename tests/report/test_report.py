@@ -286,6 +286,11 @@ def test_a_figure_that_is_lost_or_older_than_its_table_is_drawn_again(store: Sto
     figure.with_suffix(".png").unlink()
     assert set(write_report([table5(store)], store.results)) >= {figure, figure.with_suffix(".png")}
     assert figure.read_bytes() == after != before
+    renamed = table5(store)
+    renamed = replace(
+        renamed, table=renamed.table.model_copy(update={"spec": renamed.table.spec.model_copy(update={"title": "B"})})
+    )
+    assert figure in write_report([renamed], store.results), "the title is drawn, too"
     for record in store.folder.iterdir():
         record.unlink()
     write_report([table5(store)], store.results)

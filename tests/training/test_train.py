@@ -11,6 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,17 @@ def test_every_setting_trains_and_resumes_bit_identically(tiny: Config, tmp_path
     assert [r["iteration"] for r in read_metrics(tmp_path / "resumed")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("changes", [{"train.patience": 2, "train.evaluate_every": 2}, {"pretrain.enabled": True}], ids=str)
+def test_a_folder_of_another_run_is_named_also_if_a_part_of_the_settings_is_new(
+    tiny: Config, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    run(tiny, tmp_path / "run")
+    for first, second in ((tiny, tiny.replace(changes)), (tiny.replace(changes), tiny)):
+        (tmp_path / "run" / "config.yaml").write_text(first.to_yaml())
+        with pytest.raises(UserError, match="holds a run with other settings"):
+            run(second, tmp_path / "run")
+
+
 def test_an_evaluation_does_not_change_the_training(tiny: Config, tmp_path: Path) -> None:
     """`evaluate_every` is not part of the run's key, also if blocks are dropped at random."""
     changes = {"model.backbone.name": "pvt_v2_b0", "model.backbone.frozen_norm": False, "model.backbone.drop_path": 0.5}
@@ -106,21 +118,23 @@ def test_an_evaluation_does_not_change_the_training(tiny: Config, tmp_path: Path
     assert_same(run(config, tmp_path / "a"), run(evaluated, tmp_path / "b"))
 
 
-def test_the_seconds_of_a_step_contain_neither_evaluations_nor_the_steps_before_a_stop(tmp_path: Path) -> None:
+def test_the_seconds_of_a_step_contain_neither_evaluations_nor_the_steps_before_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`status` computes from them when a training ends, and its record how long it took."""
+    now = 0.0
+    monkeypatch.setattr("sparseinst.training.monitor.time", SimpleNamespace(perf_counter=lambda: now))
     before = [(number, {"loss": torch.tensor(1.0)}) for number in range(3)]
     arguments: dict[str, Any] = {"total": 9, "visible": False, "device": CPU, "check": lambda: None}
     with Monitor(RunPaths(tmp_path), start=3, every=4, pending=before, **arguments) as monitor:
-        time.sleep(0.2)
+        now += 2
         monitor.step(3, {"loss": torch.tensor(1.0)}, 0.1)
         with monitor.pause():
-            time.sleep(0.3)
+            now += 30
         for number in range(4, 8):
-            time.sleep(0.05)
+            now += 0.5
             monitor.step(number, {"loss": torch.tensor(1.0)}, 0.1)
-    first, second = [record["seconds"] for record in read_metrics(tmp_path)]
-    assert 0.2 <= first < 0.3
-    assert 0.05 <= second < 0.1
+    assert [record["seconds"] for record in read_metrics(tmp_path)] == [2.0, 0.5]
 
 
 def test_a_seed_repeats_a_run_and_another_seed_changes_it(tiny: Config, tmp_path: Path) -> None:

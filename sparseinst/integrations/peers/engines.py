@@ -16,8 +16,9 @@ from sparseinst.engines.artifact import OPSET
 from sparseinst.engines.base import INPUT, Engine, Facts
 from sparseinst.errors import UserError
 from sparseinst.files import atomic
-from sparseinst.inference.artifacts import artifacts_folder, compiled_folder, make_cache_folder
+from sparseinst.inference.artifacts import artifacts_folder, compiled_folder
 from sparseinst.inference.export import check_onnx_packages
+from sparseinst.inference.kept import kept
 from sparseinst.inference.onnx_operators import translations
 from sparseinst.integrations.peers.peer import Exportable, Peer, PeerInput
 from sparseinst.models.tensors import tensors_digest
@@ -82,13 +83,14 @@ def _artifact(peer: Peer, exportable: Exportable, example: PeerInput) -> Path:
         "exporter": [torch.__version__, _TRACED_OPSET if exportable.traced else OPSET],
     }
     path = artifacts_folder() / "peers" / content_hash(content) / "network.onnx"
-    if not path.exists():
+
+    def export() -> None:
         check_onnx_packages()
-        make_cache_folder(path.parent)
         with atomic(path) as temporary, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters warn about their own code
             _export(exportable, example.images, temporary)
-    return path
+
+    return kept(path, export)
 
 
 def _export(exportable: Exportable, images: torch.Tensor, output: Path) -> None:
