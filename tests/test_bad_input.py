@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,10 +180,10 @@ def test_a_training_without_memory_says_what_to_lower(
     steps = itertools.count()
     gradients = Step.gradients
 
-    def fails(self: Step, *arguments: object) -> object:
+    def fails(self: Step, *arguments: Any, **options: Any) -> object:
         if next(steps) == 3:
             torch.empty(2**50)
-        return gradients(self, *arguments)  # type: ignore[arg-type]
+        return gradients(self, *arguments, **options)
 
     monkeypatch.setattr(Step, "gradients", fails)
     settings = [part for key, value in TINY.items() for part in ("-o", f"{key}={json.dumps(value)}")]
