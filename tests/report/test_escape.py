@@ -14,7 +14,7 @@ from sparseinst.report import escape
 from sparseinst.report.collect import collect
 from sparseinst.report.pages import write_report
 from sparseinst.report.tables import FORMATS
-from tests.report.test_report import evaluation, row_config
+from tests.report.conftest import evaluation, row_config
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 EVIL = r"[/red] $\frac$ {x} <script>alert(1)</script> =1+1 \input | `code` & 50% _a_ #"

@@ -9,52 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 import pydantic_core
 import pytest
 
 from sparseinst import checked, overrides
 from sparseinst.ablation.store import Record, Store
-from sparseinst.ablation.study import Profile, Table, read_profile, read_spec, read_tables, row_config
+from sparseinst.ablation.study import Table, read_profile, read_spec, read_tables, row_config
 from sparseinst.report import escape
-from sparseinst.report.collect import TableResult, collect, read_results, repeated_comparisons, seed_priors
+from sparseinst.report.collect import collect, read_results, repeated_comparisons, seed_priors
 from sparseinst.report.pages import write_report
 from sparseinst.report.plots import differences
 from sparseinst.report.records import Column
 from sparseinst.report.style import _STYLE, save
 from sparseinst.report.tables import FORMATS, _csv_texts, comparisons_json, frame, notes
 from sparseinst.report.terminal import print_table
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-MINI = read_profile("mini", EXPERIMENTS)
-
-MEASURED = {"BCE alone": (9.0, 10.0, 11.0), "dice alone": (29.6, 30.0), "dice + BCE": (30.0, 31.0, 32.0)}
-
-
-def evaluation(key: str, ap: float, seed: int = 0) -> Record:
-    """Return an evaluation whose AP has a standard error of 0.5 over images, the same resamplings for all."""
-    metrics = {"AP": ap, "AP50": 2 * ap, "AP75": max(0.0, ap - 1), "APs": None, "APm": ap, "APl": None}
-    random = np.random.default_rng(int(10 * ap))
-    resampled = {name: list(value + random.normal(0, 0.5, 50)) for name, value in metrics.items() if value is not None}
-    about = {"device": "A card", "seed": seed, "commit": "abcdef0123456", "versions": {"torch": "9.9"}, "data": "d1"}
-    return Record("evaluate", key, {"figures": metrics, "images": 4, "resampled": resampled}, provenance=about)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    """Write records of Table 5: one row is missing, and the reference has three seeds."""
-    store = Store(tmp_path / "results")
-    spec = read_spec("table5", EXPERIMENTS)
-    for row in spec.rows:
-        for seed, ap in enumerate(MEASURED.get(row.name, ())):
-            store.write(evaluation(row_config(spec, row, MINI, seed).evaluate_key(), ap, seed))
-    return store
-
-
-def table5(store: Store, states: dict[str, str] | None = None, profile: Profile = MINI) -> TableResult:
-    table = Table(name="table5", spec=read_spec("table5", EXPERIMENTS))
-    return collect(table, profile, store, states or {}, seed_priors([table], profile, store, store.keys()))
+from tests.report.conftest import EXPERIMENTS, MEASURED, MINI, evaluation, table5
 
 
 def test_cells_differences_and_verdicts(store: Store) -> None:
@@ -261,66 +231,10 @@ def test_protocols_of_quoted_rows_are_marked(tmp_path: Path) -> None:
     assert (row["FPS"], row["AP"]) == ("quoted 20.4 [published]", "quoted 35.4")
 
 
-def test_an_unchanged_report_is_not_written_again(store: Store) -> None:
-    results = [table5(store)]
-    assert write_report(results, store.results)
-    files = {path: path.read_bytes() for path in store.results.rglob("*") if path.is_file()}
-    assert write_report(results, store.results) == []
-    assert {path: path.read_bytes() for path in store.results.rglob("*") if path.is_file()} == files
-    index = (store.results / "README.md").read_text()
-    assert "figures/table5-mini-differences.png" in index
-    for link in ("tables/table5-mini.csv", "figures/table5-mini-differences.png"):
-        assert (store.results / link).exists()
-
-
-def test_a_figure_that_is_lost_or_older_than_its_table_is_drawn_again(store: Store) -> None:
-    """A stop between the two files, or a deleted picture, must not leave an old plot beside a new table."""
-    figure = store.results / "figures" / "table5-mini-differences.svg"
-    write_report([table5(store)], store.results)
-    before = figure.read_bytes()
-    spec = read_spec("table5", EXPERIMENTS)
-    store.write(evaluation(row_config(spec, spec.rows[0], MINI, 3).evaluate_key(), 12.0, 3))
-    write_report([table5(store)], store.results)
-    after = figure.read_bytes()
-    figure.write_bytes(before)
-    figure.with_suffix(".png").unlink()
-    assert set(write_report([table5(store)], store.results)) >= {figure, figure.with_suffix(".png")}
-    assert figure.read_bytes() == after != before
-    renamed = table5(store)
-    renamed = replace(
-        renamed, table=renamed.table.model_copy(update={"spec": renamed.table.spec.model_copy(update={"title": "B"})})
-    )
-    assert figure in write_report([renamed], store.results), "the title is drawn, too"
-    for record in store.folder.iterdir():
-        record.unlink()
-    write_report([table5(store)], store.results)
-    assert not figure.exists(), "nothing is measured any more"
-    assert "differences.png" not in (store.results / "README.md").read_text()
-
-
-def test_the_index_shows_each_figure_at_its_own_table(store: Store) -> None:
-    """One profile's name may begin with another one's."""
-    longer = MINI.model_copy(update={"name": "mini-doubled"})
-    write_report([table5(store), table5(store, profile=longer)], store.results)
-    index = (store.results / "README.md").read_text()
-    assert index.count("figures/table5-mini-doubled-differences.png") == 1
-
-
 def test_a_missing_timing_is_not_done_in_the_csv(tmp_path: Path) -> None:
     [table] = read_tables(["table8"], EXPERIMENTS)
     data = pd.read_csv(io.StringIO(FORMATS["csv"](collect(table, MINI, Store(tmp_path), {}, {}))))
     assert set(data["state"]) == {"pending"}
-
-
-def test_a_damaged_table_is_written_again_or_shown(store: Store) -> None:
-    results, folder = [table5(store)], store.folder.parent
-    write_report(results, folder)
-    own, other = (folder / "tables" / f"{name}.md" for name in (results[0].name, "another"))
-    own.write_bytes(b"\xff")
-    other.write_bytes(b"# caf\xe9\n")
-    write_report(results, folder)
-    assert own.read_text().startswith("# ")
-    assert "## caf\ufffd\n" in (folder / "README.md").read_text()
 
 
 def test_a_report_reads_each_record_and_each_spec_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,8 @@ from sparseinst.data.loader import BatchOrder, Example, TrainSet, collate
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import atomic
 from sparseinst.models.sparseinst import build_model
-from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths
 from sparseinst.training.checkpoint import newest_checkpoint, write_state
-from sparseinst.training.monitor import Monitor
 from sparseinst.training.schedule import learning_rate_factor, parameter_groups
 from sparseinst.training.step import Step, recomputed
 from tests.conftest import CPU, THREADS, run
@@ -43,23 +40,6 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in RunPaths(output).metrics.read_text().splitlines()]
-
-
-def test_a_run_writes_its_files(tiny: Config, tmp_path: Path) -> None:
-    config = tiny.replace({"train.evaluate_every": 3})
-    run(config, tmp_path / "run")
-    paths = RunPaths(tmp_path / "run")
-    assert load_config(paths.config) == config
-    assert [p.name for p in sorted(paths.checkpoints.iterdir())] == ["00000004.pt", "00000006.pt"], "keep_checkpoints=2"
-    records = read_metrics(tmp_path / "run")
-    assert [r["iteration"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
-    assert [r["iteration"] for r in records if "AP" in r] == [3]
-    assert {"loss_class", "loss_dice", "loss_pixel", "loss_objectness", "learning_rate", "seconds"} <= records[0].keys()
-    assert list(paths.tensorboard.iterdir())
-    assert "step 6/6" in paths.log.read_text()
-    before = paths.weights.stat().st_mtime_ns
-    run(config, tmp_path / "run")
-    assert paths.weights.stat().st_mtime_ns == before, "a finished run trains nothing"
 
 
 @pytest.mark.parametrize(
@@ -98,17 +78,6 @@ def test_every_setting_trains_and_resumes_bit_identically(tiny: Config, tmp_path
     assert [r["iteration"] for r in read_metrics(tmp_path / "resumed")] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("changes", [{"train.patience": 2, "train.evaluate_every": 2}, {"pretrain.enabled": True}], ids=str)
-def test_a_folder_of_another_run_is_named_also_if_a_part_of_the_settings_is_new(
-    tiny: Config, tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    run(tiny, tmp_path / "run")
-    for first, second in ((tiny, tiny.replace(changes)), (tiny.replace(changes), tiny)):
-        (tmp_path / "run" / "config.yaml").write_text(first.to_yaml())
-        with pytest.raises(UserError, match="holds a run with other settings"):
-            run(second, tmp_path / "run")
-
-
 def test_an_evaluation_does_not_change_the_training(tiny: Config, tmp_path: Path) -> None:
     """`evaluate_every` is not part of the run's key, also if blocks are dropped at random."""
     changes = {"model.backbone.name": "pvt_v2_b0", "model.backbone.frozen_norm": False, "model.backbone.drop_path": 0.5}
@@ -116,25 +85,6 @@ def test_an_evaluation_does_not_change_the_training(tiny: Config, tmp_path: Path
     evaluated = config.replace({"train.evaluate_every": 2})
     assert evaluated.train_key() == config.train_key()
     assert_same(run(config, tmp_path / "a"), run(evaluated, tmp_path / "b"))
-
-
-def test_the_seconds_of_a_step_contain_neither_evaluations_nor_the_steps_before_a_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`status` computes from them when a training ends, and its record how long it took."""
-    now = 0.0
-    monkeypatch.setattr("sparseinst.training.monitor.time", SimpleNamespace(perf_counter=lambda: now))
-    before = [(number, {"loss": torch.tensor(1.0)}) for number in range(3)]
-    arguments: dict[str, Any] = {"total": 9, "visible": False, "device": CPU, "check": lambda: None}
-    with Monitor(RunPaths(tmp_path), start=3, every=4, pending=before, **arguments) as monitor:
-        now += 2
-        monitor.step(3, {"loss": torch.tensor(1.0)}, 0.1)
-        with monitor.pause():
-            now += 30
-        for number in range(4, 8):
-            now += 0.5
-            monitor.step(number, {"loss": torch.tensor(1.0)}, 0.1)
-    assert [record["seconds"] for record in read_metrics(tmp_path)] == [2.0, 0.5]
 
 
 def test_a_seed_repeats_a_run_and_another_seed_changes_it(tiny: Config, tmp_path: Path) -> None:
