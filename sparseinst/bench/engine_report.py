@@ -66,7 +66,10 @@ def print_engines(rows: Sequence[dict[str, Any]], device: str) -> None:
         "already exists. post is the part of post-processing, from further runs."
     )
     if "published" in first:
-        print(f"* AP of the published weights ({first['published']['source']}). The weights that are timed here are random.")
+        print(
+            f"* AP of the published weights ({first['published']['source']}). The weights that are timed here are random, and "
+            "int8 is calibrated on noise."
+        )
     elif first["AP"] is None:
         print("A model given by name has random weights: it has no AP, and int8 is calibrated on noise.")
     for row in rows:

@@ -82,7 +82,9 @@ def engine_settings(
     if is_peer(base.model):
         settings = [setting for setting in settings if peer_takes(setting)]
         if not settings:
-            raise UserError(f"--engines: {base.model} is a peer, which is timed in batch 1 and fp32 or, in openvino, bf16")
+            raise UserError(
+                f"--engines: {base.model} is a peer, which is timed in batch 1 and fp32 or, in openvino, bf16 or int8"
+            )
     if not settings:
         raise UserError(f"no engine has the precision {' or '.join(precisions or ())}")
     return settings, missing

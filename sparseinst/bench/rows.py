@@ -83,13 +83,17 @@ class Task:
         if is_peer(setting.model) and (self.train or not peer_takes(setting)):
             raise UserError(
                 f"{setting}: a peer is timed as it is: in inference with batch 1, and in torch with fp32 and mode eager; "
-                "engines take fp32 and bf16"
+                "engines take fp32, openvino also bf16 and, for YOLO and RF-DETR, int8"
             )
 
 
 def peer_takes(setting: Setting) -> bool:
-    """Tell whether a peer can be timed like this. Peers are not quantised, because this would need weights and their data."""
-    known = ("fp32",) if setting.engine == "torch" else ("fp32", "bf16")
+    """Tell whether a peer can be timed like this."""
+    from sparseinst.integrations.peers import is_quantised
+
+    known = {"fp32"} if setting.engine == "torch" else {"fp32", "bf16"}
+    if setting.engine == "openvino" and is_quantised(setting.model):
+        known.add("int8")
     return setting.batch == 1 and setting.precision in known and setting.mode in ("eager", ENGINE_MODE)
 
 

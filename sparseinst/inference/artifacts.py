@@ -174,16 +174,33 @@ def write_openvino(model: Any, path: Path, about: About) -> None:
     """
     model.set_rt_info("", [ABOUT])
     with tempfile.TemporaryDirectory(dir=make_cache_folder(path.parent), prefix=".", suffix=".tmp") as folder:
-        saved = Path(folder) / "network.xml"
-        try:
-            _openvino().save_model(model, saved, compress_to_fp16=False)
-        except RuntimeError as error:  # it does not say why
-            free = shutil.disk_usage(folder).free
-            raise RunFailed(
-                f"{path}: OpenVINO cannot write it ({shorten(str(error).strip().splitlines()[-1])}); "
-                f"{free / 1e6:.1f} MB are free on this disk"
-            ) from None
-        copy_artifact(saved, path, about)
+        copy_artifact(_saved(model, Path(folder), path), path, about)
+
+
+def save_openvino(model: Any, path: Path) -> None:
+    """Write an OpenVINO model that is no network of this package.
+
+    Raises:
+        UserError, RunFailed: the files cannot be written.
+    """
+    with tempfile.TemporaryDirectory(dir=make_cache_folder(path.parent), prefix=".", suffix=".tmp") as folder:
+        saved = _saved(model, Path(folder), path)
+        for written, file in reversed(list(zip(artifact_files(saved), artifact_files(path), strict=True))):  # the weights first
+            written.replace(file)
+
+
+def _saved(model: Any, folder: Path, path: Path) -> Path:
+    """Write the two files of an OpenVINO model that is meant for `path` into this folder, and return the one that names both."""
+    saved = folder / path.name
+    try:
+        _openvino().save_model(model, saved, compress_to_fp16=False)
+    except RuntimeError as error:  # it does not say why
+        free = shutil.disk_usage(folder).free
+        raise RunFailed(
+            f"{path}: OpenVINO cannot write it ({shorten(str(error).strip().splitlines()[-1])}); "
+            f"{free / 1e6:.1f} MB are free on this disk"
+        ) from None
+    return saved
 
 
 def copy_artifact(artifact: Path, output: Path, about: About) -> None:

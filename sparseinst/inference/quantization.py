@@ -114,10 +114,10 @@ def quantise(model: SparseInst, about: About, output: Path, score: Score) -> Pat
         RunFailed: it loses more AP even with every part in float that can be.
         UserError, DataError: the extra `int8` is missing, or the training data cannot be read.
     """
-    nncf, openvino = _packages()
+    nncf, openvino = quantisation_packages()
     inference = about.config.inference
     source = float_artifact(model, about, "openvino")
-    images = _calibration_images(about) if about.categories else _noise()
+    images: Sequence[Picture] = _calibration_images(about) if about.categories else noise_images()
     modules = modules_of(onnx_file(model, about, "openvino"))
     network = Quantiser(nncf, openvino, source, modules, images, lambda picture: network_input(picture, about))
     before = score(source, "fp32")
@@ -158,7 +158,12 @@ def quantise(model: SparseInst, about: About, output: Path, score: Score) -> Pat
     return output
 
 
-def _packages() -> tuple[Any, Any]:
+def quantisation_packages() -> tuple[Any, Any]:
+    """Return the modules `nncf` and `openvino`.
+
+    Raises:
+        UserError: one of them is not installed.
+    """
     try:
         import nncf
         import openvino
@@ -166,6 +171,34 @@ def _packages() -> tuple[Any, Any]:
         raise missing_package("openvino with precision int8", error, extra="int8") from None
     logging.getLogger("nncf").setLevel(logging.ERROR)
     return nncf, openvino
+
+
+def quantise_on(
+    nncf: Any,
+    model: Any,
+    pictures: Sequence[Any],
+    read: Callable[[Any], NDArray[np.float32]],
+    kept: Sequence[str] = (),
+    *,
+    transformer: bool = False,
+) -> Any:
+    """Return an OpenVINO model in int8, with ranges from these pictures.
+
+    Args:
+        read: returns a picture as the network gets it, (1, 3, H, W).
+        kept: the names of the operators that stay in float.
+        transformer: whether the network is a transformer.
+    """
+    # NNCF prints its progress, but the output may be JSON for a script.
+    with torch.random.fork_rng(), contextlib.redirect_stdout(sys.stderr):
+        return nncf.quantize(
+            model,
+            nncf.Dataset(pictures, read),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(pictures),
+            ignored_scope=nncf.IgnoredScope(names=list(kept)) if kept else None,
+            model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+        )
 
 
 class Quantiser:
@@ -199,16 +232,7 @@ class Quantiser:
         """
         model = self._openvino.Core().read_model(self._source)
         names = [name for part in kept for name in operators_of(part, model, self._modules)]
-        pictures = self._pictures[:most]
-        # NNCF prints its progress, but the output may be JSON for a script.
-        with torch.random.fork_rng(), contextlib.redirect_stdout(sys.stderr):
-            return self._nncf.quantize(
-                model,
-                self._nncf.Dataset(pictures, self._read),
-                preset=self._nncf.QuantizationPreset.MIXED,
-                subset_size=len(pictures),
-                ignored_scope=self._nncf.IgnoredScope(names=names) if names else None,
-            )
+        return quantise_on(self._nncf, model, self._pictures[:most], self._read, names)
 
     def order_parts(self) -> list[str]:
         """Return the parts, sorted by the outputs' error if only this part stays in float; the lowest error comes first."""
@@ -292,7 +316,8 @@ def _calibration_images(about: About) -> list[Picture]:
     return [image.path for image in train_split(about.config.data).images[: about.config.inference.calibration_images]]
 
 
-def _noise() -> list[Picture]:
+def noise_images() -> list[Image.Image]:
+    """Return the images on which a network with random weights is calibrated."""
     random = np.random.default_rng(0)
     return [Image.fromarray(random.integers(0, 256, (480, 640, 3), dtype=np.uint8)) for _ in range(_NOISE)]
 

@@ -89,6 +89,28 @@ def test_peers_find_the_same_in_every_engine(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["yolo11n-seg", "rfdetr-seg-nano"])
+def test_peers_are_quantised(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only their time means something: the ranges of a network with random weights come from noise."""
+    pytest.importorskip("nncf", reason="needs the extra int8")
+    monkeypatch.setenv("SPARSEINST_CACHE", str(tmp_path))
+    peer = peer_of_a_package(name)
+    inputs = peer.prepare(np.random.default_rng(0).integers(0, 256, (72, 96, 3), dtype=np.uint8))
+    exact, quantised = (prepare_peer(peer, inputs, "openvino", precision) for precision in ("fp32", "int8"))
+    assert quantised.facts.precision == "int8"
+    assert quantised.facts.layers["int8"] > quantised.facts.layers.get("fp32", 0)
+    assert quantised.facts.bytes < exact.facts.bytes / 2
+    [artifact] = tmp_path.glob("peers/*/int8-*.xml")
+    before = artifact.stat().st_mtime_ns
+    assert prepare_peer(peer, inputs, "openvino", "int8").facts.artifact == quantised.facts.artifact
+    assert artifact.stat().st_mtime_ns == before, "the second start makes nothing"
+    found = quantised.peer.segment(inputs)
+    assert found.masks.shape[1:] == inputs.original
+    for ours, theirs in zip(quantised.peer.run(inputs), exact.peer.run(inputs), strict=True):
+        assert ours.shape == theirs.shape
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_engines_are_compared_for_a_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     pytest.importorskip("onnxscript", reason="needs the extra export")
@@ -106,6 +128,8 @@ def test_engines_are_compared_for_a_peer(tmp_path: Path, monkeypatch: pytest.Mon
     assert 0 < second["post_ms"] < second["whole_ms"]["p95"]
     assert second["AP"] is None
     assert run_cli([*command, "--engines", "--precision", "bf16"]) == 2
+    assert "is a peer, which is timed in batch 1 and fp32" in capsys.readouterr().err
+    assert run_cli([*command[:-2], "--engine", "openvino", "--engines", "--precision", "int8"]) == 2
     assert "is a peer, which is timed in batch 1 and fp32" in capsys.readouterr().err
 
 

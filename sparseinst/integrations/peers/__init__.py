@@ -35,6 +35,11 @@ def is_peer(name: str) -> bool:
     return name == MASK_RCNN or name.startswith((DETECTRON2, RFDETR)) or is_yolo(name)
 
 
+def is_quantised(name: str) -> bool:
+    """Tell whether a peer can run in int8. NNCF 3.4 fails on the graph of Mask R-CNN, and detectron2's are not exported."""
+    return is_yolo(name) or name.startswith(RFDETR)
+
+
 def default_sides(name: str) -> tuple[int, int]:
     """Return the shorter side of the network's input, and the limit of the longer side, in pixels, that a peer is meant for.
 

@@ -9,17 +9,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from sparseinst.config import EngineName, NetworkPrecision
 from sparseinst.engines.artifact import OPSET
 from sparseinst.engines.base import INPUT, Engine, Facts
 from sparseinst.errors import UserError
 from sparseinst.files import atomic
-from sparseinst.inference.artifacts import artifacts_folder, compiled_folder
+from sparseinst.inference.artifacts import artifacts_folder, compiled_folder, save_openvino
 from sparseinst.inference.export import check_onnx_packages
 from sparseinst.inference.kept import kept
 from sparseinst.inference.onnx_operators import translations
+from sparseinst.inference.quantization import noise_images, quantisation_packages, quantise_on
 from sparseinst.integrations.peers.peer import Exportable, Peer, PeerInput
 from sparseinst.models.tensors import tensors_digest
 from sparseinst.section import content_hash
@@ -44,6 +48,7 @@ def prepare_peer(peer: Peer, example: PeerInput, engine: EngineName, precision: 
 
     Raises:
         UserError: the engine's extra is missing, it compiled another precision, or it cannot run this peer.
+        RunFailed: the network in int8 cannot be written.
     """
     if engine == "torch":
         return PreparedPeer(peer, _torch_facts(peer))
@@ -52,6 +57,8 @@ def prepare_peer(peer: Peer, example: PeerInput, engine: EngineName, precision: 
     if example.images.device.type != "cpu":
         raise UserError(f"engine {engine} runs on the CPU only, not on {example.images.device}: use --device cpu")
     artifact = _artifact(peer, peer.exportable, example)
+    if precision == "int8":
+        artifact = _int8(peer, peer.exportable, artifact)
     loaded: Engine
     if engine == "onnxruntime":
         from sparseinst.engines import onnxruntime_engine
@@ -91,6 +98,22 @@ def _artifact(peer: Peer, exportable: Exportable, example: PeerInput) -> Path:
             _export(exportable, example.images, temporary)
 
     return kept(path, export)
+
+
+def _int8(peer: Peer, exportable: Exportable, source: Path) -> Path:
+    """Return the network in int8 for OpenVINO, with ranges from noise, which suffices for timing. It is made once."""
+    nncf, openvino = quantisation_packages()
+    path = source.with_name(f"int8-{nncf.__version__}-{openvino.__version__.split('-')[0]}.xml")
+
+    def make() -> None:
+        def read(photo: Image.Image) -> NDArray[np.float32]:
+            images: torch.Tensor = peer.prepare(np.array(photo)).images
+            return images.numpy()
+
+        model = openvino.Core().read_model(source)
+        save_openvino(quantise_on(nncf, model, noise_images(), read, transformer=exportable.transformer), path)
+
+    return kept(path, make)
 
 
 def _export(exportable: Exportable, images: torch.Tensor, output: Path) -> None:

@@ -42,6 +42,8 @@ class Exportable:
     """Whether H and W may differ from one photo to the next."""
     traced: bool = False
     """Export by tracing, because torch.export cannot follow the network."""
+    transformer: bool = False
+    """Whether the network is a transformer, which NNCF quantises in a way of its own."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,12 @@ def build(name: str, device: torch.device, sides: tuple[int, int], weights: Path
     kind, _, figure = _known(name)
     side = sides[0]
     source = {"pretrain_weights": str(weights)} if weights is not None else {} if pretrained else {"pretrain_weights": None}
-    logging.getLogger("rf-detr").setLevel(logging.ERROR)  # it warns that random weights are random
+    logging.getLogger("rf-detr").setLevel(logging.ERROR)
     torch.manual_seed(0)
     try:
-        whole: Any = getattr(rfdetr, kind)(resolution=side, device=str(device), **source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns that random weights are random
+            whole: Any = getattr(rfdetr, kind)(resolution=side, device=str(device), **source)
     except (OSError, RuntimeError) as error:
         raise no_download(name, error) from None
     step = whole.model_config.patch_size * whole.model_config.num_windows
@@ -94,6 +97,6 @@ def build(name: str, device: torch.device, sides: tuple[int, int], weights: Path
         finish,
         count_parameters(network),
         package="rfdetr",
-        exportable=Exportable(network, ("boxes", "logits", "masks"), any_size=False),
+        exportable=Exportable(network, ("boxes", "logits", "masks"), any_size=False, transformer=True),
         published=Published(figure, _SOURCE) if side == _known(name)[1] else None,
     )
