@@ -86,7 +86,7 @@ def make_plan(
     Args:
         seeds: each row is trained once with each seed; latency is measured with the first seed only. A function gives each row
             seeds of its own; a row without seeds is left out.
-        row: plan only the rows whose name contains this text.
+        row: plan only the row of this name, or the rows whose name contains this text.
         device: the value of `--device`. The keys of timings contain that device's own name.
         name: the device's own name, if the device is on another machine.
 

@@ -312,5 +312,8 @@ def overruled(spec: Spec, profile: Profile) -> dict[str, list[str]]:
 
 
 def select_rows(spec: Spec, text: str | None) -> list[Row]:
-    """Return the rows whose name contains `text`, ignoring case; all rows for None."""
-    return [row for row in spec.rows if text is None or text.casefold() in row.name.casefold()]
+    """Return the row of this name, or else the rows whose name contains `text`, ignoring case; all rows for None."""
+    if text is None:
+        return list(spec.rows)
+    exact = [row for row in spec.rows if row.name.casefold() == text.casefold()]
+    return exact or [row for row in spec.rows if text.casefold() in row.name.casefold()]

@@ -92,14 +92,15 @@ def _print_prediction(found: Prediction, files: int, output: Path, score: float,
         )
     if found.left_out:
         print(f"--top left out {counted(found.left_out, 'more instance')} with such a score")
-    if found.full and not tiled:
+    full = found.full if score > 0 else 0  # every map has a score of 0 or more
+    if full and not tiled:
         print(
-            f"in {counted(found.full, 'image')} all maps of the model have such a score; it cannot find "
+            f"in {counted(full, 'image')} all maps of the model have such a score; it cannot find "
             "more objects than it has maps (model.decoder.iam.num_maps), unless --tile cuts the image"
         )
-    elif found.full:
+    elif full:
         print(
-            f"in {counted(found.full, 'image')} all maps of the model have such a score in a tile; it cannot find "
+            f"in {counted(full, 'image')} all maps of the model have such a score in a tile; it cannot find "
             "more objects in a tile than it has maps (model.decoder.iam.num_maps): use a smaller --tile"
         )
     for path in found.sheets:

@@ -40,7 +40,9 @@ Tables = Annotated[list[str] | None, typer.Argument(metavar="[TABLE ...]", help=
 TableNames = Annotated[list[str], typer.Argument(metavar="TABLE ...", help=_TABLES)]
 ProfileName = Annotated[str, typer.Option("--profile", help="The scale: a file in experiments/profiles, by name or path.")]
 Seeds = Annotated[int, typer.Option(min=1, max=12, help="Train every row with this many seeds, starting at 0.")]
-RowText = Annotated[str | None, typer.Option("--row", help="Use only the rows whose name contains this text.")]
+RowText = Annotated[
+    str | None, typer.Option("--row", help="Use only the row of this name, or the rows whose name contains this text.")
+]
 Results = Annotated[Path, typer.Option(help="Folder of the records, tables and figures.")]
 TimingCluster = Annotated[
     str | None, typer.Option("--cluster", help="Use the timings on this cluster's device instead of this machine's.")

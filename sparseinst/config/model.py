@@ -84,10 +84,9 @@ class DecoderConfig(Section):
 
     @model_validator(mode="after")
     def _groups_divide(self) -> Self:
-        if self.iam.kind == "conv":
-            if self.width % self.iam.groups:
-                raise ValueError(f"iam.groups={self.iam.groups} does not divide width={self.width}")
-        elif self.width % self.iam.heads:
+        if self.iam.kind == "conv" and self.width % self.iam.groups:
+            raise ValueError(f"iam.groups={self.iam.groups} does not divide width={self.width}")
+        if self.iam.kind == "cross_attention" and self.width % self.iam.heads:
             raise ValueError(f"iam.heads={self.iam.heads} does not divide width={self.width}")
         return self
 

@@ -50,7 +50,10 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def _schedule_is_consistent(self) -> Self:
         if self.warmup_iterations >= self.iterations:
-            raise ValueError(f"warmup_iterations={self.warmup_iterations} must be below iterations={self.iterations}")
+            raise ValueError(
+                f"warmup_iterations={self.warmup_iterations} must be below iterations={self.iterations}; "
+                f"set it too, such as to {self.iterations // 20}"
+            )
         if list(self.milestones) != sorted(self.milestones):
             raise ValueError(f"milestones={list(self.milestones)} must be in ascending order")
         return self

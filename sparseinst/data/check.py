@@ -14,10 +14,10 @@ import numpy as np
 
 from sparseinst.config import DataConfig
 from sparseinst.data.annotations import check_for_metrics
-from sparseinst.data.coco import CocoSplit, ImageRecord, train_split, val_split
+from sparseinst.data.coco import CocoSplit, ImageRecord, check_categories, train_split, val_split
 from sparseinst.data.images import read_image
 from sparseinst.data.masks import decode
-from sparseinst.errors import DataError
+from sparseinst.errors import DataError, UserError
 from sparseinst.files import state_of_file
 
 SMALL, MEDIUM = 32**2, 96**2
@@ -155,6 +155,11 @@ def check_folder(config: DataConfig, *, read_images: bool = True) -> dict[str, R
             reports[name] = check_split(split, images, read_images=read_images)
         if not split.problems:  # otherwise it would only say the same in other words
             check_for_metrics(split.file, state_of_file(split.file))
+    train, val = splits.values()
+    try:
+        check_categories(val, train.categories, f"{train.file}")
+    except UserError as error:
+        reports["val"].problems.append(str(error))
     return reports
 
 
@@ -182,6 +187,8 @@ def show(reports: dict[str, Report], *, as_json: bool = False) -> None:
                 f"note: {name}: {report.wrong_areas} of {report.instances} instances have an `area` that is not their mask's, "
                 "but perhaps their box's. COCO's metrics take an object's size from it: AP is right, but APs, APm and APl are not"
             )
+    if reports["val"].images and not reports["val"].instances:
+        print("note: val: no image has an instance, so there will be no AP")
     if mirrored := mirrored_categories(list(reports["train"].categories)):
         print(f"note: {MIRRORED.format(*mirrored[0])}: train with data.flip=0, as `sparseinst init` writes")
 

@@ -6,6 +6,7 @@ K instances of one image, H W height and width in pixels.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -112,10 +113,16 @@ def check_categories(split: CocoSplit, categories: Sequence[Category], of: str) 
     """
     ours, theirs = category_names(categories), category_names(split.categories)
     if ours != theirs:
-        differing = next((pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]), ("none", "none"))
+        expected, found = next(pair for pair in itertools.zip_longest(ours, theirs) if pair[0] != pair[1])
+        if expected is None:
+            first = f"it also has {found!r}"
+        elif found is None:
+            first = f"it lacks {expected!r}"
+        else:
+            first = f"{found!r} for {expected!r}"
         raise UserError(
-            f"{split.file}: its {len(theirs)} categories are not the {len(ours)} of {of} "
-            f"(first difference: {differing[1]!r} for {differing[0]!r})"
+            f"{split.file}: its {len(theirs)} categories are not the {len(ours)} of {of} (first difference: {first}): "
+            "`categories` must hold the same names in both, in the order of their ids, also those without an annotation"
         )
 
 

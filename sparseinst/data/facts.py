@@ -12,9 +12,17 @@ import numpy as np
 
 from sparseinst.config import DataConfig
 from sparseinst.data.check import image_exists, mirrored_categories, repeated_names
-from sparseinst.data.coco import Category, CocoSplit, ImageRecord, category_names, train_split, val_split
+from sparseinst.data.coco import (
+    Category,
+    CocoSplit,
+    ImageRecord,
+    category_names,
+    check_categories,
+    train_split,
+    val_split,
+)
 from sparseinst.data.masks import decode_with_bounds
-from sparseinst.errors import DataError
+from sparseinst.errors import DataError, UserError
 
 _MOST_MASKS = 5000  # masks whose area is measured; a random sample of a larger set
 
@@ -56,6 +64,10 @@ class Facts:
     """The paths of the images of both splits that do not exist."""
     repeated_names: tuple[str, ...] = ()
     """The names that several categories have."""
+    val_instances: int = 1
+    """The number of instances in the validation images."""
+    other_categories: str | None = None
+    """How the categories of the validation images differ from those of the training images, if they do."""
     mirrored: tuple[str, str] | None = None
     """Two categories that differ only in `left` and `right` by name, if there are any."""
 
@@ -97,8 +109,18 @@ def look_at(config: DataConfig) -> Facts:
         float(np.percentile(counts / sides.prod(1), 99)),
         missing=tuple(str(image.path) for image in (*train.images, *val.images) if not image_exists(image)),
         repeated_names=tuple(repeated_names(category_names(train.categories))),
+        val_instances=sum(val.instances_per_image()),
+        other_categories=_difference(train, val),
         mirrored=next(iter(mirrored_categories(category_names(train.categories))), None),
     )
+
+
+def _difference(train: CocoSplit, val: CocoSplit) -> str | None:
+    try:
+        check_categories(val, train.categories, f"{train.file}")
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _source(image: ImageRecord) -> str:

@@ -35,6 +35,8 @@ _TILE_PART = 0.75
 """The largest tile, as a part of the images' shorter side."""
 _CLUSTERS = 1.6
 """How many times more instances the fullest tile of an image holds than a mean one."""
+_FEW_MORE = 1.25
+"""The fullest image gets enough maps for all of its instances if they are at most so many times those that most images need."""
 _CELL = 4
 """The stride of the predicted masks with the default `mask_scale`."""
 
@@ -171,6 +173,8 @@ def _choose_maps(chosen: Recipe, facts: Facts, size: Size, start: Mapping[str, A
     has = start["model.decoder.iam.num_maps"] if start is not None else None
     least = 100 if size == "full" else 20
     wanted = max(least, math.ceil(facts.usual_instances / 10) * 10)
+    if facts.most_instances <= _FEW_MORE * wanted:
+        wanted = max(wanted, math.ceil(facts.most_instances / 10) * 10)
     if facts.unit == "tile":
         holds = f"A tile of the fullest images may hold about {facts.usual_instances} instances."
     else:
@@ -235,8 +239,10 @@ def _choose_steps(chosen: Recipe, facts: Facts, size: Size, *, fine: bool) -> No
         chosen.settings["train.backbone_multiplier"] = 0.5
     chosen.settings["train.warmup_iterations"] = min(1000, steps // 20)
     chosen.choose("train.clip_norm", 5.0, "Stops a single bad batch from ruining the run.")
-    chosen.choose("train.ema_decay", 0.998, "The average of the weights over the last 500 steps is evaluated and saved.")
-    every = max(500, steps // 10)
+    averaged = max(1, min(500, steps // 10))
+    decay = round(1 - 1 / averaged, 4) if averaged > 1 else None
+    chosen.choose("train.ema_decay", decay, f"The average of the weights over the last {averaged} steps is evaluated and saved.")
+    every = max(min(500, steps), steps // 10)
     chosen.choose("train.evaluate_every", every, "After so many steps AP is measured each time; `sparseinst curves` shows it.")
     chosen.choose("train.evaluate_images", 200, "The evaluations during the run use only this many images.")
     chosen.settings["train.checkpoint_every"] = max(250, steps // 40)
@@ -253,8 +259,14 @@ def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping
         )
     if not facts.val_images:
         chosen.warnings.append("the validation split has no image, so there will be no AP: `sparseinst data split` makes one.")
+    elif not facts.val_instances:
+        chosen.warnings.append(
+            "no validation image has an instance, so there will be no AP: `sparseinst data split` splits anew."
+        )
     elif facts.val_images < 30:
         chosen.warnings.append(f"with {facts.val_images} validation images AP is uncertain by several points.")
+    if facts.other_categories is not None:
+        chosen.warnings.append(f"the training will refuse these data: {facts.other_categories}.")
     if facts.shared_images:
         chosen.warnings.append(
             f"{facts.shared_images} validation images have the name of a training image, apart from the file type and Roboflow's "

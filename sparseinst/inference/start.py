@@ -16,8 +16,9 @@ from sparseinst.models.sparseinst import SparseInst
 
 _BRANCH = "decoder.instance_branch."
 _CLASSES = (f"{_BRANCH}classes.weight", f"{_BRANCH}classes.bias")
-_GROUPED_MAPS = (f"{_BRANCH}iam.conv.weight", f"{_BRANCH}iam.conv.bias")
-_MAPS = (*_GROUPED_MAPS, f"{_BRANCH}iam.queries")
+_IAM = f"{_BRANCH}iam."
+_GROUPED_MAPS = (f"{_IAM}conv.weight", f"{_IAM}conv.bias")
+_MAPS = (*_GROUPED_MAPS, f"{_IAM}queries")
 
 
 class Start(NamedTuple):
@@ -39,10 +40,10 @@ class Start(NamedTuple):
 
 
 def start_from(model: SparseInst, path: Path, categories: Sequence[Category]) -> Start:
-    """Copy the tensors of a weights file into a fresh model of the same kind, which may have other classes and maps.
+    """Copy the tensors of a weights file into a fresh model of the same kind, which may have other classes, maps and F_iam.
 
     The class head keeps the classes that both models have by name (upper and lower case are the same). If the numbers of
-    maps differ, the first maps are kept, in each group.
+    maps differ, the first maps are kept, in each group. Another kind of F_iam starts from random weights.
 
     Args:
         categories: the new model's classes, in the order of its class head.
@@ -54,7 +55,10 @@ def start_from(model: SparseInst, path: Path, categories: Sequence[Category]) ->
     source, config, known = load_weights(path)
     theirs, ours = source.state_dict(), model.state_dict()
     counters = {name for name in theirs.keys() ^ ours.keys() if name.endswith(".num_batches_tracked")}  # frozen norms have none
-    unknown, missing = sorted(theirs.keys() - ours.keys() - counters), sorted(ours.keys() - theirs.keys() - counters)
+    unknown, missing = (
+        sorted(name for name in names - counters if not name.startswith(_IAM))
+        for names in (theirs.keys() - ours.keys(), ours.keys() - theirs.keys())
+    )
     if unknown or missing:
         name, what = (unknown[0], "is not in the new model") if unknown else (missing[0], "is not in the file")
         raise UserError(
@@ -66,7 +70,9 @@ def start_from(model: SparseInst, path: Path, categories: Sequence[Category]) ->
     for name, tensor in ours.items():
         if name in counters:
             continue
-        if name in _CLASSES:
+        if name not in theirs:  # another kind of F_iam
+            kept = None
+        elif name in _CLASSES:
             kept = _with_rows(tensor, theirs[name], rows)
         elif tensor.shape == theirs[name].shape:
             kept = theirs[name]
@@ -81,7 +87,8 @@ def start_from(model: SparseInst, path: Path, categories: Sequence[Category]) ->
         else:
             ours[name] = kept
     model.load_state_dict(ours)
-    return Start(sorted(fresh), [categories[new].name for new in rows], 0 if any(name in fresh for name in _MAPS) else maps)
+    kept_maps = 0 if any(name.startswith(_IAM) for name in fresh) else maps
+    return Start(sorted(fresh), [categories[new].name for new in rows], kept_maps)
 
 
 def _with_rows(new: Tensor, old: Tensor, rows: dict[int, int]) -> Tensor | None:

@@ -280,6 +280,7 @@ def find_log(text: str, plan: Plan, rank: int | None = None) -> Path:
     if not found:
         raise UserError(f"no run is called {text!r}; `sparseinst status` lists them")
     found = {key: run for key, run in found.items() if log(run[0]).exists()} or found
+    found = {key: run for key, run in found.items() if key in plan.runs} or found  # the profile of the command
     if len(found) > 1:  # several rows share a pretraining, which has the name of the first of them
         found = {key: run for key, run in found.items() if ", pretrain, " not in run[1]} or found
     if len(found) > 1:
@@ -299,8 +300,18 @@ def _find_folders(text: str, plan: Plan) -> dict[str, tuple[RunPaths, str]]:
     """
     known = {run.key: (run_folder(run.key), run.label) for run in plan.runs.values()}
     known |= {paths.root.name: (paths, name) for paths, name in named_runs()}
-    by_key = {key: run for key, run in known.items() if key.startswith(text)}
-    return by_key or {key: run for key, run in known.items() if folded(text) in folded(run[1])}
+    if by_key := {key: run for key, run in known.items() if key.startswith(text)}:
+        return by_key
+    named = {key: run for key, run in known.items() if folded(text) in folded(run[1])}
+    # `table4/softmax` means the row of this name, with seed 0, and not also `table4/softmax without groups`.
+    labels = {key: folded(plan.runs[key].label if key in plan.runs else _label(name)) for key, (_, name) in named.items()}
+    exact = {key: run for key, run in named.items() if folded(text) in (labels[key], labels[key].partition(" ")[2])}
+    return exact or named
+
+
+def _label(name: str) -> str:
+    """Return the table and the row in a run's name, without seed 0, stage and profile; see `StageRun.name`."""
+    return name.rsplit(", ", 2)[0].removesuffix(" seed 0")
 
 
 def follow(path: Path, *, every: float = 1.0) -> Iterable[str]:

@@ -234,7 +234,9 @@ def _by_row(records: Iterable[Record], store: Store) -> dict[str, Sample]:
 def _within_noise(here: float | None, there: float | None, noise: SeedNoise | None, lines: list[str]) -> Outcome:
     if here is None or there is None or noise is None:
         lines.append(
-            "AP has no value" if noise is not None else "this row has fewer than two trained seeds, so its noise is unknown"
+            "AP has no value"
+            if noise is not None
+            else "the noise of this row is unknown: it has fewer than two seeds that count as trained"
         )
         return "undecided"
     two_seeds = replace(noise, variance=2 * noise.variance, pooled=2 * noise.pooled, seeds=1)

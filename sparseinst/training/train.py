@@ -28,6 +28,7 @@ from sparseinst.files import atomic, make_folder, read_text
 from sparseinst.inference.start import start_from
 from sparseinst.inference.weights import save_weights
 from sparseinst.models.sparseinst import build_model
+from sparseinst.nested import flatten
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths
 from sparseinst.training.best import BestSoFar
@@ -109,8 +110,14 @@ def _refuse_other_run(paths: RunPaths, config: Config) -> None:
         )
     theirs, ours = load_config(paths.config).train_content(), config.train_content()
     if theirs != ours:
-        parts = ", ".join(part for part in {**ours, **theirs} if ours.get(part) != theirs.get(part))
-        raise UserError(f"{paths.root}: holds a run with other settings ({parts}): use another folder, or remove this one")
+        there, here = flatten(theirs), flatten(ours)
+        differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+        shown = ", ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in differing[:3])
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"{paths.root}: holds a run with other settings ({shown}{more}): use another folder, or remove this one; --weights "
+            f"{paths.root} starts a new run from its weights"
+        )
 
 
 class _Training:
