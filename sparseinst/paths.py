@@ -126,6 +126,8 @@ JOBS = RUNS / "jobs"
 """submitit's files: the jobs as they were sent, and the outputs of their processes."""
 NAMES = RUNS / "by-name"
 """Links to the folders of runs of tables. Each has the run's name."""
+RETIRED = RUNS / "retired"
+"""The folders of runs that were set aside; see `launch.retire`."""
 SNAPSHOTS = RUNS / "snapshots"
 """Copies of the package. Jobs on a cluster run these."""
 

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sparseinst.ablation.provenance import is_other_code
+from sparseinst.ablation.sequential import MOST_REFERENCE_SEEDS
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import Profile, Row, Spec, row_config, select_rows
 from sparseinst.ablation.study import Table as StudyTable
@@ -20,6 +22,9 @@ from sparseinst.machine import device_name
 from sparseinst.paths import stored_weights
 from sparseinst.section import STAGES, Stage
 from sparseinst.words import counted
+
+SEEDS = range(MOST_REFERENCE_SEEDS)
+"""The seeds that a row can have."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,34 @@ def _same_conditions(record: Record, plan: Plan) -> bool:
     """Return whether a record is of the plan's profile and device, and states its wall time."""
     about = record.provenance
     return (about.get("profile"), about.get("device")) == (plan.profile.name, plan.device) and "seconds" in about
+
+
+def by_other_code(plan: Plan, store: Store) -> list[StageRun]:
+    """Return the stages that are done and that code with other uncommitted changes did; see `is_other_code`."""
+    found = []
+    for key in plan.done:
+        record = store.load(key)
+        if record is not None and plan.runs[key].stage != "pretrain" and is_other_code(record.provenance):
+            found.append(plan.runs[key])
+    return found
+
+
+def unused_records(tables: Sequence[StudyTable], profile: Profile, store: Store) -> list[Record]:
+    """Return the records of a profile that no row of the tables needs, with any seed and on any device.
+
+    A row leaves such records if its settings change, or if it is removed.
+    """
+    needed: set[str] = set()
+    timed = []
+    for table in tables:
+        for row in table.spec.rows:
+            config = row_config(table.spec, row, profile)
+            needed |= {key for pair in config.keys_of_seeds(SEEDS).values() for key in pair}
+            needed |= {config.pretrain_key()} if config.pretrains else set()
+            timed.append(f"{config.latency_prefix()}-")
+    others = sorted(key for key in store.keys() - needed if not key.startswith(tuple(timed)))
+    records = [record for key in others if store.path(key).exists() and (record := store.load(key)) is not None]
+    return [record for record in records if record.kind != "peer" and record.provenance.get("profile") == profile.name]
 
 
 MOST_LINES = 200

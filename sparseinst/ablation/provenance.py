@@ -71,6 +71,17 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def is_other_code(about: Mapping[str, Any]) -> bool:
+    """Return whether a record's code differs from the code that runs now by changes that were not committed.
+
+    Two commits are not compared: the repository's history says what changed between them.
+    """
+    now, changes = code_version(), about.get("changes")
+    if changes is not None:
+        return bool(changes != code_digest())
+    return now["changes"] is not None and now["commit"] is not None
+
+
 def note_code(paths: RunPaths) -> None:
     """Record in a run's folder that this version of the code trains it."""
     paths.root.mkdir(parents=True, exist_ok=True)

@@ -297,7 +297,7 @@ class Judgement:
     for repeated looks (Jennison and Turnbull, 1989)."""
     more_seeds: int | None = None
     """For an undecided comparison: about how many more seeds of both rows would settle it with 80 % power, if its estimates are
-    right. None if up to 50 would not, or if the noise of seeds is unknown."""
+    right. None if up to 50 would not, if the noise of seeds is unknown, or if a row has one seed."""
 
     @property
     def text(self) -> str:
@@ -333,10 +333,10 @@ def judge(comparisons: Sequence[Comparison]) -> list[Judgement]:
     by_number = {number: (adjusted[2 * place], adjusted[2 * place + 1]) for place, number in enumerate(tested)}
     settled = sum(min(pair) <= FALSE_DISCOVERIES for pair in by_number.values())
     miss = FALSE_DISCOVERIES * max(settled, 1) / max(len(comparisons), 1)
-    return [_judge(comparison, *by_number.get(n, (1.0, 1.0)), miss, len(tested)) for n, comparison in enumerate(comparisons)]
+    return [_judge(comparison, *by_number.get(n, (1.0, 1.0)), miss, len(comparisons)) for n, comparison in enumerate(comparisons)]
 
 
-def _judge(comparison: Comparison, p_sign: float, p_equivalence: float, miss: float, tested: int) -> Judgement:
+def _judge(comparison: Comparison, p_sign: float, p_equivalence: float, miss: float, comparisons: int) -> Judgement:
     settled = min(p_sign, p_equivalence) <= FALSE_DISCOVERIES
     confidence = 1 - miss / comparison.penalty if settled else CONFIDENCE
     found, paper = replace(comparison.difference, confidence=confidence), comparison.paper
@@ -353,15 +353,17 @@ def _judge(comparison: Comparison, p_sign: float, p_equivalence: float, miss: fl
             verdict = "same sign, size compatible" if compatible else "same sign, other size"
     elif p_equivalence <= FALSE_DISCOVERIES:
         verdict = "equivalent"
-    more = seeds_to_settle(comparison, tested) if verdict == "undecided" else None
+    more = None
+    if verdict == "undecided" and not comparison.difference.guessed:
+        more = seeds_to_settle(comparison, comparisons)
     return Judgement(verdict, p_sign, p_equivalence, confidence, more)
 
 
-def seeds_to_settle(comparison: Comparison, tested: int = 1) -> int | None:
+def seeds_to_settle(comparison: Comparison, comparisons: int = 1) -> int | None:
     """Return about how many more seeds of both rows would settle a comparison with 80 % power, if its estimates are right.
 
     Args:
-        tested: the number of comparisons that share the false discovery rate. The worst case is assumed: no other one is settled.
+        comparisons: the number of those that share the false discovery rate. The worst case is assumed: no other one is settled.
 
     Returns:
         None if up to 50 more seeds would not settle it, because the noise of the images remains, or if the noise of seeds is
@@ -369,7 +371,7 @@ def seeds_to_settle(comparison: Comparison, tested: int = 1) -> int | None:
     """
     if not comparison.difference.complete:
         return None
-    level = FALSE_DISCOVERIES / (max(tested, 1) * comparison.penalty)
+    level = FALSE_DISCOVERIES / (max(comparisons, 1) * comparison.penalty)
     size = abs(comparison.difference.value)
     for more in range(1, _MOST_SEEDS + 1):
         found = comparison.difference.with_more_seeds(more)

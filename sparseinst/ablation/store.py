@@ -120,6 +120,7 @@ class _Trainer(_Code):
 class _Provenance(_Trainer):
     profile: str | None = None
     device: str | None = None
+    session: str | None = None
     seed: int | None = None
     data: str | None = None
     weights: str | None = None

@@ -9,8 +9,9 @@ from __future__ import annotations
 import shutil
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,7 +51,6 @@ class Latency:
     """What ran the network; see `engines.base.Facts`. None in training."""
 
 
-@torch.no_grad()
 def measure(workload: Workload, *, device: torch.device, warmup: int = 10, repetitions: int = 50) -> Latency:
     """Measure the latency of the whole workload and, in separate runs, of each module.
 
@@ -58,39 +58,95 @@ def measure(workload: Workload, *, device: torch.device, warmup: int = 10, repet
         warmup: number of runs before the clock starts, raised to the number of batches.
         repetitions: number of timed runs, rounded up so that each batch runs equally often.
     """
-    warmup, repetitions = max(warmup, workload.num_batches), round_up_repetitions(workload, repetitions)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    modules: dict[str, list[float]] = {name: [] for name in workload.modules}
-    whole: list[float] = []
-    kept = 0
-    for number in range(warmup):
-        kept = workload.run(number, _ignore)
-    before = gpu_clocks(device)
-    for number in range(repetitions):
-        whole.append(_time_batch(workload, number, device))
-        if workload.modules:
-            for name, seconds in _time_modules(workload, number, device).items():
-                modules[name].append(seconds)
-    after = gpu_clocks(device)
-    spread = {name: percentiles(seconds) for name, seconds in modules.items()}
-    return Latency(
-        percentiles(whole),
-        {name: times["median"] for name, times in spread.items()},
-        {name: (times["p5"], times["p95"]) for name, times in spread.items()},
-        workload.size,
-        kept,
-        repetitions,
-        _drift(whole, workload.num_batches),
-        torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else None,
-        f"{before} | {after}" if before is not None else None,
-        workload.facts,
-    )
+    [found] = measure_by_turns([lambda: workload], device=device, warmup=warmup, repetitions=repetitions)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+@torch.no_grad()
+def measure_by_turns(
+    builders: Sequence[Callable[[], Workload]], *, device: torch.device, warmup: int = 10, repetitions: int = 50
+) -> list[Latency | Exception]:
+    """Measure workloads by turns, so that their times can be compared although the speed of the machine changes.
+
+    Args:
+        builders: return the workloads.
+        warmup, repetitions: as in `measure`.
+
+    Returns:
+        For each workload its latency, or the exception that its builder or its warm-up raised.
+    """
+    timed: list[_Timed | Exception] = []
+    for build in builders:
+        others = torch.cuda.memory_allocated(device) if device.type == "cuda" and timed else 0
+        try:
+            timed.append(_Timed(build(), device, warmup, repetitions, others))
+        except Exception as error:  # noqa: BLE001 (the other workloads are still timed)
+            timed.append(error)
+    chosen = [one for one in timed if isinstance(one, _Timed)]
+    for number in range(max((one.repetitions for one in chosen), default=0)):
+        for one in chosen:
+            if number < one.repetitions:
+                one.take_turn(number)
+    return [one.latency() if isinstance(one, _Timed) else one for one in timed]
+
+
+class _Timed:
+    """A workload that is warm, and its times so far.
+
+    Args:
+        others: the bytes of the GPU's memory that other workloads hold.
+    """
+
+    def __init__(self, workload: Workload, device: torch.device, warmup: int, repetitions: int, others: int) -> None:
+        self._workload, self._device = workload, device
+        self.repetitions = round_up_repetitions(workload, repetitions)
+        self._whole: list[float] = []
+        self._modules: dict[str, list[float]] = {name: [] for name in workload.modules}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self._kept = 0
+        for number in range(max(warmup, workload.num_batches)):
+            self._kept = workload.run(number, _ignore)
+        self._peak = torch.cuda.max_memory_allocated(device) - others if device.type == "cuda" else None
+        self._clocks = gpu_clocks(device)
+
+    def take_turn(self, number: int) -> None:
+        """Time batch number n as a whole, and then module by module."""
+        self._whole.append(_time_batch(self._workload, number, self._device))
+        if self._workload.modules:
+            for name, seconds in _time_modules(self._workload, number, self._device).items():
+                self._modules[name].append(seconds)
+
+    def latency(self) -> Latency:
+        spread = {name: percentiles(seconds) for name, seconds in self._modules.items()}
+        return Latency(
+            percentiles(self._whole),
+            {name: times["median"] for name, times in spread.items()},
+            {name: (times["p5"], times["p95"]) for name, times in spread.items()},
+            self._workload.size,
+            self._kept,
+            self.repetitions,
+            _drift(self._whole, self._workload.num_batches),
+            self._peak // 2**20 if self._peak is not None else None,
+            f"{self._clocks} | {gpu_clocks(self._device)}" if self._clocks is not None else None,
+            self._workload.facts,
+        )
 
 
 def measure_latency(config: Config, *, device: torch.device, warmup: int = 10, repetitions: int = 50) -> Latency:
-    """Measure the latency of a config's model with random weights, in mode `eager`. The stage `latency` calls this function."""
+    """Measure the latency of a config's model with random weights, in mode `eager`."""
     return measure(network_workload(config, device=device), device=device, warmup=warmup, repetitions=repetitions)
+
+
+def measure_latencies(configs: Sequence[Config], *, device: torch.device) -> list[Latency | Exception]:
+    """Measure the latency of several configs' models by turns. The stage `latency` calls this function.
+
+    Returns:
+        For each config the latency, or the exception that its model raised.
+    """
+    return measure_by_turns([partial(network_workload, config, device=device) for config in configs], device=device)
 
 
 def round_up_repetitions(workload: Workload | ComparedSide, repetitions: int) -> int:

@@ -30,9 +30,13 @@ from sparseinst.cli.options import (
     warn_about_overruled_rows,
 )
 from sparseinst.errors import RunFailed, UserError
+from sparseinst.paths import RETIRED
+from sparseinst.section import STAGES
+from sparseinst.words import counted
 
 if TYPE_CHECKING:
     from sparseinst.ablation.plan import Costs, Plan
+    from sparseinst.ablation.study import Table
     from sparseinst.report.power import RowPower
 
 app = typer.Typer()
@@ -71,7 +75,42 @@ def plan(
     else:
         show(table_plan, cost)
         warn_about_overruled_rows(table_plan)
+        _print_notes(table_plan, store)
     check_budget(table_plan, store, budget)
+
+
+def _print_notes(table_plan: Plan, store: Store) -> None:
+    """Print what a user may not expect of the records: that other code made them, or that no row needs them."""
+    from sparseinst.ablation.plan import unused_records
+
+    _print_other_code(table_plan, store)
+    if unused := unused_records(_every_table(table_plan), table_plan.profile, store):
+        newest = max(unused, key=lambda record: record.provenance.get("ended", ""))
+        print(
+            f"note: no row needs {counted(len(unused), 'record')} of profile {table_plan.profile.name} (the newest is "
+            f"{newest.kind} {newest.key}): a row was changed or removed, or a setting was added without `Neutral` "
+            f"(docs/structure.md). `sparseinst retire --unused --profile {table_plan.profile.name}` sets them aside"
+        )
+
+
+def _print_other_code(table_plan: Plan, store: Store) -> None:
+    from sparseinst.ablation.plan import by_other_code
+
+    if others := by_other_code(table_plan, store):
+        print(
+            f"note: {len(others)} of {len(table_plan.done)} results come from code with other uncommitted changes than the "
+            "present code. If the changes can change a result, set them aside, `sparseinst retire TABLE --other-code`, and run "
+            "again"
+        )
+
+
+def _every_table(table_plan: Plan) -> list[Table]:
+    """Return the plan's tables and all others."""
+    from sparseinst.ablation.study import list_tables, read_tables
+
+    planned = {planned.table.name: planned.table for planned in table_plan.rows}
+    known = read_tables(["all"]) if list_tables() else []
+    return [*planned.values(), *(table for table in known if table.name not in planned)]
 
 
 def _power(tables: list[str] | None, profile: str, plan: Plan, cost: Costs, seeds: int, results: Path) -> list[RowPower]:
@@ -147,6 +186,7 @@ def run(
     if foreign := made_elsewhere(table_plan, store):
         print(f"{len(foreign)} of {len(table_plan.runs)} results were not measured here: {store.folder} has their records, but")
         print(f"{RUNS} has no folders of these runs. To measure them here, add --again and leave out --results.")
+    _print_other_code(make_plan(tables, profile, seeds, row, results, device)[0], store)
     _print_how_to_report(tables, profile, results)
 
 
@@ -228,6 +268,54 @@ def _devices(device: str | None) -> list[str | None]:
     if device is not None:
         return [device]
     return [f"cuda:{index}" for index in range(len(gpu_names()))] or [None]
+
+
+@app.command()
+def retire(
+    tables: Tables = None,
+    profile: ProfileName = "coco",
+    seeds: Seeds = 1,
+    row: RowText = None,
+    results: Results = RESULTS,
+    device: Device = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="train|evaluate|latency",
+            help="Only these stages; repeat the option for more. A training takes its evaluations with it.  [default: all three]",
+        ),
+    ] = None,
+    other_code: Annotated[
+        bool, typer.Option("--other-code", help="Only what code with other uncommitted changes measured.")
+    ] = False,
+    unused: Annotated[
+        bool, typer.Option("--unused", help="Instead of rows, all records of the profile that no row of any table needs.")
+    ] = False,
+) -> None:
+    """Set results aside, so that `run` measures them again, for example after a change of the code.
+
+    Nothing is deleted: a record is renamed to KEY.retired, and the run's folder moves to runs/retired. Rows of other tables that
+    share a run lose its result, too. Pretrainings stay.
+    """
+    from sparseinst.ablation.plan import by_other_code, unused_records
+    from sparseinst.launch.retire import retire as set_aside
+
+    if unused == bool(tables):
+        raise UserError("retire: name the tables, or give --unused for the records that no row needs")
+    if unused and (row is not None or stage or other_code or seeds != 1):
+        raise UserError("retire: --unused takes all such records of a profile, so it allows no other choice")
+    table_plan, store = make_plan(tables, profile, seeds, row, results, device)
+    if unused:
+        keys = [record.key for record in unused_records(_every_table(table_plan), table_plan.profile, store)]
+    else:
+        stages = set(stage or ("train", "evaluate", "latency"))
+        if unknown := stages - {*STAGES} | stages & {"pretrain"}:
+            raise UserError(f"retire: --stage: {sorted(unknown)[0]!r}: choose train, evaluate or latency")
+        chosen = by_other_code(table_plan, store) if other_code else [*table_plan.runs.values()]
+        keys = [run.key for run in chosen if run.stage in stages]
+        keys += [run.key for run in table_plan.runs.values() if run.needs in keys and run.stage == "evaluate"]
+    retired = set_aside(keys, store)
+    print(f"{counted(len(retired), 'run')} set aside: records as {store.folder}/*.retired, folders in {RETIRED}")
 
 
 @app.command()

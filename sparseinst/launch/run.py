@@ -18,9 +18,10 @@ from sparseinst.ablation.provenance import COMMAND, command_line
 from sparseinst.ablation.store import Store
 from sparseinst.attempts import Attempt, Held, Superseded, reason
 from sparseinst.launch.status import Status, watch
-from sparseinst.launch.work import StageContext, do_stage
+from sparseinst.launch.work import StageContext, do_stage, time_rows
 from sparseinst.machine import usable_cores
 from sparseinst.paths import RUNS, RunPaths, run_folder
+from sparseinst.words import counted
 
 _WAIT = 1.0  # seconds between checks of stages that other processes are doing
 
@@ -63,12 +64,44 @@ class _Worker:
         self.begun, self.total = 0, len(plan.to_do())
 
     def work(self) -> None:
-        waiting = self.plan.to_do()
+        self._work_on([run for run in self.plan.to_do() if run.stage != "latency"], self._unfinished)
+        self._work_on([run for run in self.plan.to_do() if run.stage == "latency"], self._untimed)
+
+    @staticmethod
+    def _work_on(waiting: list[StageRun], do: Callable[[list[StageRun]], list[StageRun]]) -> None:
+        """Call `do`, which returns the stages that are left, until none is left."""
         while waiting:
-            left = [run for run in waiting if not self._finish(run)]
+            left = do(waiting)
             if len(left) == len(waiting):  # other processes are doing all stages that could be done now
                 time.sleep(_WAIT)
             waiting = left
+
+    def _unfinished(self, waiting: list[StageRun]) -> list[StageRun]:
+        return [run for run in waiting if not self._finish(run)]
+
+    def _untimed(self, waiting: list[StageRun]) -> list[StageRun]:
+        """Time the rows by turns, and return those that another process is timing."""
+        waiting = [run for run in waiting if not self._is_done(run)]
+        if not waiting:
+            return []
+        began = time.perf_counter()
+        print(f"[{self.begun + 1}/{self.total}] latency of {counted(len(waiting), 'row')}, by turns", flush=True)
+        try:
+            ended = time_rows(waiting, self.store, self.context)
+        except Exception as error:  # noqa: BLE001 (the plan still ends with the reason of each failure)
+            ended = {run.key: error for run in waiting}
+        for run in waiting:
+            if run.key not in ended:
+                continue
+            self.begun += 1
+            if (failure := ended[run.key]) is not None:
+                self.failed[run.key] = reason(failure)
+                print(f"error: {run.label}: {self.failed[run.key]}", file=sys.stderr, flush=True)
+            else:
+                self.finished.add(run.key)
+                print(f"      {run.label}{_outcome(run, self.store)}", flush=True)
+        print(f"      done in {time.perf_counter() - began:.0f} s", flush=True)
+        return [run for run in waiting if run.key not in ended]
 
     def _finish(self, run: StageRun) -> bool:
         """Do the stage if it can be done now. Return whether it is finished: recorded or failed."""

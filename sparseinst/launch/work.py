@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from sparseinst.ablation.gate import curve, not_trained
 from sparseinst.ablation.plan import StageRun
 from sparseinst.ablation.provenance import code_version, describe, note_code, trained_by
 from sparseinst.ablation.store import Record, Store
-from sparseinst.attempts import Attempt
+from sparseinst.attempts import Attempt, Held, Superseded
 from sparseinst.checked import read_json_lines
 from sparseinst.config import Config
 from sparseinst.errors import RunFailed, UserError
@@ -25,6 +26,7 @@ from sparseinst.paths import RunPaths, run_folder, stored_weights
 from sparseinst.section import Stage
 
 if TYPE_CHECKING:
+    from sparseinst.bench.benchmark import Latency
     from sparseinst.data.coco import CocoSplit
 
 _log = logging.getLogger(__name__)
@@ -70,45 +72,111 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
         outcome = _DO[run.stage](run, store, context, attempt)
         if outcome is None:
             return
-        result, split = outcome
-        from sparseinst.data.coco import images_digest
-        from sparseinst.device import arithmetic
-        from sparseinst.inference.weights import file_tensors_digest
+        # A training's time comes from its log, because this process may have done only its last steps.
+        seconds = outcome[0].get("seconds", time.perf_counter() - began)
+        _write(run, outcome, store, context, attempt, seconds, energy)
 
-        about = describe(
-            profile=context.profile,
-            device=context.device_name,
-            world_size=attempt.world_size,
-            attempts=attempt.number,
-            seed=run.config.train.seed,
-            # A training's time comes from its log, because this process may have done only its last steps.
-            seconds=result.get("seconds", time.perf_counter() - began),
-            data=file_digest(split.file) if split is not None else None,
-            images=images_digest(split) if split is not None else None,
-            arithmetic=arithmetic(),
-        )
-        if attempt.number == 1 and (joules := energy_since(energy)) is not None:  # an earlier attempt's energy is unknown
-            about["energy_joules"] = round(joules, 1)
-        if run.stage in ("pretrain", "train"):
-            about |= {**trained_by(run_folder(run.key)), "weights": file_tensors_digest(run_folder(run.key).weights)}
-        if run.stage == "train":
-            about["parts"] = context.parts or attempt.world_size * run.config.train.accumulate
-        if run.stage == "evaluate":
-            assert run.needs is not None
-            weights = stored_weights(run.needs)
-            assert weights is not None
-            about |= {
-                "trained": trained_by(run_folder(run.needs)),
-                "training": run.needs,
-                "weights": file_tensors_digest(weights),
-            }
-            training = store.load(run.needs)
-            about["parts"] = training.provenance.get("parts") if training is not None else None
-        record = Record(run.stage, run.key, result, run.config.model_dump(mode="json"), about)
-        if run.remake and _differs(record, store.load(run.key)):
-            # Not every GPU kernel repeats its bits. The record must describe the weights that exist.
-            store.retire(run.key, attempt.check)
-        store.write(record, attempt.check)
+
+def time_rows(runs: Sequence[StageRun], store: Store, context: StageContext) -> dict[str, Exception | None]:
+    """Time several rows by turns and write their records, so that changes of the machine's speed affect all rows alike.
+
+    Returns:
+        For each row that was claimed, by key: the exception that its model raised, or None. Another process does the others.
+
+    Raises:
+        UserError, RunFailed: no row can be timed.
+    """
+    began = time.perf_counter()
+    code_version()
+    session = datetime.datetime.now(datetime.UTC).isoformat()
+    claims: dict[str, tuple[StageRun, Attempt, ExitStack]] = {}
+    with ExitStack() as stack:
+        for run in runs:
+            own = stack.enter_context(ExitStack())
+            try:
+                attempt = own.enter_context(context.claim(run_folder(run.key)))
+            except (Held, Superseded):  # another process is doing it
+                continue
+            give_name(run_folder(run.key), run.name(context.profile))
+            if not run.is_done(store):
+                claims[run.key] = run, attempt, own
+        if not claims:
+            return {}
+        _check_device(context)
+        from sparseinst.bench.benchmark import measure_latencies
+        from sparseinst.device import pick_device
+
+        measured = measure_latencies([run.config for run, _, _ in claims.values()], device=pick_device(context.device))
+        ended: dict[str, Exception | None] = {}
+        for (run, attempt, own), latency in zip(claims.values(), measured, strict=True):
+            if isinstance(latency, Exception):
+                own.__exit__(type(latency), latency, latency.__traceback__)  # the attempt records its failure
+                ended[run.key] = latency
+                continue
+            seconds = (time.perf_counter() - began) / len(measured)
+            _write(run, (_timed(run, latency), None), store, context, attempt, seconds, {}, session=session)
+            ended[run.key] = None
+    return ended
+
+
+def _write(
+    run: StageRun,
+    outcome: Outcome,
+    store: Store,
+    context: StageContext,
+    attempt: Attempt,
+    seconds: float,
+    energy: dict[str, tuple[int, int]],
+    *,
+    session: str | None = None,
+) -> None:
+    """Write the record of a stage that has just ended.
+
+    Args:
+        seconds: its wall time.
+        energy: the counters of energy when it began.
+        session: names the rows that were timed by turns.
+    """
+    result, split = outcome
+    from sparseinst.data.coco import images_digest
+    from sparseinst.device import arithmetic
+    from sparseinst.inference.weights import file_tensors_digest
+
+    about = describe(
+        profile=context.profile,
+        device=context.device_name,
+        world_size=attempt.world_size,
+        attempts=attempt.number,
+        seed=run.config.train.seed,
+        seconds=seconds,
+        data=file_digest(split.file) if split is not None else None,
+        images=images_digest(split) if split is not None else None,
+        arithmetic=arithmetic(),
+    )
+    if attempt.number == 1 and (joules := energy_since(energy)) is not None:  # an earlier attempt's energy is unknown
+        about["energy_joules"] = round(joules, 1)
+    if session is not None:
+        about["session"] = session
+    if run.stage in ("pretrain", "train"):
+        about |= {**trained_by(run_folder(run.key)), "weights": file_tensors_digest(run_folder(run.key).weights)}
+    if run.stage == "train":
+        about["parts"] = context.parts or attempt.world_size * run.config.train.accumulate
+    if run.stage == "evaluate":
+        assert run.needs is not None
+        weights = stored_weights(run.needs)
+        assert weights is not None
+        about |= {
+            "trained": trained_by(run_folder(run.needs)),
+            "training": run.needs,
+            "weights": file_tensors_digest(weights),
+        }
+        training = store.load(run.needs)
+        about["parts"] = training.provenance.get("parts") if training is not None else None
+    record = Record(run.stage, run.key, result, run.config.model_dump(mode="json"), about)
+    if run.remake and _differs(record, store.load(run.key)):
+        # Not every GPU kernel repeats its bits. The record must describe the weights that exist.
+        store.retire(run.key, attempt.check)
+    store.write(record, attempt.check)
 
 
 def _check_device(context: StageContext) -> None:
@@ -293,10 +361,15 @@ def _latency(run: StageRun, _: Store, context: StageContext, attempt: Attempt) -
 
     if attempt.rank != 0:
         return None
-    measured = asdict(measure_latency(run.config, device=pick_device(context.device)))
+    return _timed(run, measure_latency(run.config, device=pick_device(context.device))), None
+
+
+def _timed(run: StageRun, latency: Latency) -> dict[str, Any]:
+    """Return the result of a timing for its record."""
+    measured = asdict(latency)
     if run.config.inference.engine == "torch":  # the record's key and provenance say all of this
         del measured["facts"]
-    return measured, None
+    return measured
 
 
 _DO: dict[Stage, Callable[[StageRun, Store, StageContext, Attempt], Outcome | None]] = {

@@ -9,6 +9,7 @@ from typing import get_args
 
 from sparseinst.ablation.looks import Look, last_decisions, look_name, penalties, read_looks
 from sparseinst.ablation.peers import PeerResult, find_peers
+from sparseinst.ablation.plan import SEEDS
 from sparseinst.ablation.statistics import Comparison, Difference, Judgement, Prior, Sample, difference, estimate_prior, judge
 from sparseinst.ablation.store import RESULTS, Store
 from sparseinst.ablation.study import (
@@ -26,7 +27,6 @@ from sparseinst.config import Config
 from sparseinst.report.records import (
     ACCURACY,
     EVALUATED,
-    SEEDS,
     Column,
     RowRecords,
     columns_of,
@@ -36,6 +36,7 @@ from sparseinst.report.records import (
     image_error,
     provenance_of,
     sample_of,
+    sessions_of,
     share_images,
     timed_spread,
 )
@@ -78,6 +79,8 @@ class RowResult:
     """The keys of the evaluations alone."""
     timing: str = "done"
     """The state of the row's timing."""
+    compared_seeds: tuple[int, ...] | None = None
+    """The seeds on which the row is compared, if it evaluates trainings of the reference row that has other seeds too."""
     other_images: bool = False
     """Whether the row and the reference row were not evaluated on the same images. Such a row has no difference."""
 
@@ -107,6 +110,8 @@ class TableResult:
     rows: list[RowResult]
     peers: list[PeerResult] = field(default_factory=list)
     """The results of other systems that were measured here."""
+    sessions: dict[str, int] = field(default_factory=dict)
+    """How many times the rows' timings were begun, by device. Times of one session were measured by turns."""
     provenance: list[str] = field(default_factory=list)
     """Which code, devices and data the values come from."""
 
@@ -233,10 +238,11 @@ def collect(
                 trainings=tuple(entry.trainings),
                 evaluations=tuple(record.key for record in entry.evaluations.values()),
                 timing=entry.timing,
+                compared_seeds=_compared_seeds(entry, base) if shares else None,
                 other_images=base is not None and bool(entry.evaluations) and not share_images(entry, base),
             )
         )
-    found = TableResult(table, profile.name, columns, rows, peers, provenance_of(records.values()))
+    found = TableResult(table, profile.name, columns, rows, peers, sessions_of(records.values()), provenance_of(records.values()))
     return replace(found, rows=_judged(found, read_looks(store.results, look_name(table, profile))))
 
 
@@ -269,6 +275,13 @@ def _cell(
     timed = entry.latencies.get(column.device or "")
     spread = timed_spread(timed.result, column.metric) if timed is not None and column.metric not in EVALUATED else None
     return Cell(measured, row.paper.get(column.metric), found, spread)
+
+
+def _compared_seeds(entry: RowRecords, reference: RowRecords | None) -> tuple[int, ...] | None:
+    """Return the seeds of two rows that evaluate the same trainings, if the reference row has others too."""
+    if reference is None or not reference.evaluations.keys() - entry.evaluations.keys():
+        return None
+    return tuple(sorted(entry.evaluations.keys() & reference.evaluations.keys())) or None
 
 
 def compared_rows(result: TableResult) -> dict[str, Comparison]:

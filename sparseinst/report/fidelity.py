@@ -26,7 +26,7 @@ from sparseinst.ablation.study import Table as StudyTable
 from sparseinst.ablation.study import list_tables, read_profile, read_tables
 from sparseinst.errors import UserError
 from sparseinst.report import style
-from sparseinst.report.collect import TableResult, read_results, seed_priors
+from sparseinst.report.collect import RowResult, TableResult, read_results, seed_priors
 from sparseinst.report.records import Column
 
 CLEAR = 0.5
@@ -45,7 +45,8 @@ class Rank:
     paper: float
     measured: Sample
     history: Mapping[int, float] = field(default_factory=dict)
-    """AP by training step, from the evaluations during training; the mean over seeds."""
+    """AP by training step, from the evaluations during training; the mean over seeds. Empty for a row that evaluates trainings of
+    the reference row in another way."""
     doubts: tuple[str, ...] = ()
     """The reasons why a training of this row is no evidence; see `ablation.gate`."""
 
@@ -99,7 +100,7 @@ class Fidelity:
     tables: dict[str, tuple[Agreement, Agreement]]
     """The agreement over all pairs of a table and over its clear pairs, by table."""
     steps: dict[int, tuple[Agreement, Agreement]]
-    """The same two, by training step, for the steps at which all rows were evaluated during training."""
+    """The same two, by training step, over the rows with a history, for the steps that all of them have."""
     deviation: float | None
     """The standard deviation of AP over seeds that the intervals assume, pooled over all rows; None without several seeds."""
     disagreements: list[tuple[Rank, Rank]]
@@ -119,7 +120,8 @@ def fidelity(results: Sequence[TableResult], prior: Prior | None, histories: Map
     deviation = prior.deviation if prior is not None else None
     trained = [rank for rank in ranks if rank.trained]
     by_table = {result.table.name: [rank for rank in ranks if result.table.name in rank.tables] for result in results}
-    steps = sorted(set.intersection(*(set(rank.history) for rank in ranks))) if ranks else []
+    followed = [rank for rank in ranks if rank.history]
+    steps = sorted(set.intersection(*(set(rank.history) for rank in followed))) if followed else []
     ordered = sorted(ranks, key=lambda r: -r.paper)
     clear_pairs = [pair for pair in itertools.combinations(ordered, 2) if _paper_difference(pair) >= CLEAR]
     disagreements = [pair for pair in clear_pairs if pair[0].measured.mean <= pair[1].measured.mean]
@@ -135,7 +137,7 @@ def fidelity(results: Sequence[TableResult], prior: Prior | None, histories: Map
             for name, own in by_table.items()
             if len(own) > 1
         },
-        steps={step: _at_step(ranks, step) for step in steps},
+        steps={step: _at_step(followed, step) for step in steps},
         deviation=deviation,
         disagreements=sorted(disagreements, key=_paper_difference, reverse=True),
     )
@@ -150,6 +152,7 @@ def _ranks(results: Sequence[TableResult], histories: Mapping[str, Mapping[int, 
     found: dict[tuple[str, ...], Rank] = {}
     missing = []
     for result in results:
+        reference = next((row for row in result.rows if row.row.name == result.table.spec.reference), None)
         for entry in result.rows:
             cell = entry.cells.get(_AP)
             if cell is None or cell.paper is None:
@@ -162,11 +165,26 @@ def _ranks(results: Sequence[TableResult], histories: Mapping[str, Mapping[int, 
             if key in found:
                 found[key] = replace(found[key], tables=(*found[key].tables, result.table.name))
                 continue
-            by_seed = [histories[training] for training in entry.trainings if training in histories]
+            # The evaluations during a training are those of the reference row, if another row evaluates it in another way.
+            own = reference in (None, entry) or not set(entry.trainings) & set(reference.trainings if reference else ())
+            by_seed = [histories[training] for training in entry.trainings if training in histories and own]
             steps = set.intersection(*(set(ap) for ap in by_seed)) if by_seed else set()
             history = {step: float(np.mean([ap[step] for ap in by_seed])) for step in steps}
-            found[key] = Rank(name, (result.table.name,), cell.paper, cell.measured, history, entry.doubts)
+            measured = _paired(result, entry) or cell.measured
+            found[key] = Rank(name, (result.table.name,), cell.paper, measured, history, entry.doubts)
     return list(found.values()), missing
+
+
+def _paired(result: TableResult, entry: RowResult) -> Sample | None:
+    """Return the AP of a row that is compared on some of the reference row's seeds: that of the reference, plus the difference.
+
+    Returns:
+        None if the row has trainings of its own.
+    """
+    if entry.compared_seeds is None or (difference := entry.cells[_AP].difference) is None:
+        return None
+    base = next(row for row in result.rows if row.row.name == result.table.spec.reference).cells[_AP].measured
+    return Sample((base.mean + difference.value,)) if base is not None else None
 
 
 def _agreement(ranks: Sequence[Rank], least: float, deviation: float | None) -> Agreement:
@@ -274,7 +292,9 @@ def show(found: Fidelity) -> None:
     if untrained:
         lines["all tables, trained rows"] = found.trained
     lines |= found.tables
-    lines |= {f"all tables, after {step:,} steps": pair for step, pair in found.steps.items()}
+    followed = sum(bool(rank.history) for rank in found.ranks)
+    rows = f"{followed} rows" if followed < len(found.ranks) else "all tables"
+    lines |= {f"{rows}, after {step:,} steps": pair for step, pair in found.steps.items()}
     for name, (every, clear) in lines.items():
         tau = f"{every.tau:+.2f}" if every.tau is not None else "-"
         all_cells = _share_text(every), _interval_text(every.interval), tau

@@ -77,8 +77,10 @@ def forest(results: Sequence[TableResult]) -> Figure | None:
     axes.grid(axis="x")
     profile = results[0].profile
     axes.set(xlabel=f"difference in mask AP from the reference row; linear up to {_LINEAR:g}, then logarithmic")
-    provenance = "; ".join(dict.fromkeys(line for result, _ in groups for line in result.provenance if "records" not in line))
-    sources = [f"Measured at {profile} scale: {provenance}.", "The paper: SparseInst, CVPR 2022, on COCO."]
+    sources = [
+        f"Measured at {profile} scale. The tables state the provenance of each row.",
+        "The paper: SparseInst, CVPR 2022, on COCO.",
+    ]
     style.finish(axes, f"All comparisons ({profile})", sources, columns=3)
     return figure
 
@@ -103,7 +105,7 @@ def _draw(axes: matplotlib.axes.Axes, row: RowResult, reference: RowResult, at: 
     assert base is not None
     if len(cell.measured.values) > 1:
         seeds = np.array(cell.measured.values) - base.mean
-        axes.plot(seeds, np.full(len(seeds), at), ".", color="0.6", ms=4, label=once("one seed"))
+        axes.plot(seeds, np.full(len(seeds), at), ".", color="0.6", ms=4, label=once("the seeds of a row, one by one"))
     verdict = row.judgement.verdict if row.judgement is not None else ""
     look = _LOOKS.get(verdict, _OPEN) if verdict else _UNTRAINED
     errors = None if found.guessed else [[found.value - found.low], [found.high - found.value]]

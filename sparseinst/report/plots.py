@@ -139,7 +139,7 @@ def differences(result: TableResult) -> Figure | None:
     rows = [row for row in result.rows if (ap := row.cells.get(Column("AP"))) is not None and ap.difference is not None]
     if not rows:
         return None
-    figure, axes = style.new(6.5, 1.9 + 0.4 * len(rows))
+    figure, axes = style.new(6.5, 2.2 + 0.4 * len(rows))
     labelled: set[str] = set()
 
     def once(label: str) -> str | None:
@@ -152,8 +152,12 @@ def differences(result: TableResult) -> Figure | None:
         assert measured is not None
         errors = None if measured.guessed else [[measured.value - measured.low], [measured.high - measured.value]]
         look = style.MEASURED if measured.testable else style.IMAGES_ALONE
+        if row.not_trained:
+            look = {**look, "marker": "x"}
         noise = "seeds and images" if measured.seeds_known else "images alone"
         interval = "one seed" if measured.guessed else f"noise of {noise}"
+        if row.not_trained:
+            interval += ", not trained"
         label = once(f"measured at {result.profile} scale, {interval}")
         axes.errorbar([measured.value], [index - 0.12], xerr=errors, capsize=3, label=label, **look)
         if row.paper_difference is not None:
@@ -163,7 +167,7 @@ def differences(result: TableResult) -> Figure | None:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x")
     axes.set(xlabel=f"difference in mask AP (points) from '{result.table.spec.reference}'")
-    style.finish(axes, _title(result), sources(result), columns=2)
+    style.finish(axes, _title(result), sources(result))
     return figure
 
 

@@ -10,13 +10,11 @@ import numpy as np
 
 from sparseinst.ablation.gate import untrained_ap
 from sparseinst.ablation.peers import Evaluated
-from sparseinst.ablation.sequential import MOST_REFERENCE_SEEDS
+from sparseinst.ablation.plan import SEEDS
 from sparseinst.ablation.statistics import Sample
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import AccuracyFigure, Figure, MechanismFigure, Profile, Row, Table, row_config
 
-SEEDS = range(MOST_REFERENCE_SEEDS)
-"""The seeds that a report looks for."""
 ACCURACY: tuple[str, ...] = get_args(AccuracyFigure)
 EVALUATED: tuple[str, ...] = (*ACCURACY, *get_args(MechanismFigure))
 """The metrics that come from an evaluation; all others come from a timing."""
@@ -162,7 +160,7 @@ def image_error(row: RowRecords, reference: RowRecords, metric: str, seeds: Cont
         seeds: the seeds that are compared.
 
     Returns:
-        None if an evaluation has no resamplings.
+        None if an evaluation has no resamplings, or if so few images decide about the metric that it is the same in all of them.
     """
     means = []
     for entry in (row, reference):
@@ -173,8 +171,19 @@ def image_error(row: RowRecords, reference: RowRecords, metric: str, seeds: Cont
     if len(means[0]) != len(means[1]):
         return None
     differences = means[0] - means[1]
-    differences = differences[~np.isnan(differences)]
-    return float(differences.std(ddof=1)) if len(differences) > 1 else None
+    known = differences[~np.isnan(differences)]
+    if len(known) < 2 or (len(known) < len(differences) and not np.ptp(known)):
+        return None
+    return float(known.std(ddof=1))
+
+
+def sessions_of(rows: Iterable[RowRecords]) -> dict[str, int]:
+    """Return the number of sessions in which the rows were timed, by device. A record without a session was timed alone."""
+    found: dict[str, set[str]] = {}
+    for entry in rows:
+        for device, record in entry.latencies.items():
+            found.setdefault(device, set()).add(record.provenance.get("session") or record.key)
+    return {device: len(sessions) for device, sessions in found.items()}
 
 
 def provenance_of(rows: Iterable[RowRecords]) -> list[str]:
@@ -216,8 +225,9 @@ def provenance_of(rows: Iterable[RowRecords]) -> list[str]:
 
 
 def commit_of(about: Mapping[str, Any]) -> str:
-    """Return ten digits of the commit in a provenance, with a plus if the code differed from it."""
-    return str(about.get("commit") or "unknown")[:10] + ("+" if about.get("changes") else "")
+    """Return ten digits of the commit in a provenance, with a plus and six digits of the changes if the code differed from it."""
+    changes = about.get("changes")
+    return str(about.get("commit") or "unknown")[:10] + (f"+{changes[:6]}" if changes else "")
 
 
 def _earlier_code(record: Record) -> list[dict[str, Any]]:

@@ -42,6 +42,13 @@ def notes(result: TableResult) -> list[str]:
         lines.append("± is the standard deviation over the seeds. The number of seeds is in brackets.")
     if any(cell.spread is not None for cell in cells):
         lines.append("The brackets after a time hold its 5th and 95th percentile.")
+    for device, sessions in result.sessions.items():
+        if sessions > 1:
+            lines.append(
+                f"The times on {device} were measured in {sessions} sessions, and the speed of a machine changes. To compare "
+                f"them, time all rows by turns: `sparseinst retire {result.table.name} --stage latency --profile "
+                f"{result.profile}`, then `sparseinst run`."
+            )
     lines += _comparison_notes(result)
     if result.profile == "coco":
         lines += [
@@ -61,9 +68,11 @@ def _comparison_notes(result: TableResult) -> list[str]:
     spec = result.table.spec
     if spec.reference is None:
         return []
+    differences = [cell.difference for row in result.rows for cell in row.cells.values() if cell.difference is not None]
+    interval = ", with a 95 % interval over seeds and images" if any(found.testable for found in differences) else ""
     lines = [
-        f"Differences are from the row '{spec.reference}', with a 95 % interval over seeds and images. The verdicts of this "
-        f"table ({counted(result.comparisons, 'comparison')} so far) have a false discovery rate of at most 5 %. 'equivalent' "
+        f"Differences are from the row '{spec.reference}'{interval}. The verdicts of this table "
+        f"({counted(result.comparisons, 'comparison')} so far) have a false discovery rate of at most 5 %. 'equivalent' "
         f"means within {spec.margin:g} AP. docs/verdicts.md explains each word."
     ]
     judged = [row.judgement for row in result.rows if row.judgement is not None]
@@ -72,7 +81,6 @@ def _comparison_notes(result: TableResult) -> list[str]:
             "The interval of a settled difference is wider than 95 %, because settled differences are a selection; it decides "
             "whether the size is compatible with the paper's."
         )
-    differences = [cell.difference for row in result.rows for cell in row.cells.values() if cell.difference is not None]
     if not all(found.seeds_known for found in differences):
         lines.append(
             f"{IMAGES_ALONE} The interval is over images alone, because there are too few seeds to know their noise. "
@@ -91,6 +99,12 @@ def _comparison_notes(result: TableResult) -> list[str]:
             "are right."
         )
     for row in result.rows:
+        if row.compared_seeds is not None:
+            seeds = ", ".join(map(str, row.compared_seeds))
+            lines.append(
+                f"'{row.row.name}' evaluates trainings of '{spec.reference}', so the two are compared on the same trainings "
+                f"(seed {seeds}). '{spec.reference}' has more seeds, so this is not the difference of the two cells."
+            )
         if row.other_images:
             lines.append(
                 f"'{row.row.name}' was evaluated on other images than '{spec.reference}', so it has no difference. Remove the "

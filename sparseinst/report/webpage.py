@@ -21,7 +21,7 @@ from sparseinst.nested import flatten
 from sparseinst.report.collect import Cell, RowResult, TableResult, repeated_comparisons
 from sparseinst.report.figures import figure_file, figure_texts, forest_file
 from sparseinst.report.grid import DIFFERENCE, VERDICT, grid
-from sparseinst.report.records import ACCURACY, Column
+from sparseinst.report.records import ACCURACY, Column, commit_of
 from sparseinst.report.tables import notes
 from sparseinst.words import counted
 
@@ -182,7 +182,7 @@ def _record_line(record: Record, row: str) -> dict[str, Any]:
         about.get("profile", ""),
         about.get("seed", "") if record.kind in ("train", "evaluate") else "",
         about.get("device", ""),
-        str(about.get("commit") or "")[:10] + ("+" if about.get("changes") else ""),
+        commit_of(about),
         about.get("ended", ""),
         record.key,
     )

@@ -136,7 +136,7 @@ def test_seeds_to_settle_counts_what_power_needs() -> None:
     assert seeds_to_settle(Comparison(found, 2.0, 0.5)) == math.ceil(15.7) - 2
     limited = Difference(2.0, found.rows, 5.0)
     assert seeds_to_settle(Comparison(limited, 2.0, 0.5)) is None
-    alone, shared = seeds_to_settle(Comparison(found, 2.0, 0.5)), seeds_to_settle(Comparison(found, 2.0, 0.5), tested=12)
+    alone, shared = seeds_to_settle(Comparison(found, 2.0, 0.5)), seeds_to_settle(Comparison(found, 2.0, 0.5), comparisons=12)
     assert alone is not None
     assert shared is not None
     assert shared > alone, "comparisons that share a rate need more"
