@@ -225,20 +225,20 @@ def metrics_content(file: Path) -> dict[str, list[dict[str, Any]]]:
     return parts
 
 
-@lru_cache(maxsize=4)
-def check_for_metrics(file: Path, _state: tuple[int, ...]) -> None:
-    """Check that hotcoco, which computes the metrics, can read an annotation file.
+@lru_cache(maxsize=2)
+def hotcoco_truth(file: Path, _state: tuple[int, ...]) -> Any:
+    """Return hotcoco's form of an annotation file. The checks, the metrics and their resamplings share it.
 
     Args:
         _state: changes when the file is written again, so that each content is read once.
 
     Raises:
-        DataError: it cannot.
+        DataError: hotcoco cannot read the file.
     """
     from hotcoco import COCO
 
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            COCO(metrics_content(file))
+            return COCO(metrics_content(file))
         except (ValueError, OSError, TypeError) as error:
             raise DataError(f"{file}: hotcoco, which computes the metrics, cannot read it: {shorten(str(error))}") from None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sparseinst.config import DataConfig
-from sparseinst.data.annotations import check_for_metrics
+from sparseinst.data.annotations import hotcoco_truth
 from sparseinst.data.coco import CocoSplit, ImageRecord, check_categories, train_split, val_split
 from sparseinst.data.images import read_image
 from sparseinst.data.masks import decode
@@ -154,7 +154,7 @@ def check_folder(config: DataConfig, *, read_images: bool = True) -> dict[str, R
             images = bar.track(split.images, description=f"check {name}")
             reports[name] = check_split(split, images, read_images=read_images)
         if not split.problems:  # otherwise it would only say the same in other words
-            check_for_metrics(split.file, state_of_file(split.file))
+            hotcoco_truth(split.file, state_of_file(split.file))
     train, val = splits.values()
     try:
         check_categories(val, train.categories, f"{train.file}")

@@ -18,9 +18,9 @@ from sparseinst.config import DataConfig
 from sparseinst.data.annotations import (
     check_annotation,
     check_category,
-    check_for_metrics,
     check_image,
     check_segmentation,
+    hotcoco_truth,
     read_content,
 )
 from sparseinst.errors import DataError, UserError
@@ -144,7 +144,7 @@ def val_split(config: DataConfig, *, refuse: bool = True) -> CocoSplit:
     split = read_split(val_annotations(config), _prepared_root(config) / config.val_images, config.val_limit)
     if refuse:
         split = _usable(split, config)
-        check_for_metrics(split.file, state_of_file(split.file))
+        hotcoco_truth(split.file, state_of_file(split.file))
     return split
 
 

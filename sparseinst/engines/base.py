@@ -7,7 +7,6 @@ engines (`data.network_input`, `postprocess`). Shapes: B images, H W padded heig
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -77,8 +76,3 @@ def check_precision(engine: str, asked: NetworkPrecision, used: str, layers: Cou
             f"engine {engine} compiled {used} although {asked} was asked for (convolutions: {counted}): this device does "
             f"not offer {asked}; use --precision {used}"
         )
-
-
-def as_predictions(outputs: Sequence[Tensor]) -> Predictions:
-    """Return a network's outputs, in the order of `OUTPUTS`, as predictions."""
-    return Predictions(*outputs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparseinst.config import NetworkPrecision
 from sparseinst.engines.artifact import artifact_identity, read_onnx
-from sparseinst.engines.base import INPUT, Facts, as_predictions, check_precision, missing_package, used_precision
+from sparseinst.engines.base import INPUT, Facts, check_precision, missing_package, used_precision
 from sparseinst.errors import UserError
 from sparseinst.models.network import Predictions
 from sparseinst.words import shorten
@@ -32,7 +32,7 @@ class OnnxRuntimeEngine:
         return [torch.from_numpy(array) for array in arrays]
 
     def run(self, images: Tensor) -> Predictions:
-        return as_predictions(self.outputs(images))
+        return Predictions(*self.outputs(images))
 
 
 def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None) -> OnnxRuntimeEngine:

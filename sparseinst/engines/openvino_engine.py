@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseinst.config import NetworkPrecision
 from sparseinst.engines.artifact import artifact_identity
-from sparseinst.engines.base import Facts, as_predictions, check_precision, missing_package, used_precision
+from sparseinst.engines.base import Facts, check_precision, missing_package, used_precision
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import check_writable
 from sparseinst.machine import multiplies_bfloat16
@@ -40,7 +40,7 @@ class OpenVinoEngine:
         return [torch.from_numpy(results[index]) for index in range(len(results))]
 
     def run(self, images: Tensor) -> Predictions:
-        return as_predictions(self.outputs(images))
+        return Predictions(*self.outputs(images))
 
 
 def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None, cache: Path | None = None) -> OpenVinoEngine:

@@ -11,31 +11,13 @@ from torch import Tensor, nn
 from sparseinst.config import NetworkPrecision
 from sparseinst.device import autocast
 from sparseinst.engines.base import Facts, check_precision, used_precision
-from sparseinst.models.network import Predictions
 from sparseinst.models.norms import probe_image
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-class TorchEngine:
-    """A network of torch modules on its device."""
-
-    def __init__(self, network: nn.Module, precision: NetworkPrecision, facts: Facts) -> None:
-        self.facts = facts
-        self._network, self._precision = network, precision
-
-    def outputs(self, images: Tensor) -> list[Tensor]:
-        return list(self.run(images))
-
-    @torch.no_grad()
-    def run(self, images: Tensor) -> Predictions:
-        with autocast(images.device, self._precision):
-            raw: Predictions = self._network(images)
-        return raw
-
-
-def load(network: nn.Module, precision: NetworkPrecision, digest: str, size: int, device: torch.device) -> TorchEngine:
-    """Return the engine for a network in evaluation mode on the device.
+def facts(network: nn.Module, precision: NetworkPrecision, digest: str, size: int, device: torch.device) -> Facts:
+    """Return the facts about a network of torch modules in evaluation mode on the device.
 
     Args:
         digest, size: the identity of the weights, and their bytes.
@@ -46,8 +28,7 @@ def load(network: nn.Module, precision: NetworkPrecision, digest: str, size: int
     layers = _count_layers(network, precision, device)
     used = used_precision(layers)
     check_precision("torch", "fp32" if precision == "tf32" else precision, used, layers)  # tf32 rounds float32 factors
-    facts = Facts("torch", torch.__version__, precision, digest, size, torch.get_num_threads(), dict(layers))
-    return TorchEngine(network, precision, facts)
+    return Facts("torch", torch.__version__, precision, digest, size, torch.get_num_threads(), dict(layers))
 
 
 @torch.no_grad()

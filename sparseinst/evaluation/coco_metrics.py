@@ -10,14 +10,13 @@ import importlib
 import io
 import json
 from collections import Counter
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
 
-from sparseinst.data.annotations import metrics_content
+from sparseinst.data.annotations import hotcoco_truth
 from sparseinst.data.coco import CocoSplit
 from sparseinst.data.masks import decode
 from sparseinst.data.transforms import as_segment
@@ -112,7 +111,7 @@ def _compared(
     evaluation = importlib.import_module(evaluator if evaluator == "hotcoco" else "pycocotools.cocoeval")
     with contextlib.redirect_stdout(io.StringIO()):  # both print their progress
         truth = (
-            _hotcoco_truth(annotations, state_of_file(annotations)) if evaluator == "hotcoco" else pycocotools_truth(annotations)
+            hotcoco_truth(annotations, state_of_file(annotations)) if evaluator == "hotcoco" else pycocotools_truth(annotations)
         )
         copies = [dict(result) for result in results]  # pycocotools adds fields
         found = truth.loadRes(copies) if results or evaluator == "hotcoco" else coco.COCO()  # pycocotools fails on []
@@ -123,12 +122,6 @@ def _compared(
         comparison.evaluate()
         comparison.accumulate()
     return comparison
-
-
-@lru_cache(maxsize=1)
-def _hotcoco_truth(annotations: Path, _state: tuple[int, ...]) -> Any:
-    """Return hotcoco's form of an annotation file. Trainings that are evaluated on the way use it many times."""
-    return importlib.import_module("hotcoco").COCO(metrics_content(annotations))
 
 
 def pycocotools_truth(annotations: Path) -> COCO:

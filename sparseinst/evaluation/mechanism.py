@@ -221,19 +221,18 @@ def touching(labels: NDArray[np.int64], masks: Iterable[Mask]) -> list[tuple[int
     """
     near = TOUCHING_PIXELS + 1
     parts = [_with_margin(mask, near) for mask in masks]
+    boxes = np.array([(p.top, p.left, p.bottom, p.right) if p is not None else (0, 0, 0, 0) for p in parts]).reshape(-1, 4)
     pairs = []
     for first, one in enumerate(parts):
-        grown: NDArray[np.bool_] | None = None
-        for second in range(first + 1, len(parts)):
+        box, later = boxes[first], boxes[first + 1 :]
+        overlap = (later[:, :2] < box[2:]).all(1) & (box[:2] < later[:, 2:]).all(1) & (labels[first + 1 :] == labels[first])
+        if one is None or not overlap.any():
+            continue
+        grown = binary_dilation(one.mask, iterations=near)
+        for second in (np.flatnonzero(overlap) + first + 1).tolist():
             other = parts[second]
-            if one is None or other is None or labels[first] != labels[second]:
-                continue
-            top, left = max(one.top, other.top), max(one.left, other.left)
-            bottom, right = min(one.bottom, other.bottom), min(one.right, other.right)
-            if top >= bottom or left >= right:
-                continue
-            if grown is None:
-                grown = binary_dilation(one.mask, iterations=near)
+            assert other is not None
+            (top, left), (bottom, right) = np.maximum(box[:2], boxes[second, :2]), np.minimum(box[2:], boxes[second, 2:])
             own = grown[top - one.top : bottom - one.top, left - one.left : right - one.left]
             if (own & other.mask[top - other.top : bottom - other.top, left - other.left : right - other.left]).any():
                 pairs.append((first, second))

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sparseinst.data.annotations import metrics_content
+from sparseinst.data.annotations import hotcoco_truth
+from sparseinst.files import state_of_file
 
 DRAWS = 400
 """The number of resamplings. The estimated standard error is then itself uncertain by about 4 %."""
@@ -74,7 +75,7 @@ def matches(annotations: Path, results: list[dict[str, Any]], ids: Sequence[int]
     """
     hotcoco = importlib.import_module("hotcoco")
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = hotcoco.COCO(metrics_content(annotations))
+        truth = hotcoco_truth(annotations, state_of_file(annotations))
         evaluation = hotcoco.COCOeval(truth, truth.loadRes(results), "segm")
         evaluation.params.imgIds = list(ids)
         evaluation.evaluate()

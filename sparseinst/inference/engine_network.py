@@ -144,7 +144,7 @@ def _prepare_torch(model: SparseInst, config: Config, device: torch.device, opti
     network = model.to(device).eval()
     if optimize is not None:
         network = optimizing.optimize(network, device=device, mode=optimize, precision=torch_precision(config))
-    facts = torch_engine.load(network, config.inference.precision, tensors_digest(state), size, device).facts
+    facts = torch_engine.facts(network, config.inference.precision, tensors_digest(state), size, device)
     return Prepared(network, facts)
 
 

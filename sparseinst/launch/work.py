@@ -207,6 +207,7 @@ Outcome = tuple[dict[str, Any], "CocoSplit | None"]
 
 
 def _train(run: StageRun, store: Store, context: StageContext, attempt: Attempt) -> Outcome | None:
+    from sparseinst.bench.roofline import count_parameters
     from sparseinst.data.coco import train_split
     from sparseinst.device import pick_device
     from sparseinst.distributed import rank
@@ -216,7 +217,7 @@ def _train(run: StageRun, store: Store, context: StageContext, attempt: Attempt)
     device = pick_device(context.device)
     if rank() == 0 and not paths.weights.exists():
         note_code(paths)
-    weights = train(
+    train(
         run.config,
         paths.root,
         device=device,
@@ -228,7 +229,7 @@ def _train(run: StageRun, store: Store, context: StageContext, attempt: Attempt)
     )
     if rank() != 0:
         return None
-    result = {**_steps(paths), "parameters": _parameters(weights)}
+    result = {**_steps(paths), "parameters": count_parameters(run.config)}
     history = [record for record in _metrics(paths) if "AP" in record]
     result |= {"history": history} if history else {}
     result["not_trained"] = not_trained(result, run.config.model_dump(mode="json"))
@@ -309,12 +310,6 @@ def _steps(paths: RunPaths) -> dict[str, Any]:
         "losses": {name.removeprefix("loss_"): value for name, value in last.items() if name.startswith("loss")},
         "curve": curve(steps),
     }
-
-
-def _parameters(weights: Path) -> int:
-    from sparseinst.inference.weights import load_weights
-
-    return sum(parameter.numel() for parameter in load_weights(weights)[0].parameters())
 
 
 def _evaluate(run: StageRun, store: Store, context: StageContext, attempt: Attempt) -> Outcome | None:

@@ -50,7 +50,8 @@ def overlay(
     masks = CompactMasks.of(found.masks)
     line = max(1, round(min(image.size) / 240))
     ranks = {"map": found.maps.tolist(), "class": found.labels.tolist(), "instance": list(range(len(found.scores)))}[colour]
-    colours = [palette(rank + 1)[rank] for rank in ranks]
+    every = palette(max(ranks, default=0) + 1)
+    colours = [every[rank] for rank in ranks]
     order = list(range(len(found.scores)))[::-1]
     drawn = _tinted(image, masks, [(index, colours[index]) for index in order], line, opacity)
     pen = ImageDraw.Draw(drawn)

@@ -147,9 +147,10 @@ def predict_files(
     check_writable(output / "predictions.json")
     sheets = sheet_names(len(files)) if sheet else []
     names = _overlay_names(files, sheets)
-    written = {(output / name).resolve() for name in sheets}
-    for file, name in zip(files, names, strict=True):
-        if file.resolve() in written | {(output / name).resolve()}:
+    maps_names = [f"{Path(name).stem}-maps.png" for name in names] if maps else []
+    written = {(output / name).resolve() for name in (*sheets, *names, *maps_names)}
+    for file in files:
+        if file.resolve() in written:
             raise UserError(f"{file} would be overwritten; name another folder with --output")
     if maps and any(map(is_video, files)):
         _log.warning("--maps draws activation maps for images only; the videos get none")
