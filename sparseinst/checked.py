@@ -70,13 +70,11 @@ def json_line(entry: Mapping[str, Any]) -> str:
     return f'{text[:-1]}, "crc": "{_checksum(text.encode())}"}}\n'
 
 
-def read_json_lines(path: Path, number: str) -> list[dict[str, Any]]:
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the JSON objects of a file that holds one in each line, without their checksums.
 
-    Damaged lines are left out, and a warning names them. If any line has a checksum, a line without one is damaged, too.
-
-    Args:
-        number: a key whose value is a whole number in every object; a line without it is damaged.
+    Damaged lines are left out, and a warning names them. If any line has a checksum, a line without one is
+    damaged, too. So is a line whose `iteration` is no whole number.
 
     Raises:
         OSError: the file cannot be read.
@@ -93,7 +91,7 @@ def read_json_lines(path: Path, number: str) -> list[dict[str, Any]]:
             entry = json.loads(content) if right else None
         except (ValueError, RecursionError):
             entry = None
-        if isinstance(entry, dict) and type(entry.get(number)) is int:
+        if isinstance(entry, dict) and type(entry.get("iteration")) is int:
             found.append(entry)
         else:
             damaged.append(str(place))

@@ -16,7 +16,7 @@ from sparseinst.config import InferenceConfig
 from sparseinst.models.network import Predictions
 from sparseinst.paste import ImageSize, Resize, paste
 
-__all__ = ["ImageSize", "Instances", "ScoredMaps", "class_scores", "maskness", "postprocess", "score_maps"]
+__all__ = ["ImageSize", "Instances", "ScoredMaps", "class_scores", "instance_maps", "maskness", "postprocess", "score_maps"]
 
 
 class Instances(NamedTuple):
@@ -101,3 +101,10 @@ def maskness(masks: Tensor, threshold: float) -> Tensor:
     """Return the mean probability (K,) of the pixels above the threshold in each mask (K, h, w); zero if there are none."""
     inside = F.threshold(masks.flatten(1), threshold, 0.0)
     return inside.sum(1) / (inside.sign().sum(1) + 1e-6)
+
+
+def instance_maps(responses: Tensor, num_maps: int) -> Tensor:
+    """Normalise each map to a sum of 1, and average the G maps of each instance: (G N, h, w) to (N, h, w)."""
+    responses = responses.float()
+    normalised = responses / responses.sum((1, 2), keepdim=True).clamp(min=1e-12)
+    return normalised.unflatten(0, (-1, num_maps)).mean(0)

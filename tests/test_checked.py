@@ -33,11 +33,11 @@ def test_a_flipped_bit_of_a_line_leaves_it_out(tmp_path: Path, caplog: pytest.Lo
     for place in range(2 * length):
         for bit in range(8):
             file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
-            left = read_json_lines(file, "iteration")
+            left = read_json_lines(file)
             assert left in (entries[1:], entries[::2], entries[:1], entries[2:])
         assert "damaged or incomplete and left out" in caplog.text
         caplog.clear()
     file.write_text('{"iteration": 1}\n' + json_line(entries[1]) + '{"iteration": 3}\n')
-    assert [entry["iteration"] for entry in read_json_lines(file, "iteration")] == [2]
+    assert [entry["iteration"] for entry in read_json_lines(file)] == [2]
     file.write_text('{"iteration": 1}\n{"iteration": 3}\n')
-    assert [entry["iteration"] for entry in read_json_lines(file, "iteration")] == [1, 3]
+    assert [entry["iteration"] for entry in read_json_lines(file)] == [1, 3]

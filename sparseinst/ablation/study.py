@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from sparseinst.config import PRESETS, Config, NonNegative
 from sparseinst.errors import UserError
-from sparseinst.nested import flatten, merge, nearest, nest, one_line
+from sparseinst.nested import flatten, merge, nearest, nest, one_line, parse
 from sparseinst.overrides import choose, parse_config, read_layer, stand_in
 from sparseinst.section import Section, Stage
 
@@ -199,6 +199,11 @@ def read_tables(names: Sequence[str], folder: Path = EXPERIMENTS) -> list[Table]
     return list(by_name.values())
 
 
+def all_tables() -> list[Table]:
+    """Return all tables of the project; an empty list in a folder without specs."""
+    return read_tables(["all"]) if list_tables() else []
+
+
 def read_spec(table: str, folder: Path = EXPERIMENTS) -> Spec:
     """Read the spec of a table by its name (`table5`) or by a path.
 
@@ -238,15 +243,12 @@ def read_profile(name: str, folder: Path = EXPERIMENTS) -> Profile:
     """
     path = _find("profile", name, folder / "profiles")
     settings = read_layer(path)
-    own = {name: settings.pop(name) for name in ("cost", "backbones") if name in settings}
+    own: dict[str, Any] = {name: settings.pop(name) for name in ("cost", "backbones") if name in settings}
     try:
-        profile = Profile.model_validate_json(json.dumps({"name": path.stem, "settings": settings, **own}))
-        merge(Config().model_dump(mode="json"), profile.settings, Config)
-    except ValidationError as error:
-        raise UserError(one_line(error, str(path), Profile)) from None
+        merge(Config().model_dump(mode="json"), settings, Config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return profile
+    return parse(Profile, {"name": path.stem, "settings": settings, **own}, str(path))
 
 
 _ACTING = "{}\\%#[]<>"

@@ -154,19 +154,6 @@ def round_up_repetitions(workload: Workload | ComparedSide, repetitions: int) ->
     return max(2, -(-repetitions // workload.num_batches)) * workload.num_batches
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The latencies of two sides that ran alternately, and their ratio."""
-
-    first_ms: dict[str, float]
-    """`median`, `mean`, `p5` and `p95` of the first side, in milliseconds."""
-    second_ms: dict[str, float]
-    """`median`, `mean`, `p5` and `p95` of the second side, in milliseconds."""
-    ratio: dict[str, float]
-    """`median`, `p5` and `p95` of the first side's time divided by the second's, pair by pair. Above 1 the second is faster."""
-    repetitions: int
-
-
 class ComparedSide(Protocol):
     """One of the two sides of a comparison, in this process or in another one."""
 
@@ -192,16 +179,6 @@ class LocalSide:
     def time_modules(self, number: int) -> dict[str, float]:
         """Run batch number n with synchronisation after each module, and return the time of each module in seconds."""
         return _time_modules(self._workload, number, self._device)
-
-
-def compare(first: ComparedSide, second: ComparedSide, *, warmup: int = 10, repetitions: int = 50) -> Comparison:
-    """Time two sides alternately, so that other work on the machine affects both alike.
-
-    Raises:
-        UserError: the sides have different numbers of batches.
-    """
-    one, other = take_turns([first, second], warmup=warmup, repetitions=repetitions)
-    return Comparison(percentiles(one), percentiles(other), ratio_of(one, other), len(one))
 
 
 def take_turns(sides: Sequence[ComparedSide], *, warmup: int = 10, repetitions: int = 50) -> list[list[float]]:

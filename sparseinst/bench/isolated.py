@@ -22,7 +22,7 @@ from sparseinst.errors import RunFailed
 from sparseinst.inference.memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from sparseinst.bench.benchmark import Comparison, LocalSide
+    from sparseinst.bench.benchmark import LocalSide
 
 
 def measure_isolated(setting: Setting, task: Task, device: Any, warmup: int, repetitions: int) -> dict[str, Any]:
@@ -38,27 +38,6 @@ def measure_isolated(setting: Setting, task: Task, device: Any, warmup: int, rep
         return _wait_for_result(process.submit(_measure, setting, task, device, warmup, repetitions, began), setting)
 
 
-def compare_isolated(pair: list[Setting], task: Task, device: Any, warmup: int, repetitions: int) -> Comparison:
-    """Time two settings alternately, each in a process of its own.
-
-    Raises:
-        UserError, DataError: a workload cannot be built, or the settings have different numbers of batches.
-        RunFailed: a process was killed.
-    """
-    from sparseinst.bench.benchmark import compare
-
-    with _start_process(pair[0]) as first, _start_process(pair[1]) as second:
-        # Both processes prepare at the same time, because compiling takes long.
-        pending = [
-            process.submit(_prepare, setting, task, device) for process, setting in zip((first, second), pair, strict=True)
-        ]
-        one, other = (
-            IsolatedSide(process, setting, _wait_for_result(num_batches, setting))
-            for process, setting, num_batches in zip((first, second), pair, pending, strict=True)
-        )
-        return compare(one, other, warmup=warmup, repetitions=repetitions)
-
-
 @dataclass(frozen=True)
 class Runner:
     """The runs of one setting among others that took turns."""
@@ -72,10 +51,15 @@ class Runner:
     """The median time of post-processing in milliseconds, from as many further runs; None if it cannot be told apart."""
 
 
-def race_isolated(settings: Sequence[Setting], task: Task, device: Any, warmup: int, repetitions: int) -> list[Runner]:
+def race_isolated(
+    settings: Sequence[Setting], task: Task, device: Any, warmup: int, repetitions: int, *, post: bool = True
+) -> list[Runner]:
     """Time settings by turns, each in a process of its own, and return the runs of each.
 
     The processes prepare one after the other, so that none delays another one's first image.
+
+    Args:
+        post: also time post-processing, in as many further runs.
 
     Raises:
         UserError, DataError: a workload cannot be built, or the settings have different numbers of batches.
@@ -88,13 +72,14 @@ def race_isolated(settings: Sequence[Setting], task: Task, device: Any, warmup: 
         for setting in settings:
             began = time.time()
             process = stack.enter_context(_start_process(setting))
-            firsts.append(_wait_for_result(process.submit(_first_image, setting, task, device, began), setting))
-            facts.append(_wait_for_result(process.submit(_facts, setting), setting))
-            num_batches = _wait_for_result(process.submit(_num_batches, setting), setting)
+            first, fact, num_batches = _wait_for_result(process.submit(_prepare, setting, task, device, began), setting)
+            firsts.append(first)
+            facts.append(fact)
             sides.append(IsolatedSide(process, setting, num_batches))
         seconds = take_turns(sides, warmup=warmup, repetitions=repetitions)
-        post = [_median_ms([side.time_post(number) for number in range(len(seconds[0]))]) for side in sides]
-    return [Runner(*runner) for runner in zip(seconds, firsts, facts, post, strict=True)]
+        numbers = range(len(seconds[0]) if post else 0)
+        post_ms = [_median_ms([side.time_post(number) for number in numbers]) for side in sides]
+    return [Runner(*runner) for runner in zip(seconds, firsts, facts, post_ms, strict=True)]
 
 
 def _median_ms(seconds: Sequence[float | None]) -> float | None:
@@ -160,27 +145,17 @@ def _measure(setting: Setting, task: Task, device: Any, warmup: int, repetitions
     return {**measured, **count(), "first_image_s": first}
 
 
-def _first_image(setting: Setting, task: Task, device: Any, began: float) -> float:
-    """Prepare a setting, run its first image, and return the seconds since this process was started."""
-    _prepare(setting, task, device)
-    _time_batch(setting, 0)
-    return round(time.time() - began, 3)
+def _prepare(setting: Setting, task: Task, device: Any, began: float) -> tuple[float, dict[str, Any] | None, int]:
+    """Build the workload of a setting, keep it in this process, and run its first image.
 
-
-def _facts(setting: Setting) -> dict[str, Any] | None:
-    return _prepared_sides[setting].facts
-
-
-def _num_batches(setting: Setting) -> int:
-    return _prepared_sides[setting].num_batches
-
-
-def _prepare(setting: Setting, task: Task, device: Any) -> int:
-    """Build the workload of a setting, keep it in this process, and return its number of batches."""
+    Returns:
+        The seconds since this process was started, the facts about the workload, and its number of batches.
+    """
     from sparseinst.bench.benchmark import LocalSide
 
-    _prepared_sides[setting] = LocalSide(build_workload(setting, task, device)[0], device)
-    return _prepared_sides[setting].num_batches
+    side = _prepared_sides[setting] = LocalSide(build_workload(setting, task, device)[0], device)
+    side.time_batch(0)
+    return round(time.time() - began, 3), side.facts, side.num_batches
 
 
 def _time_batch(setting: Setting, number: int) -> float:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from sparseinst.bench.benchmark import percentiles, ratio_of
 from sparseinst.bench.engines import compare_engines, engine_settings
-from sparseinst.bench.isolated import compare_isolated, measure_isolated
+from sparseinst.bench.isolated import measure_isolated, race_isolated
 from sparseinst.bench.roofline import count_network_cost, measure_peak
 from sparseinst.bench.rows import ENGINE_MODE, Setting, Task, apply_changes, default_short_side, load_network
 from sparseinst.errors import UserError
@@ -196,5 +197,12 @@ def _compare_settings(pair: list[Setting], request: Request) -> dict[str, Any]:
         raise UserError(
             f"--compare: the batches are {pair[0].batch} and {pair[1].batch}: a ratio needs the same batch size on both sides"
         )
-    comparison = compare_isolated(pair, request.task, request.device, request.warmup, request.repetitions)
-    return {"first": asdict(pair[0]), "second": asdict(pair[1]), **asdict(comparison)}
+    one, other = race_isolated(pair, request.task, request.device, request.warmup, request.repetitions, post=False)
+    return {
+        "first": asdict(pair[0]),
+        "second": asdict(pair[1]),
+        "first_ms": percentiles(one.seconds),
+        "second_ms": percentiles(other.seconds),
+        "ratio": ratio_of(one.seconds, other.seconds),
+        "repetitions": len(one.seconds),
+    }

@@ -137,12 +137,12 @@ def _send(
 
 def _plan_look(names: list[str], cluster: Cluster, profile: str, results: Path, *, log: bool) -> tuple[Plan, Store] | None:
     """Look at tables whose runs are done, print what is settled, and plan the next look. None if all tables are finished."""
-    from sparseinst.ablation.study import list_tables, read_profile, read_tables
+    from sparseinst.ablation.study import all_tables, read_profile, read_tables
     from sparseinst.launch.settle import advance, plan_looks, show_looks
 
     tables, scale, store = read_tables(names), read_profile(profile), Store(results)
     device = None if cluster.gpus else "cpu"
-    wanted = advance(tables, read_tables(["all"]) if list_tables() else [], scale, store, device, cluster.device, log=log)
+    wanted = advance(tables, all_tables(), scale, store, device, cluster.device, log=log)
     show_looks(tables, scale, store)
     return (plan_looks(tables, wanted, scale, store, device, cluster.device), store) if wanted else None
 

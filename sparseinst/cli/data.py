@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,17 @@ from sparseinst.cli.options import Json, Overrides, finite
 from sparseinst.errors import UserError
 from sparseinst.words import counted
 
+if TYPE_CHECKING:
+    from sparseinst.config import Config
+
 app = typer.Typer(no_args_is_help=True)
+
+
+def _settings(folder: Path, config: Path | None, override: list[str]) -> Config:
+    """Return the settings for a COCO-format folder that exists. Nothing is written into it."""
+    from sparseinst.overrides import load_config, parse_override
+
+    return load_config(config, overrides={"data.source": "coco", **dict(map(parse_override, override)), "data.root": str(folder)})
 
 
 @app.command()
@@ -132,9 +142,8 @@ def split(
     Writes DIR/annotations/NAME_train.json, NAME_val.json and DIR/NAME.yaml, a config that selects them.
     """
     from sparseinst.data.split import split_folder
-    from sparseinst.overrides import load_config, parse_override
 
-    settings = load_config(config, overrides={**dict(map(parse_override, override)), "data.root": str(folder)})
+    settings = _settings(folder, config, override)
     report = split_folder(settings.data, by=by, name=name, val=val, seed=seed)
     for part, images in report.images.items():
         groups = "" if by == "image" else f" in {counted(report.groups[part], 'group')}"
@@ -166,10 +175,8 @@ def look(
     import json
 
     from sparseinst.data.coco import train_split
-    from sparseinst.overrides import load_config, parse_override
 
-    overrides = {"data.source": "coco", **dict(map(parse_override, override)), "data.root": str(folder)}
-    settings = load_config(config, overrides=overrides)
+    settings = _settings(folder, config, override)
     train = train_split(settings.data)
 
     from sparseinst.models.network import mask_stride
@@ -192,10 +199,8 @@ def check(
 ) -> None:
     """Check a COCO-format folder and print what it holds. The exit code is 2 if there is a problem."""
     from sparseinst.data.check import check_folder, show
-    from sparseinst.overrides import load_config, parse_override
 
-    overrides = {**dict(map(parse_override, override)), "data.root": str(folder)}
-    settings = load_config(config, overrides=overrides)
+    settings = _settings(folder, config, override)
     reports = check_folder(settings.data, read_images=read)
     show(reports, as_json=as_json)
     problems = sum(len(report.problems) for report in reports.values())
@@ -227,9 +232,8 @@ def speed(
     from sparseinst.data.coco import train_split
     from sparseinst.data.speed import doubled, loading_speed
     from sparseinst.machine import usable_cores
-    from sparseinst.overrides import load_config, parse_override
 
-    settings = load_config(overrides={**dict(map(parse_override, override)), "data.root": str(folder)})
+    settings = _settings(folder, None, override)
     split = train_split(settings.data)
     found = {}
     for count in workers or doubled(usable_cores()):

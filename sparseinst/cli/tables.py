@@ -228,13 +228,13 @@ def _run_until_settled(
 ) -> None:
     """Train more seeds, look by look, until no row needs more or the budget is too small for the next look."""
     from sparseinst.ablation.plan import costs
-    from sparseinst.ablation.study import list_tables, read_profile, read_tables
+    from sparseinst.ablation.study import all_tables, read_profile, read_tables
     from sparseinst.launch.run import run_in_processes, run_plan
     from sparseinst.launch.settle import advance, plan_looks, show_looks, wanted_file
     from sparseinst.launch.status import plan_status
 
     tables, scale, store = read_tables(names), read_profile(profile), Store(results)
-    others = read_tables(["all"]) if list_tables() else []
+    others = all_tables()
     spent = 0.0
     while wanted := advance(tables, others, scale, store, device):
         look = plan_looks(tables, wanted, scale, store, device)

@@ -12,7 +12,7 @@ from sparseinst.config.inference import InferenceConfig
 from sparseinst.config.loss import LossConfig, MatcherConfig
 from sparseinst.config.model import ModelConfig
 from sparseinst.config.training import PretrainConfig, TrainConfig
-from sparseinst.nested import merge, nest, parse
+from sparseinst.nested import commented_yaml, merge, nest, parse
 from sparseinst.section import Section, content_hash
 
 
@@ -53,13 +53,7 @@ class Config(Section):
         return self.model_dump_json(indent=2)
 
     def to_yaml(self) -> str:
-        import io
-
-        from ruamel.yaml import YAML
-
-        stream = io.StringIO()
-        YAML(typ="safe").dump(self.model_dump(mode="json"), stream)
-        return stream.getvalue()
+        return commented_yaml(self.model_dump(mode="json"), {})
 
     def pretrain_content(self) -> dict[str, Any]:
         """Return everything that can change the backbone's weights from the stage `pretrain`."""
@@ -134,9 +128,9 @@ class Config(Section):
             keys[seed] = training, content_hash({"stage": "evaluate", "train": training, **parts})
         return keys
 
-    def latency_key(self, device: str, mode: str = "eager") -> str:
+    def latency_key(self, device: str) -> str:
         """Return the key of the timing on the device with this name. It begins with `latency_prefix`."""
-        return f"{self.latency_prefix()}-{content_hash({'device': device, 'mode': mode})[:8]}"
+        return f"{self.latency_prefix()}-{content_hash({'device': device, 'mode': 'eager'})[:8]}"
 
     def latency_prefix(self) -> str:
         """Return the hash of what is timed: the model without its weights, the image size, the precision and the thresholds."""

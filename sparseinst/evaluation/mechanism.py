@@ -25,6 +25,7 @@ from sparseinst.criterion import prepare_targets
 from sparseinst.data.masks import Mask
 from sparseinst.matcher import match
 from sparseinst.models.network import Predictions
+from sparseinst.postprocess import instance_maps
 
 METRICS = (
     "own", "others", "background", "border", "prefers_own", "chance", "peak_on_own", "lift", "duplicates", "neighbours_recall",
@@ -66,12 +67,6 @@ class Pairs(NamedTuple):
     """One entry for each pair of touching objects of one category: whether both are found."""
     matched: dict[str, int]
     """Maps the name of an object in its image to the index of its matched instance map: the object's index, in a whole image."""
-
-
-def instance_maps(responses: Tensor, num_maps: int) -> Tensor:
-    """Normalise each map to a sum of 1, and average the G maps of each instance: (G N, h, w) to (N, h, w)."""
-    normalised = responses.float() / responses.float().sum((1, 2), keepdim=True).clamp(min=1e-12)
-    return normalised.unflatten(0, (-1, num_maps)).mean(0)
 
 
 class MatchedMaps(NamedTuple):

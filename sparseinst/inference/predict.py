@@ -26,7 +26,7 @@ from sparseinst.inference.found import CompactInstances, FoundInstances, M
 from sparseinst.inference.join import Placed, as_masks, join, place
 from sparseinst.models.network import InstanceNetwork, Predictions
 from sparseinst.paste import paste_strips
-from sparseinst.postprocess import ImageSize, postprocess, score_maps
+from sparseinst.postprocess import ImageSize, instance_maps, postprocess, score_maps
 
 
 class _Form(NamedTuple, Generic[M]):
@@ -232,9 +232,7 @@ def instance_responses(raw: Predictions, num_maps: int, size: tuple[int, int]) -
         size: height and width of the image in the network, without the padding; the padding is cut off.
     """
     height, width = (-(-side // STRIDES[0]) for side in size)
-    responses = raw.responses[0, :, :height, :width].float()  # GN h w
-    normalised = responses / responses.sum((1, 2), keepdim=True).clamp(min=1e-12)
-    return normalised.unflatten(0, (-1, num_maps)).mean(0)
+    return instance_maps(raw.responses[0, :, :height, :width], num_maps)
 
 
 def load_model(

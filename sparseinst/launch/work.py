@@ -293,7 +293,7 @@ def _pretrain(run: StageRun, _: Store, context: StageContext, attempt: Attempt) 
 
 
 def _metrics(paths: RunPaths) -> list[dict[str, Any]]:
-    return read_json_lines(paths.metrics, "iteration")
+    return read_json_lines(paths.metrics)
 
 
 def _steps(paths: RunPaths) -> dict[str, Any]:

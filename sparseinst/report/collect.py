@@ -18,7 +18,7 @@ from sparseinst.ablation.study import (
     Profile,
     Row,
     Table,
-    list_tables,
+    all_tables,
     read_profile,
     read_tables,
     row_config,
@@ -144,7 +144,7 @@ def read_results(
     """
     tables, settings, store = read_tables(names), read_profile(profile), Store(results).reader()
     keys = store.keys()
-    others = read_tables(["all"]) if list_tables() else []
+    others = all_tables()
     known: KnownRecords = {}
     priors = seed_priors([*tables, *others], settings, store, keys, states or {}, known)
     return [collect(table, settings, store, states or {}, priors, keys, known) for table in tables]

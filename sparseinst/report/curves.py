@@ -37,7 +37,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """
     path = RunPaths(run).metrics
     try:
-        entries = read_json_lines(path, "iteration")
+        entries = read_json_lines(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run}: this is not the folder of a run, because {path.name} is missing") from None
     if not any("loss" in entry for entry in entries):

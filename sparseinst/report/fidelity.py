@@ -23,7 +23,7 @@ from rich.table import Table
 from sparseinst.ablation.statistics import CONFIDENCE, Prior, Sample
 from sparseinst.ablation.store import Store
 from sparseinst.ablation.study import Table as StudyTable
-from sparseinst.ablation.study import list_tables, read_profile, read_tables
+from sparseinst.ablation.study import all_tables, list_tables, read_profile, read_tables
 from sparseinst.errors import UserError
 from sparseinst.report import style
 from sparseinst.report.collect import RowResult, TableResult, read_results, seed_priors
@@ -382,7 +382,7 @@ def read_fidelity(names: Sequence[str], profile: str, results: Path) -> Fidelity
         )
     settings, store = read_profile(profile), Store(results)
     # The noise is that of all tables, as in the report.
-    every = [*tables.values(), *(read_tables(["all"]) if list_tables() else [])]
+    every = [*tables.values(), *all_tables()]
     prior = seed_priors(every, settings, store, store.keys()).get("AP")
     collected = read_results(list(tables), profile, results)
     histories = {}

@@ -204,7 +204,7 @@ def _truncate(paths: RunPaths, start: int, evaluated: bool) -> None:
     if not paths.metrics.exists():
         return
     kept = []
-    for record in read_json_lines(paths.metrics, "iteration"):
+    for record in read_json_lines(paths.metrics):
         if record["iteration"] < start or (record["iteration"] == start and (evaluated or "loss" in record)):
             kept.append(json_line(record))
     with atomic(paths.metrics) as temporary:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sparseinst.checked import read_json_lines
 from sparseinst.config import WITHOUT_AUGMENTATION, Config
 from sparseinst.data.coco import check_categories, train_split, val_split
 from sparseinst.data.images import read_image
@@ -224,6 +225,5 @@ def _small(config: Config, annotations: Path, images: str) -> Config:
 
 def _losses(run: Path) -> tuple[list[float], list[float]]:
     """Return the loss and the seconds of a step in each line of a run's log, which are means over several steps."""
-    records = [json.loads(line) for line in RunPaths(run).metrics.read_text(encoding="utf-8").splitlines()]
-    steps = [record for record in records if "loss" in record]
+    steps = [record for record in read_json_lines(RunPaths(run).metrics) if "loss" in record]
     return [record["loss"] for record in steps], [record["seconds"] for record in steps]

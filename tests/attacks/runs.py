@@ -111,7 +111,7 @@ class Lab:
 
 def metrics(paths: RunPaths) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics without those that measure time."""
-    lines = read_json_lines(paths.metrics, "iteration")
+    lines = read_json_lines(paths.metrics)
     return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sparseinst.bench import isolated
-from sparseinst.bench.benchmark import compare, measure, measure_latency
+from sparseinst.bench.benchmark import measure, measure_latency, percentiles, ratio_of, take_turns
 from sparseinst.bench.roofline import DevicePeak, NetworkCost, count_network_cost, count_parameters, measure_peak
 from sparseinst.bench.rows import Setting
 from sparseinst.bench.timed import MODULES, network_workload, photo_inputs
@@ -88,14 +88,14 @@ class ScriptedSide:
 def test_sides_run_alternately() -> None:
     calls: list[tuple[str, int]] = []
     slow, fast = ScriptedSide("slow", [0.02, 0.04, 0.06, 0.08], calls), ScriptedSide("fast", [0.01, 0.02, 0.03, 0.04], calls)
-    found = compare(slow, fast, warmup=2, repetitions=9)
-    assert found.ratio == {"median": 2.0, "p5": 2.0, "p95": 2.0}, "the sides are compared batch by batch"
-    assert (found.first_ms["median"], found.second_ms["median"]) == (50.0, 25.0)
-    assert found.repetitions == 12, "each of the four images is timed equally often"
+    one, other = take_turns([slow, fast], warmup=2, repetitions=9)
+    assert ratio_of(one, other) == {"median": 2.0, "p5": 2.0, "p95": 2.0}, "the sides are compared batch by batch"
+    assert (percentiles(one)["median"], percentiles(other)["median"]) == (50.0, 25.0)
+    assert len(one) == 12, "each of the four images is timed equally often"
     numbers = [*range(4), *range(12)]
     assert calls == [(name, number) for number in numbers for name in ("slow", "fast")], "every image warms up once"
     with pytest.raises(UserError, match="the same batches on both sides"):
-        compare(slow, ScriptedSide("other", [1.0], calls))
+        take_turns([slow, ScriptedSide("other", [1.0], calls)])
 
 
 @pytest.mark.slow
