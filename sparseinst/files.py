@@ -10,7 +10,7 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,19 @@ def json_fields(text: bytes | str, model: type[BaseModel]) -> dict[str, Any]:
         return model.model_validate_json(text, strict=True).model_dump(exclude_unset=True)
     except ValueError:  # pydantic raises it for every kind of damage: no UTF-8, no JSON, no object, too deep, a wrong type
         return {}
+
+
+def distinct_names(names: Iterable[str], reserved: Iterable[str] = ()) -> list[str]:
+    """Return the names of files, with `-2`, `-3` and so on before the suffix of one that is reserved or that came before."""
+    found: list[str] = []
+    taken = set(reserved)
+    for name in names:
+        path, number = Path(name), 2
+        while name in taken:
+            name, number = f"{path.stem}-{number}{path.suffix}", number + 1
+        taken.add(name)
+        found.append(name)
+    return found
 
 
 def state_of_file(file: Path) -> tuple[int, ...]:

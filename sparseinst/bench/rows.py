@@ -50,8 +50,8 @@ class Setting:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """The shorter side, and the limit of the longer side in the paper's proportion of 853 to 640."""
-        return self.size, round(self.size * 853 / 640)
+        """The shorter side, and the limit of the longer side: the paper's 853, for larger images in its proportion of 853 to 640."""
+        return self.size, max(853, round(self.size * 853 / 640))
 
     def __str__(self) -> str:
         engine = f" {self.engine}" if self.engine != "torch" else ""
@@ -160,7 +160,7 @@ def load_network(setting: Setting, data: Path | None = None, images: int | None 
         trained = open_source(find_weights(Path(setting.model)))
         config = trained.config
         own_short, own_long = config.inference.sides()
-        long = round(short * own_long / own_short)
+        long = max(own_long, round(short * own_long / own_short))
     else:
         config = load_config(model=setting.model, overrides={"model.backbone.pretrained": False})
     changes: dict[str, Any] = {

@@ -12,6 +12,7 @@ from sparseinst.config.inference import InferenceConfig
 from sparseinst.config.loss import LossConfig, MatcherConfig
 from sparseinst.config.model import ModelConfig
 from sparseinst.config.training import PretrainConfig, TrainConfig
+from sparseinst.config.types import REFERENCE_BATCH, REFERENCE_PARTS
 from sparseinst.nested import commented_yaml, merge, nest, parse
 from sparseinst.section import Section, content_hash
 
@@ -81,6 +82,21 @@ class Config(Section):
     def _evaluation_content(self) -> dict[str, Any]:
         """Return everything that can change the metrics of given weights."""
         return {"inference": self.inference.content("evaluate"), "data": self.data.content("evaluate")}
+
+    def layout_advice(self, parts: int) -> str | None:
+        """Return a warning if a batch of the paper's size is split into other parts than the paper's; None otherwise.
+
+        Args:
+            parts: the parts over which the losses are averaged, one after the other or in several processes.
+        """
+        images = self.train.batch_size // parts
+        if self.loss.reduction == "global" or self.train.batch_size != REFERENCE_BATCH or (parts, images) == REFERENCE_PARTS:
+            return None
+        return (
+            f"a batch is split into {parts} parts of {images} images; the paper uses 8 parts of 8. Losses are averaged over each "
+            "part, so results may differ a little: set train.accumulate=8 on one device, or `parts` in a cluster's profile. With "
+            "frozen norms, loss.reduction=global makes the result independent of the parts"
+        )
 
     def tile_advice(self) -> str | None:
         """Return a warning if the tiles of training and inference show objects in other sizes; None if they do not."""

@@ -25,7 +25,7 @@ class BackboneConfig(Section):
     deformable_stages: tuple[Literal[2, 3, 4, 5], ...] = ()
     """The ResNet stages whose 3x3 convolutions become deformable; the paper's DCN models use (4, 5)."""
     deformable_version: Literal[1, 2] = 1
-    """1: deformable convolutions without modulation, as in the paper; 2: with modulation."""
+    """1: deformable convolutions without modulation, as in the reference; 2: with modulation, which the paper cites."""
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0), Neutral(0.0), Only("train")] = 0.0
     """The probability with which training skips the last residual block (stochastic depth). It rises linearly from 0 at the first
     block. The PVTv2 models use 0.1."""

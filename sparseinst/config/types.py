@@ -46,5 +46,7 @@ STRIDES = (8, 16, 32)
 """The strides of the backbone's features C3, C4 and C5."""
 SIZE_DIVISOR = STRIDES[-1]
 """Images are padded at the right and bottom to a multiple of the deepest feature's stride."""
+REFERENCE_PARTS = 8, 8
+"""The paper's batch is split into this many parts, the first number, of this many images each."""
 REFERENCE_BATCH = 64
 """The images per optimiser step in the paper: 8 processes with 8 images each."""

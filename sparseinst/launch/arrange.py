@@ -155,12 +155,7 @@ def layout_warning(runs: Sequence[StageRun], cluster: Cluster) -> str | None:
             raise UserError(f"the cluster's profile: parts={parts} cannot be divided among {processes} processes")
         if train.batch_size % parts:
             raise UserError(f"{run.label}: train.batch_size={train.batch_size} cannot be divided into {parts} equal parts")
-        if run.config.loss.reduction == "per_process" and (parts, train.batch_size // parts) != (8, 8):
-            warning = (
-                f"a batch is split into {parts} parts of {train.batch_size // parts} images; the paper uses 8 parts of 8. "
-                "Losses are averaged over each part, so results may differ a little. Set `parts` in the cluster's profile, "
-                "or loss.reduction=global to make the result independent of them"
-            )
+        warning = run.config.layout_advice(parts) or warning
     return warning
 
 

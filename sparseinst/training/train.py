@@ -133,9 +133,9 @@ class _Training:
         parts: int | None,
         start: Path | None,
     ) -> None:
-        _check(config)
         self.config, self.paths, self.device, self.progress = config, paths, device, progress
         self.attempt, self.parts = attempt, parts or world_size() * config.train.accumulate
+        _check(config, self.parts)
         split = train_split(config.data)
         check_classes(config, split)
         _check_instances(config, split)
@@ -304,7 +304,7 @@ def _with_start(model: ModelConfig, start: Path | None) -> ModelConfig:
     return model.model_copy(update={"backbone": model.backbone.model_copy(update={"weights": str(start)})})
 
 
-def _check(config: Config) -> None:
+def _check(config: Config, parts: int) -> None:
     """Raise `UserError` for settings that cannot be trained, and warn about settings that lower the AP."""
     check_installed(config.train.loggers)
     backbone = config.model.backbone
@@ -313,7 +313,7 @@ def _check(config: Config) -> None:
         raise UserError(
             "model.backbone: frozen norms need pretrained weights: set frozen_norm=false, or pretrained=true, or weights=FILE"
         )
-    for advice in (config.train.batch_advice(), config.tile_advice()):
+    for advice in (config.train.batch_advice(), config.layout_advice(parts), config.tile_advice()):
         if advice is not None:
             _log.warning("%s", advice)
 

@@ -19,7 +19,7 @@ from sparseinst.data.network_input import cut, image_tiles
 from sparseinst.data.objects import Objects, fullest_tile, read_segments
 from sparseinst.data.transforms import as_mask, resize_segments
 from sparseinst.evaluation.mechanism import look, of_maps
-from sparseinst.files import atomic, make_folder
+from sparseinst.files import atomic, distinct_names, make_folder
 from sparseinst.inference.predict import Predictor
 from sparseinst.postprocess import ImageSize, postprocess
 from sparseinst.visualize.draw import heat, outline, palette
@@ -137,9 +137,10 @@ def write_object_maps(predictor: Predictor, split: CocoSplit, output: Path, imag
         DataError: an image or an annotation that cannot be read.
     """
     make_folder(output)
+    chosen = split.with_instances().images[:images]
     written = []
-    for record in split.with_instances().images[:images]:
-        path = output / f"objects-{record.path.stem}.png"
+    for record, name in zip(chosen, distinct_names([f"objects-{record.path.stem}.png" for record in chosen]), strict=True):
+        path = output / name
         with atomic(path) as temporary:
             object_sheet(*object_maps(predictor, record, split)).save(temporary, format="PNG")
         written.append(path)

@@ -14,7 +14,7 @@ from PIL import Image
 from sparseinst.data.images import IMAGE_SUFFIXES
 from sparseinst.data.masks import encode_runs
 from sparseinst.errors import DataError, UserError
-from sparseinst.files import atomic, check_writable
+from sparseinst.files import atomic, check_writable, distinct_names
 from sparseinst.inference.compact import CompactMasks
 from sparseinst.inference.found import CompactInstances, FoundInstances
 from sparseinst.inference.predict import Predictor, as_image
@@ -227,13 +227,4 @@ def as_annotations(
 
 def _overlay_names(files: list[Path], reserved: Iterable[str] = ()) -> list[str]:
     """Return a file name for each overlay, none of them reserved. They differ even if files in several folders have one name."""
-    names: list[str] = []
-    taken = set(reserved)
-    for file in files:
-        suffix = ".mp4" if is_video(file) else ".jpg"
-        name, number = f"{file.stem}{suffix}", 2
-        while name in taken:
-            name, number = f"{file.stem}-{number}{suffix}", number + 1
-        taken.add(name)
-        names.append(name)
-    return names
+    return distinct_names([f"{file.stem}{'.mp4' if is_video(file) else '.jpg'}" for file in files], reserved)
