@@ -92,6 +92,39 @@ def test_data_shapes_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "1 problem found" in captured.err
 
 
+def test_data_check_names_what_training_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "s"
+    assert run_cli(["data", "shapes", "--output", str(folder), "--train", "5", "--val", "3"]) == 0
+    val = folder / "annotations" / "instances_val2017.json"
+    names = [category["name"] for category in json.loads(val.read_text())["categories"]]
+    for change, message in (
+        (lambda data: data["categories"].append({"id": 99, "name": "cat"}), "it also has 'cat'"),
+        (lambda data: data["categories"].pop(), "'other' for"),
+    ):
+        edit(val, change)
+        if message == "'other' for":
+            edit(val, lambda data: data["categories"][0].update(name="other"))
+        assert run_cli(["data", "check", str(folder), "--no-read"]) == 2
+        assert message in " ".join(capsys.readouterr().out.split())
+        assert run_cli(["init", "--data", str(folder), "--output", str(tmp_path / f"{len(message)}.yaml")]) == 0
+        assert "the training will refuse these data" in capsys.readouterr().out
+    edit(val, lambda data: data["categories"][0].update(name=names[0]))
+    edit(val, lambda data: data.update(annotations=[]))
+    edit(folder / "annotations" / "instances_train2017.json", lambda data: data["categories"].append({"id": 98, "name": "dog"}))
+    assert run_cli(["data", "check", str(folder), "--no-read"]) == 2
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "it lacks 'dog'" in printed
+    assert "note: val: no image has an instance" in printed
+
+
+@pytest.mark.parametrize("command", ["check", "speed", "look", "split"])
+def test_a_mistyped_folder_is_not_filled_with_the_embedded_data_set(command: str, tmp_path: Path) -> None:
+    config = [] if command == "speed" else ["--config", str(ROOT / "experiments/profiles/smoke.yaml")]
+    output = ["--output", str(tmp_path / "look.png")] if command == "look" else []
+    assert run_cli(["data", command, str(tmp_path / "typo"), *config, *output]) == 2
+    assert not (tmp_path / "typo").exists()
+
+
 def edit(path: Path, change: Any) -> None:
     data = json.loads(path.read_text())
     change(data)

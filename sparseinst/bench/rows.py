@@ -50,7 +50,7 @@ class Setting:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """The shorter side, and the limit of the longer side: the paper's 853, for larger images in its proportion of 853 to 640."""
+        """The shorter side, and the limit of the longer side: the paper's 853, or more for larger images (853 to 640)."""
         return self.size, max(853, round(self.size * 853 / 640))
 
     def __str__(self) -> str:

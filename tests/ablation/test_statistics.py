@@ -140,6 +140,12 @@ def test_seeds_to_settle_counts_what_power_needs() -> None:
     assert alone is not None
     assert shared is not None
     assert shared > alone, "comparisons that share a rate need more"
+    one, twelve = (judge([Comparison(found, 2.0, 0.5)] * count)[0].more_seeds for count in (1, 12))
+    assert (one, twelve) == (alone, shared)
+    guessed = Difference(2.0, (SeedNoise(4.0, 1000.0, 1), SeedNoise(4.0, 1000.0, 2)), 0.0)
+    assert judge([Comparison(guessed, 2.0, 0.5)])[0].more_seeds is None, "one seed does not show the noise of its row"
+    beside = judge([Comparison(found, 2.0, 0.5), *[Comparison(guessed, 2.0, 0.5)] * 11])[0].more_seeds
+    assert beside == shared, "comparisons that cannot be tested yet will share the rate, too"
 
 
 def test_a_row_with_one_seed_has_an_interval_and_no_verdict() -> None:

@@ -74,6 +74,21 @@ def test_a_model_with_frozen_norms_starts_from_one_with_trained_norms(tiny: Conf
     assert all(torch.equal(started[name], state[name]) for name in started.keys() & state.keys())
 
 
+def test_another_f_iam_starts_from_random_weights(tiny: Config, tmp_path: Path) -> None:
+    """The rest of the model keeps its weights, so that kinds of F_iam can start from one trained model."""
+    state = build_model(tiny.model, load_pretrained=False).state_dict()
+    categories = tuple(Category(number + 1, f"thing {number}") for number in range(tiny.model.num_classes))
+    save_weights(tmp_path / "first.safetensors", state, tiny, categories)
+    model = build_model(tiny.replace({"model.decoder.iam.kind": "cross_attention"}).model, load_pretrained=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kept = start_from(model, tmp_path / "first.safetensors", categories)
+    iam = "decoder.instance_branch.iam."
+    assert kept.fresh == sorted(name for name in before if name.startswith(iam))
+    assert kept.maps == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name] if name.startswith(iam) else state[name]), name
+
+
 def test_other_classes_and_maps_keep_what_can_be_kept(tiny: Config, tmp_path: Path) -> None:
     """Classes are kept by name; of Group-IAM, the first maps of each group are kept."""
     first = tiny.replace({"model.decoder.iam.groups": 2, "model.decoder.iam.num_maps": 6})

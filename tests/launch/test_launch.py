@@ -11,6 +11,7 @@ import pytest
 from sparseinst.ablation.store import Store
 from sparseinst.attempts import Attempt, Job
 from sparseinst.cli import run_cli
+from sparseinst.config import Config
 from sparseinst.errors import UserError
 from sparseinst.files import private_files
 from sparseinst.launch import arrange
@@ -99,6 +100,13 @@ def test_a_layout_that_differs_from_the_papers_gets_a_warning(
     assert run_cli(["launch", "table5", "--cluster", "mine.yaml", "--dry-run"]) == 0
     error = capsys.readouterr().err
     assert (warning in error) if warning else error == ""
+
+
+def test_one_device_is_told_that_the_papers_batch_has_eight_parts() -> None:
+    assert "1 parts of 64 images; the paper uses 8 parts of 8" in str(Config().layout_advice(1))
+    assert Config().layout_advice(8) is None
+    assert Config().replace({"loss.reduction": "global"}).layout_advice(1) is None
+    assert Config().replace({"train.batch_size": 4}).layout_advice(1) is None, "no layout of a small batch is the paper's"
 
 
 def test_a_layout_that_does_not_divide_the_batch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,25 @@ def test_a_link_follows_the_newest_run_of_its_name() -> None:
     assert RunPaths(Path("runs/mine")).title() == "runs/mine"
 
 
+def test_the_log_of_a_row_is_found_by_its_exact_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """A row whose name begins like others can be named, and the profile of the command comes first."""
+    names = ("mine gated", "mine gated + overlap", "mine gated + overlap, residual", "mine gated seed 1")
+    for profile in ("tiny", "small"):
+        for number, row in enumerate(names):
+            paths = run_folder(f"{number}{profile}".ljust(16, "0"))
+            paths.root.mkdir(parents=True)
+            seed = "" if row.endswith("seed 1") else " seed 0"
+            give_name(paths, f"{row}{seed}, train, profile {profile}")
+            paths.log.write_text(f"{row} at {profile}\n")
+    assert run_cli(["logs", "mine/gated + overlap"]) == 2
+    message = capsys.readouterr().err
+    assert "matches 2 runs" in message, "one of each profile, and not also the row with residual"
+    run_folder("1small".ljust(16, "0")).log.unlink()
+    for text in ("mine/gated + overlap", "gated + overlap"):
+        assert run_cli(["logs", text]) == 0
+        assert capsys.readouterr().out == "mine gated + overlap at tiny\n"
+
+
 def test_names_and_logs_that_are_not_utf8_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     paths = run_folder("a" * 16)
     paths.root.mkdir(parents=True)

@@ -16,11 +16,11 @@ import pytest
 from sparseinst import checked, overrides
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import Table, read_profile, read_spec, read_tables, row_config
-from sparseinst.report import escape
+from sparseinst.report import escape, fidelity
 from sparseinst.report.collect import collect, read_results, repeated_comparisons, seed_priors
 from sparseinst.report.pages import write_report
 from sparseinst.report.plots import differences
-from sparseinst.report.records import Column
+from sparseinst.report.records import Column, find_records, image_error
 from sparseinst.report.style import _STYLE, save
 from sparseinst.report.tables import FORMATS, _csv_texts, comparisons_json, frame, notes
 from sparseinst.report.terminal import print_table
@@ -75,6 +75,45 @@ def test_evaluations_of_the_same_trainings_are_compared_on_the_seeds_of_both(sto
     assert cell.difference is not None
     assert cell.difference.value == pytest.approx(0.1)
     assert [noise.seeds for noise in cell.difference.rows] == [2]
+    assert not any("evaluates trainings of" in note for note in notes(result)), "the reference row has no further seed"
+
+
+def test_a_row_with_fewer_seeds_of_the_same_trainings_says_what_it_is_compared_on(store: Store) -> None:
+    """The difference of the two cells would compare seed 0 with the mean of all seeds."""
+    [table] = read_tables(["table6"], EXPERIMENTS)
+    reference = next(row for row in table.spec.rows if row.name == table.spec.reference)
+    for seed, ap in enumerate((30.0, 40.0, 50.0)):
+        config = row_config(table.spec, reference, MINI, seed)
+        store.write(evaluation(config.evaluate_key(), ap, seed), again=True)
+        store.write(Record("train", config.train_key(), {"steps": 1, "seconds": 1.0, "losses": {}, "parameters": 1}), again=True)
+    key = row_config(table.spec, table.spec.rows[1], MINI, 0).evaluate_key()
+    store.write(evaluation(key, 29.0, 0), again=True)
+    result = collect(table, MINI, store, {}, {})
+    [row] = [found for found in result.rows if found.compared_seeds is not None]
+    assert (row.row.name, row.compared_seeds) == ("CE without rescoring", (0,))
+    [note] = [note for note in notes(result) if "evaluates trainings of" in note]
+    assert "compared on the same trainings (seed 0)" in note
+    ranks, _ = fidelity._ranks([result], {training: {1: 2.0} for found in result.rows for training in found.trainings})
+    [rank] = [rank for rank in ranks if rank.name == "table6 CE without rescoring"]
+    assert rank.measured.mean == pytest.approx(39.0), "one below the reference row's mean, as on seed 0"
+    assert rank.history == {}, "the evaluations during the training were those of the reference row"
+    assert all(rank.history for rank in ranks if rank.name == "table6 CE")
+
+
+def test_a_metric_that_one_image_decides_has_no_interval(store: Store) -> None:
+    """All resamplings with this image have one value, which shows nothing about the noise over images."""
+    spec = read_spec("table5", EXPERIMENTS)
+    for name, value in (("dice + BCE", 0.0), ("dice alone", 25.0)):
+        row = next(row for row in spec.rows if row.name == name)
+        key = row_config(spec, row, MINI, 0).evaluate_key()
+        record = store.load(key)
+        assert record is not None
+        result = {**record.result, "resampled": {**record.result["resampled"], "APl": [value, None, value]}}
+        store.write(replace(record, result=result), again=True)
+    rows = {row.row.name: find_records(table5(store).table, row.row, MINI, store, {}, store.keys()) for row in table5(store).rows}
+    assert image_error(rows["dice alone"], rows["dice + BCE"], "APl", [0]) is None
+    assert image_error(rows["dice alone"], rows["dice + BCE"], "AP", [0]) is not None
+    assert image_error(rows["dice alone"], rows["dice alone"], "AP", [0]) == 0.0, "the same evaluation differs by nothing"
 
 
 def test_a_row_of_other_images_has_no_difference_and_says_so(store: Store) -> None:

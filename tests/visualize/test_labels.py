@@ -64,12 +64,14 @@ def test_predict_writes_sheets_and_says_what_is_left_out(
     photo = tmp_path / "in/sheet-1.png"
     photo.parent.mkdir()
     Image.open(files[0]).save(photo)
-    command = ["predict", *map(str, files), str(photo), "--weights", str(trained), "--device", "cpu", "--score", "0"]
+    command = ["predict", *map(str, files), str(photo), "--weights", str(trained), "--device", "cpu", "--score", "1e-9"]
     assert run_cli([*command, "--output", str(tmp_path / "out"), "--sheet", "--colour", "class", "--top", "4"]) == 0
     printed = capsys.readouterr().out
     assert f"contact sheet: {tmp_path}/out/sheet-1.jpg" in printed
     assert "--top left out 24 more instances" in printed
     assert "in 4 images all maps of the model have such a score" in printed
+    assert run_cli([*command[:-1], "0", "--output", str(tmp_path / "every")]) == 0
+    assert "all maps of the model" not in capsys.readouterr().out, "every map has a score of 0 or more"
     with Image.open(tmp_path / "out/sheet-1.jpg") as sheet:
         assert sheet.width == 4 * 324 + 4
     assert (tmp_path / "out/sheet-1-2.jpg").exists()  # the overlay of the photo that is called like the sheet

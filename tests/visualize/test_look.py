@@ -168,6 +168,17 @@ def test_an_image_is_not_written_over(trained: Path, tmp_path: Path, capsys: pyt
     assert run_cli(["predict", str(tmp_path / "photo.jpg"), "--weights", str(trained), "--output", str(tmp_path)]) == 2
     assert "would be overwritten" in capsys.readouterr().err
     assert (tmp_path / "photo.jpg").read_bytes() == before
+    Image.new("RGB", (50, 40)).save(tmp_path / "photo.bmp")  # its overlay has the name of the other photo
+    for both in (["photo.bmp", "photo.jpg"], ["photo.jpg", "photo.bmp"]):
+        files = [str(tmp_path / name) for name in both]
+        assert run_cli(["predict", *files, "--weights", str(trained), "--output", str(tmp_path)]) == 2
+        assert (tmp_path / "photo.jpg").read_bytes() == before
+    Image.new("RGB", (50, 40)).save(tmp_path / "photo-maps.png")
+    command = ["predict", str(tmp_path / "photo-maps.png"), str(tmp_path / "photo.bmp"), "--maps", "--weights", str(trained)]
+    maps = (tmp_path / "photo-maps.png").read_bytes()
+    (tmp_path / "photo.jpg").unlink()
+    assert run_cli([*command, "--output", str(tmp_path)]) == 2
+    assert (tmp_path / "photo-maps.png").read_bytes() == maps
 
 
 def test_failures_accept_the_same_annotations_as_evaluation(two_images: Path) -> None:
