@@ -73,6 +73,8 @@ def report(
 ) -> None:
     """Write tables and plots from the records to results/. For a missing run, the table shows the run's state.
 
+    Without a name, these are the tables of which something is measured.
+
     --json prints every comparison with its interval and verdict. With --fidelity it prints the agreement with the paper.
     """
     with _no_garbage_collection():
@@ -104,6 +106,11 @@ def _print_report(tables: list[str] | None, profile: str, results: Path, *, show
     table_plan, _ = make_plan(names, profile, 1, None, results, None)
     states = {found.run.key: found.state for found in plan_status(table_plan)}
     collected = read_results(names, profile, results, states)
+    if not tables:  # a table of pending rows alone is no result, unless it has been asked for
+        collected = [r for r in collected if r.provenance or (results / "tables" / f"{r.name}.md").exists()]
+        if not collected and not as_json:
+            print(f"nothing is measured at profile {profile} in {results} yet; name a table to see its rows")
+            return
     page = []
     if html:  # the page holds every table, even if the command writes only some of them
         page = collected if "all" in names else read_results(["all", *names], profile, results, states)

@@ -69,7 +69,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         return read_safetensors(path)
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is no readable safetensors file ({shorten((str(error).splitlines() or [''])[0])})") from None
+        exported = "; a file of `export --form torch` is loaded with torch.export.load" if path.suffix == ".pt2" else ""
+        raise UserError(
+            f"{path} is no readable safetensors file ({shorten((str(error).splitlines() or [''])[0])}){exported}"
+        ) from None
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
