@@ -21,6 +21,8 @@ from sparseinst.errors import DataError
 from sparseinst.files import read_text
 from sparseinst.words import has_half_surrogate, shorten
 
+SMALL, MEDIUM = 32**2, 96**2
+"""COCO's area limits between small, medium and large objects, in pixels."""
 FARTHEST = 100_000
 """The largest coordinate, in pixels. Drawing takes time and memory in proportion to it."""
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)

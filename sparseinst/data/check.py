@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 
 from sparseinst.config import DataConfig
-from sparseinst.data.annotations import hotcoco_truth
+from sparseinst.data.annotations import MEDIUM, SMALL, hotcoco_truth
 from sparseinst.data.coco import CocoSplit, ImageRecord, check_categories, train_split, val_split
 from sparseinst.data.images import read_image
 from sparseinst.data.masks import decode
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import state_of_file
 
-SMALL, MEDIUM = 32**2, 96**2
-"""COCO's area limits between small, medium and large objects, in pixels."""
 MIRRORED = "a horizontal flip turns {} into {}, which keeps the wrong label"
 """Explains `mirrored_categories`, given a pair of names."""
 DARK = 32

@@ -7,7 +7,6 @@ matches the category and the hue seldom does, so neither is enough alone.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -22,7 +21,6 @@ import numpy as np
 from filelock import FileLock
 from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
-from PIL import Image
 
 from sparseinst.config import SHAPES_VERSION, ShapesConfig
 from sparseinst.data.scenes import (
@@ -132,23 +130,6 @@ def ensure_shapes(root: Path, config: ShapesConfig) -> None:
                 write_shapes(root, train=config.train, val=config.val, side=config.side)
     except OSError as error:
         raise write_error(root, error) or UserError(f"{root}: cannot be written ({error})") from None
-
-
-def content_digest(root: Path) -> str:
-    """Return the SHA-256 of the decoded pixels and the annotations in hexadecimal, whatever the encoding as PNG and JSON.
-
-    Raises:
-        OSError: a file is missing.
-    """
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        data = json.loads(annotation_file(root, split).read_text(encoding="utf-8"))
-        content = {key: data[key] for key in ("images", "annotations", "categories")}
-        digest.update(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
-        for entry in data["images"]:
-            with Image.open(image_folder(root, split) / entry["file_name"]) as file:
-                digest.update(np.asarray(file.convert("RGB")).tobytes())
-    return digest.hexdigest()
 
 
 def _is_complete(root: Path) -> bool:

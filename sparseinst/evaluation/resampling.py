@@ -18,14 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sparseinst.data.annotations import hotcoco_truth
+from sparseinst.data.annotations import MEDIUM, SMALL, hotcoco_truth
 from sparseinst.files import state_of_file
 
 DRAWS = 400
 """The number of resamplings. The estimated standard error is then itself uncertain by about 4 %."""
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _RECALLS = np.linspace(0, 1, 101)
-_AREAS = (0.0, 32.0**2, 96.0**2)  # the lower ends of small, medium and large; all sizes begin at 0, too
 
 
 class _Class(NamedTuple):
@@ -92,8 +91,8 @@ def matches(annotations: Path, results: list[dict[str, Any]], ids: Sequence[int]
 
 def _size(area: Sequence[float]) -> str:
     if area[0] == 0:
-        return "small" if area[1] <= _AREAS[1] else "all"
-    return "medium" if area[0] < _AREAS[2] else "large"
+        return "small" if area[1] <= SMALL else "all"
+    return "medium" if area[0] < MEDIUM else "large"
 
 
 def _gather(entries: Iterable[dict[str, Any]], number: dict[int, int]) -> _Class:

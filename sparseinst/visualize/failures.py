@@ -16,6 +16,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from sparseinst.data.annotations import MEDIUM, SMALL
 from sparseinst.data.coco import CocoSplit, ImageRecord
 from sparseinst.data.images import read_image
 from sparseinst.data.masks import decode
@@ -24,7 +25,7 @@ from sparseinst.files import atomic, make_folder
 from sparseinst.inference.found import FoundInstances
 from sparseinst.visualize.draw import fitted, outlined, overlay, picture_grid
 
-SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
+SIZES = {"small": (0.0, float(SMALL)), "medium": (float(SMALL), float(MEDIUM)), "large": (float(MEDIUM), float("inf"))}
 """COCO's size classes: the bounds of a mask's area in pixels."""
 IOU = 0.5
 """An object counts as found from this mask IoU on."""

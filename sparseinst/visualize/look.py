@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from sparseinst.config import Config
-from sparseinst.data.check import MEDIUM, SMALL
+from sparseinst.data.annotations import MEDIUM, SMALL
 from sparseinst.data.coco import CocoSplit, category_names
 from sparseinst.data.loader import BatchOrder, Example, TrainSet
 from sparseinst.errors import UserError
