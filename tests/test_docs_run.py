@@ -43,7 +43,14 @@ NOT_RUN = {
     r"--engine (openvino|onnxruntime)|model\.xml": "needs an extra; the tests of the engines",
 }
 STAND_INS = {"IMAGE": "photo.jpg", "W": "runs/mine", "RUN": "runs/mine"}
-QUICK = {**TINY, "train.iterations": 2, "train.warmup_iterations": 1, "train.batch_size": 2, "pretrain.enabled": False}
+QUICK = {
+    **TINY,
+    "train.iterations": 2,
+    "train.warmup_iterations": 1,
+    "train.batch_size": 2,
+    "train.accumulate": 1,
+    "pretrain.enabled": False,
+}
 OPTIONS = [part for key, value in QUICK.items() if "num_" not in key for part in ("-o", f"{key}={json.dumps(value)}")]
 
 

@@ -284,11 +284,15 @@ def _print_metrics(result: Any, as_json: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from sparseinst.ablation.gate import untrained_ap
+
     table = Table(*result.figures, title=f"COCO mask metrics over {result.images} images, in percent", min_width=60)
     table.add_row(*("-" if value is None else f"{value:.1f}" for value in result.figures.values()))
     console = Console(width=max(Console().width, 100))  # on a narrow terminal, lines wrap but no value is cut
     console.print(table)
-    if len(result.by_category) > 1:
+    if untrained_ap(result.figures.get("AP")):
+        print("AP is near zero, so the model has not learned the task: train for more steps, or see docs/data.md")
+    elif len(result.by_category) > 1:
         _print_categories(result.by_category, console)
     if result.by_limit:
         _print_limits(result, console)

@@ -93,7 +93,7 @@ def test_another_result_is_reported(done: Path, monkeypatch: pytest.MonkeyPatch,
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == "undecided"
     assert "50.0000 in the record" in printed
-    assert "so its noise is unknown" in printed
+    assert "the noise of this row is unknown" in printed
     assert "the bits may differ" not in printed
 
 

@@ -185,7 +185,7 @@ def test_diverged_weights_are_not_saved(tiny: Config, tmp_path: Path) -> None:
 
 def test_a_folder_of_another_run_and_a_folder_in_use_are_refused(tiny: Config, tmp_path: Path) -> None:
     run(tiny, tmp_path / "run")
-    with pytest.raises(UserError, match=r"holds a run with other settings \(model\)"):
+    with pytest.raises(UserError, match=r"holds a run with other settings \(model.decoder.depth: 1 there, 2 here\)"):
         run(tiny.replace({"model.decoder.depth": 2}), tmp_path / "run")
     with Attempt.begin(RunPaths(tmp_path / "run")), pytest.raises(UserError, match="another process is at work in this folder"):
         run(tiny, tmp_path / "run")
