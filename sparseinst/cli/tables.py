@@ -294,8 +294,8 @@ def retire(
 ) -> None:
     """Set results aside, so that `run` measures them again.
 
-    This is needed after a change of the code. Nothing is deleted: a record is renamed to KEY.retired, and the run's folder moves to
-    runs/retired. Rows of other tables that share a run lose its result, too. Pretrainings stay.
+    This is needed after a change of the code. Nothing is deleted: a record is renamed to KEY.retired, and the run's folder moves
+    to runs/retired. Rows of other tables that share a run lose its result, too. Pretrainings stay.
     """
     from sparseinst.ablation.plan import by_other_code, unused_records
     from sparseinst.launch.retire import retire as set_aside
