@@ -165,6 +165,15 @@ def json_fields(text: bytes | str, model: type[BaseModel]) -> dict[str, Any]:
         return {}
 
 
+def free_path(path: Path) -> Path:
+    """Return the path, or the first of `NAME-2`, `NAME-3` and so on that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return candidate
+
+
 def distinct_names(names: Iterable[str], reserved: Iterable[str] = ()) -> list[str]:
     """Return the names of files, with `-2`, `-3` and so on before the suffix of one that is reserved or that came before."""
     found: list[str] = []

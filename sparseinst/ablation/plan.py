@@ -223,10 +223,13 @@ def by_other_code(plan: Plan, store: Store) -> list[StageRun]:
     return found
 
 
-def unused_records(tables: Sequence[StudyTable], profile: Profile, store: Store) -> list[Record]:
+def unused_records(tables: Sequence[StudyTable], profile: Profile, store: Store, among: set[str] | None = None) -> list[Record]:
     """Return the records of a profile that no row of the tables needs, with any seed and on any device.
 
     A row leaves such records if its settings change, or if it is removed.
+
+    Args:
+        among: return those of these keys that the profile does not need, whatever profile made them.
     """
     needed: set[str] = set()
     timed = []
@@ -236,8 +239,11 @@ def unused_records(tables: Sequence[StudyTable], profile: Profile, store: Store)
             needed |= {key for pair in config.keys_of_seeds(SEEDS).values() for key in pair}
             needed |= {config.pretrain_key()} if config.pretrains else set()
             timed.append(f"{config.latency_prefix()}-")
-    others = sorted(key for key in store.keys() - needed if not key.startswith(tuple(timed)))
+    keys = store.keys() if among is None else among
+    others = sorted(key for key in keys - needed if not key.startswith(tuple(timed)))
     records = [record for key in others if store.path(key).exists() and (record := store.load(key)) is not None]
+    if among is not None:
+        return records
     return [record for record in records if record.kind != "peer" and record.provenance.get("profile") == profile.name]
 
 

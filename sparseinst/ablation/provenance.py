@@ -72,14 +72,18 @@ def code_digest() -> str:
 
 
 def is_other_code(about: Mapping[str, Any]) -> bool:
-    """Return whether a record's code differs from the code that runs now by changes that were not committed.
+    """Return whether code that made a record differs from the code that runs now by changes that were not committed.
 
     Two commits are not compared: the repository's history says what changed between them.
     """
-    now, changes = code_version(), about.get("changes")
-    if changes is not None:
-        return bool(changes != code_digest())
-    return now["changes"] is not None and now["commit"] is not None
+    now = code_version()
+
+    def differs(code: Mapping[str, Any]) -> bool:
+        if code.get("changes") is not None:
+            return bool(code["changes"] != code_digest())
+        return now["changes"] is not None and now["commit"] is not None
+
+    return any(map(differs, (about, *about.get("earlier", []))))
 
 
 def note_code(paths: RunPaths) -> None:

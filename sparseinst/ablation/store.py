@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from sparseinst.checked import has_checksum, read_checked, with_checksum
 from sparseinst.errors import UserError
-from sparseinst.files import atomic, check_writable
+from sparseinst.files import atomic, check_writable, free_path
 from sparseinst.paths import SHIPPED
 from sparseinst.section import Stage
 
@@ -230,13 +230,10 @@ class Store:
             with atomic(self.path(record.key), check) as temporary:
                 temporary.write_text(with_checksum(asdict(record)), encoding="utf-8")
 
-    def retire(self, key: str, check: Callable[[], None]) -> None:
-        """Rename the record of a training whose weights are gone and were made again with other bits."""
-        check()
+    def retire(self, key: str) -> Path | None:
+        """Rename a record to KEY.retired, so that its stage counts as not done. Return the new path; None without a record."""
         path = self.path(key)
-        if path.exists():
-            path.rename(path.with_suffix(".retired"))
-            _log.warning("%s describes weights that are gone: renamed to %s.retired", path, path.stem)
+        return path.rename(free_path(path.with_suffix(".retired"))) if path.exists() else None
 
     def reader(self) -> Store:
         """Return a store of the same records that reads each of them once, for a report on their present state."""

@@ -199,6 +199,11 @@ def read_tables(names: Sequence[str], folder: Path = EXPERIMENTS) -> list[Table]
     return list(by_name.values())
 
 
+def list_profiles(folder: Path = EXPERIMENTS) -> list[str]:
+    """Return the names of the profiles."""
+    return list_tables(folder / "profiles")
+
+
 def all_tables() -> list[Table]:
     """Return all tables of the project; an empty list in a folder without specs."""
     return read_tables(["all"]) if list_tables() else []

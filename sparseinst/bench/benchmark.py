@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import subprocess
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +76,7 @@ def measure_by_turns(
         warmup, repetitions: as in `measure`.
 
     Returns:
-        For each workload its latency, or the exception that its builder or its warm-up raised.
+        For each workload its latency, or the exception that it raised.
     """
     timed: list[_Timed | Exception] = []
     for build in builders:
@@ -83,13 +84,23 @@ def measure_by_turns(
         try:
             timed.append(_Timed(build(), device, warmup, repetitions, others))
         except Exception as error:  # noqa: BLE001 (the other workloads are still timed)
-            timed.append(error)
-    chosen = [one for one in timed if isinstance(one, _Timed)]
-    for number in range(max((one.repetitions for one in chosen), default=0)):
-        for one in chosen:
-            if number < one.repetitions:
-                one.take_turn(number)
+            timed.append(_freed(error, device))
+    for number in range(max((one.repetitions for one in timed if isinstance(one, _Timed)), default=0)):
+        for place, one in enumerate(timed):
+            if isinstance(one, _Timed) and number < one.repetitions:
+                try:
+                    one.take_turn(number)
+                except Exception as error:  # noqa: BLE001 (as above)
+                    timed[place] = _freed(error, device)
     return [one.latency() if isinstance(one, _Timed) else one for one in timed]
+
+
+def _freed(error: Exception, device: torch.device) -> Exception:
+    """Return the exception of a workload whose memory is free again for the other ones."""
+    traceback.clear_frames(error.__traceback__)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return error
 
 
 class _Timed:

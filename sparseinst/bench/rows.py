@@ -50,7 +50,7 @@ class Setting:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """The shorter side, and the limit of the longer side: the paper's 853, or more for larger images (853 to 640)."""
+        """The shorter side, and the limit of the longer side: the reference's 853, or more for larger images (853 to 640)."""
         return self.size, max(853, round(self.size * 853 / 640))
 
     def __str__(self) -> str:
@@ -205,7 +205,7 @@ def build_workload(setting: Setting, task: Task, device: Any) -> tuple[Workload,
 
     if is_peer(setting.model):
         own = default_sides(setting.model)
-        sides = own if setting.size == own[0] else setting.sides
+        sides = setting.size, round(setting.size * own[1] / own[0])
         peer = build_peer(setting.model, device=device, sides=sides, pretrained=False)
         engine: Any = setting.engine
         precision: Any = setting.precision

@@ -106,6 +106,7 @@ def _print_report(tables: list[str] | None, profile: str, results: Path, *, show
     table_plan, _ = make_plan(names, profile, 1, None, results, None)
     states = {found.run.key: found.state for found in plan_status(table_plan)}
     collected = read_results(names, profile, results, states)
+    every = collected
     if not tables:  # a table of pending rows alone is no result, unless it has been asked for
         collected = [r for r in collected if r.provenance or (results / "tables" / f"{r.name}.md").exists()]
         if not collected and not as_json:
@@ -113,7 +114,7 @@ def _print_report(tables: list[str] | None, profile: str, results: Path, *, show
             return
     page = []
     if html:  # the page holds every table, even if the command writes only some of them
-        page = collected if "all" in names else read_results(["all", *names], profile, results, states)
+        page = every if "all" in names else read_results(["all", *names], profile, results, states)
     changed = write_report(collected, results, page=page)
     if as_json:
         print(json.dumps({"profile": table_plan.profile.name, "comparisons": comparisons_json(collected)}))

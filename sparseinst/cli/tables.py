@@ -31,12 +31,11 @@ from sparseinst.cli.options import (
 )
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.paths import RETIRED
-from sparseinst.section import STAGES
 from sparseinst.words import counted
 
 if TYPE_CHECKING:
     from sparseinst.ablation.plan import Costs, Plan
-    from sparseinst.ablation.study import Table
+    from sparseinst.ablation.store import Record
     from sparseinst.report.power import RowPower
 
 app = typer.Typer()
@@ -81,15 +80,18 @@ def plan(
 
 def _print_notes(table_plan: Plan, store: Store) -> None:
     """Print what a user may not expect of the records: that other code made them, or that no row needs them."""
-    from sparseinst.ablation.plan import unused_records
-
     _print_other_code(table_plan, store)
-    if unused := unused_records(_every_table(table_plan), table_plan.profile, store):
-        newest = max(unused, key=lambda record: record.provenance.get("ended", ""))
+    try:
+        unused = _unused(table_plan, store)
+    except UserError as error:  # another table's draft must not hide this plan
+        print(f"note: records that no row needs cannot be listed ({error})")
+        return
+    if unused:
         print(
             f"note: no row needs {counted(len(unused), 'record')} of profile {table_plan.profile.name} (the newest is "
-            f"{newest.kind} {newest.key}): a row was changed or removed, or a setting was added without `Neutral` "
-            f"(docs/structure.md). `sparseinst retire --unused --profile {table_plan.profile.name}` sets them aside"
+            f"{_name_of(unused[-1])}). They belong to a spec that is not in experiments/, or a row was changed or removed, or a "
+            "setting was added without `Neutral` (docs/structure.md). "
+            f"`sparseinst retire --unused --profile {table_plan.profile.name}` lists them"
         )
 
 
@@ -98,28 +100,41 @@ def _print_other_code(table_plan: Plan, store: Store) -> None:
 
     if others := by_other_code(table_plan, store):
         print(
-            f"note: {len(others)} of {len(table_plan.done)} results come from code with other uncommitted changes than the "
-            "present code. If the changes can change a result, set them aside, `sparseinst retire TABLE --other-code`, and run "
+            f"note: {len(others)} of {len(table_plan.done)} results come from code that differs from the present code by "
+            "uncommitted changes. If these can change a result, set them aside, `sparseinst retire TABLE --other-code`, and run "
             "again"
         )
 
 
-def _every_table(table_plan: Plan) -> list[Table]:
-    """Return the plan's tables and all others."""
-    from sparseinst.ablation.study import list_tables, read_tables
+def _unused(table_plan: Plan, store: Store) -> list[Record]:
+    """Return the records of the plan's profile that no row needs, in this profile or another one, the newest last."""
+    from sparseinst.ablation.plan import unused_records
+    from sparseinst.ablation.study import all_tables, list_profiles, read_profile
 
-    planned = {planned.table.name: planned.table for planned in table_plan.rows}
-    known = read_tables(["all"]) if list_tables() else []
-    return [*planned.values(), *(table for table in known if table.name not in planned)]
+    tables = {table.name: table for table in (*all_tables(), *(planned.table for planned in table_plan.rows))}
+    unused = unused_records(list(tables.values()), table_plan.profile, store)
+    for name in list_profiles() if unused else ():  # profiles can share runs
+        kept = {record.key for record in unused}
+        needed = kept - {r.key for r in unused_records(list(tables.values()), read_profile(name), store, kept)}
+        unused = [record for record in unused if record.key not in needed]
+    return sorted(unused, key=lambda record: record.provenance.get("ended", ""))
+
+
+def _name_of(record: Record) -> str:
+    """Return the kind and the key of a record, with the name of its run if it was made here."""
+    from sparseinst.paths import run_folder
+
+    paths = run_folder(record.key)
+    return f"{record.kind} {record.key}" + (f", {paths.read_name()}" if paths.name.exists() else "")
 
 
 def _power(tables: list[str] | None, profile: str, plan: Plan, cost: Costs, seeds: int, results: Path) -> list[RowPower]:
-    from sparseinst.ablation.study import list_tables, read_tables
+    from sparseinst.ablation.study import all_tables, read_tables
     from sparseinst.report.collect import read_results, seed_priors
     from sparseinst.report.power import power
 
     store = Store(results)
-    every = read_tables([*(tables or []), *(["all"] if list_tables() else [])])
+    every = [*read_tables(tables or []), *all_tables()]
     prior = seed_priors(every, plan.profile, store, store.keys()).get("AP")
     hours = [cost.hours[stage] for stage in ("train", "evaluate") if stage in cost.hours]
     planned = {(planned.table.name, planned.row.name) for planned in plan.rows}
@@ -289,32 +304,47 @@ def retire(
         bool, typer.Option("--other-code", help="Only what code with other uncommitted changes measured.")
     ] = False,
     unused: Annotated[
-        bool, typer.Option("--unused", help="Instead of rows, all records of the profile that no row of any table needs.")
+        bool,
+        typer.Option(
+            "--unused",
+            help="List the records of the profile that no row of any table needs, or with --yes, set them aside. TABLE names "
+            "specs outside experiments/ whose records are needed, too.",
+        ),
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --unused: set the records aside.")] = False,
+    cluster: TimingCluster = None,
 ) -> None:
     """Set results aside, so that `run` measures them again.
 
     This is needed after a change of the code. Nothing is deleted: a record is renamed to KEY.retired, and the run's folder moves
     to runs/retired. Rows of other tables that share a run lose its result, too. Pretrainings stay.
     """
-    from sparseinst.ablation.plan import by_other_code, unused_records
+    from sparseinst.ablation.plan import by_other_code
     from sparseinst.launch.retire import retire as set_aside
+    from sparseinst.launch.status import plan_status
 
-    if unused == bool(tables):
+    if not unused and not tables:
         raise UserError("retire: name the tables, or give --unused for the records that no row needs")
     if unused and (row is not None or stage or other_code or seeds != 1):
         raise UserError("retire: --unused takes all such records of a profile, so it allows no other choice")
-    table_plan, store = make_plan(tables, profile, seeds, row, results, device)
+    table_plan, store = make_plan(tables, profile, seeds, row, results, device, cluster=cluster)
     if unused:
-        keys = [record.key for record in unused_records(_every_table(table_plan), table_plan.profile, store)]
+        records = _unused(table_plan, store)
+        if not yes:
+            print("\n".join(map(_name_of, records)))
+            print(f"no row needs {counted(len(records), 'record')}; name the specs to keep, or add --yes to set them aside")
+            return
+        keys = [record.key for record in records]
     else:
         stages = set(stage or ("train", "evaluate", "latency"))
-        if unknown := stages - {*STAGES} | stages & {"pretrain"}:
+        if unknown := stages - {"train", "evaluate", "latency"}:
             raise UserError(f"retire: --stage: {sorted(unknown)[0]!r}: choose train, evaluate or latency")
         chosen = by_other_code(table_plan, store) if other_code else [*table_plan.runs.values()]
         keys = [run.key for run in chosen if run.stage in stages]
-        keys += [run.key for run in table_plan.runs.values() if run.needs in keys and run.stage == "evaluate"]
-    retired = set_aside(keys, store)
+    busy = {status.run.key for status in plan_status(table_plan) if status.state in ("queued", "running")}
+    retired = set_aside(keys, store, busy)
+    if not retired:
+        raise UserError("retire: no such run has a record or a folder, so nothing was set aside")
     print(f"{counted(len(retired), 'run')} set aside: records as {store.folder}/*.retired, folders in {RETIRED}")
 
 

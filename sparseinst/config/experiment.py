@@ -12,9 +12,10 @@ from sparseinst.config.inference import InferenceConfig
 from sparseinst.config.loss import LossConfig, MatcherConfig
 from sparseinst.config.model import ModelConfig
 from sparseinst.config.training import PretrainConfig, TrainConfig
-from sparseinst.config.types import REFERENCE_BATCH, REFERENCE_PARTS
+from sparseinst.config.types import REFERENCE_PARTS
 from sparseinst.nested import commented_yaml, merge, nest, parse
 from sparseinst.section import Section, content_hash
+from sparseinst.words import counted
 
 
 class Config(Section):
@@ -84,18 +85,18 @@ class Config(Section):
         return {"inference": self.inference.content("evaluate"), "data": self.data.content("evaluate")}
 
     def layout_advice(self, parts: int) -> str | None:
-        """Return a warning if a batch of the paper's size is split into other parts than the paper's; None otherwise.
+        """Return a warning if a batch is split into other parts than the paper's; None otherwise.
 
         Args:
             parts: the parts over which the losses are averaged, one after the other or in several processes.
         """
         images = self.train.batch_size // parts
-        if self.loss.reduction == "global" or self.train.batch_size != REFERENCE_BATCH or (parts, images) == REFERENCE_PARTS:
+        if self.loss.reduction == "global" or (parts, images) == REFERENCE_PARTS:
             return None
         return (
-            f"a batch is split into {parts} parts of {images} images; the paper uses 8 parts of 8. Losses are averaged over each "
-            "part, so results may differ a little: set train.accumulate=8 on one device, or `parts` in a cluster's profile. With "
-            "frozen norms, loss.reduction=global makes the result independent of the parts"
+            f"a batch is split into {counted(parts, 'part')} of {counted(images, 'image')}; the paper uses 8 parts of 8. Losses "
+            "are averaged over each part, so results may differ a little: set train.accumulate=8 on one device, or `parts` in a "
+            "cluster's profile. With frozen norms, loss.reduction=global makes the result independent of the parts"
         )
 
     def tile_advice(self) -> str | None:

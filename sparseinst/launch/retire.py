@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Container, Iterable
 
 from sparseinst.ablation.store import Store
 from sparseinst.attempt_files import latest_attempt
 from sparseinst.errors import UserError
-from sparseinst.files import make_folder
-from sparseinst.launch.submission import read_submission
+from sparseinst.files import free_path, make_folder
+from sparseinst.overrides import parse_config
 from sparseinst.paths import RETIRED, run_folder
 
 
-def retire(keys: Iterable[str], store: Store) -> list[str]:
+def retire(keys: Iterable[str], store: Store, busy: Container[str] = ()) -> list[str]:
     """Set runs aside: each record becomes `KEY.retired` in its folder, and each run's folder moves to `runs/retired`.
+
+    A training takes all evaluations of it with it, because they describe its weights.
 
     Args:
         keys: the keys of the runs; those with neither a record in the store's folder nor a folder are left out.
+        busy: the keys of runs that a job of a cluster is doing or will do.
 
     Returns:
         The keys of the runs that were set aside.
 
     Raises:
-        UserError: a process or a job of a cluster may be working on one of the runs; then none is set aside.
+        UserError: one of the runs is busy, or a process is working on it; then none is set aside.
     """
-    known = [key for key in dict.fromkeys(keys) if store.path(key).exists() or run_folder(key).root.exists()]
+    chosen = dict.fromkeys(keys)
+    chosen |= dict.fromkeys(evaluations_of(chosen, store))
+    known = [key for key in chosen if store.path(key).exists() or run_folder(key).root.exists()]
     for key in known:
-        paths = run_folder(key)
-        attempt = latest_attempt(paths)
-        if attempt is not None and attempt.at_work():
-            raise UserError(f"{paths.root}: a process is working on this run: stop it first; nothing was set aside")
-        if not store.has(key) and read_submission(paths) is not None and attempt is None:
-            raise UserError(f"{paths.root}: a job for this run was sent to a cluster: cancel it first; nothing was set aside")
+        attempt = latest_attempt(run_folder(key))
+        if key in busy or (attempt is not None and attempt.at_work()):
+            raise UserError(f"{run_folder(key).root}: this run is sent or running: stop it first; nothing was set aside")
     for key in known:
-        if store.path(key).exists():
-            store.path(key).rename(_free(store.path(key).with_suffix(".retired")))
+        store.retire(key)
         if run_folder(key).root.exists():
-            run_folder(key).root.rename(_free(make_folder(RETIRED) / key))
+            run_folder(key).root.rename(free_path(make_folder(RETIRED) / key))
     return known
 
 
-def _free(path: Path) -> Path:
-    """Return the path, or the first of `NAME-2`, `NAME-3` and so on that does not exist."""
-    candidate, number = path, 1
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return candidate
+def evaluations_of(trainings: Container[str], store: Store) -> list[str]:
+    """Return the keys of all recorded evaluations of these trainings, whatever their table and seed."""
+    found = []
+    for key in sorted(store.keys()):
+        record = store.load(key) if store.path(key).exists() else None
+        if record is not None and record.kind == "evaluate":
+            training = record.provenance.get("training") or (parse_config(record.config).train_key() if record.config else None)
+            if training in trainings:
+                found.append(key)
+    return found

@@ -64,20 +64,15 @@ class _Worker:
         self.begun, self.total = 0, len(plan.to_do())
 
     def work(self) -> None:
-        self._work_on([run for run in self.plan.to_do() if run.stage != "latency"], self._unfinished)
-        self._work_on([run for run in self.plan.to_do() if run.stage == "latency"], self._untimed)
-
-    @staticmethod
-    def _work_on(waiting: list[StageRun], do: Callable[[list[StageRun]], list[StageRun]]) -> None:
-        """Call `do`, which returns the stages that are left, until none is left."""
-        while waiting:
-            left = do(waiting)
-            if len(left) == len(waiting):  # other processes are doing all stages that could be done now
-                time.sleep(_WAIT)
-            waiting = left
-
-    def _unfinished(self, waiting: list[StageRun]) -> list[StageRun]:
-        return [run for run in waiting if not self._finish(run)]
+        """Do the stages, and time rows whenever no other stage can be done here."""
+        stages = [run for run in self.plan.to_do() if run.stage != "latency"]
+        timings = [run for run in self.plan.to_do() if run.stage == "latency"]
+        while stages or timings:
+            left = [run for run in stages if not self._finish(run)]
+            untimed = self._untimed(timings) if len(left) == len(stages) else timings
+            if (len(left), len(untimed)) == (len(stages), len(timings)):
+                time.sleep(_WAIT)  # other processes are doing all stages that could be done now
+            stages, timings = left, untimed
 
     def _untimed(self, waiting: list[StageRun]) -> list[StageRun]:
         """Time the rows by turns, and return those that another process is timing."""
@@ -85,11 +80,11 @@ class _Worker:
         if not waiting:
             return []
         began = time.perf_counter()
-        print(f"[{self.begun + 1}/{self.total}] latency of {counted(len(waiting), 'row')}, by turns", flush=True)
-        try:
-            ended = time_rows(waiting, self.store, self.context)
-        except Exception as error:  # noqa: BLE001 (the plan still ends with the reason of each failure)
-            ended = {run.key: error for run in waiting}
+
+        def begin(rows: Sequence[StageRun]) -> None:
+            print(f"[{self.begun + 1}/{self.total}] latency of {counted(len(rows), 'row')}, by turns", flush=True)
+
+        ended = time_rows(waiting, self.store, self.context, begin)
         for run in waiting:
             if run.key not in ended:
                 continue
@@ -100,7 +95,8 @@ class _Worker:
             else:
                 self.finished.add(run.key)
                 print(f"      {run.label}{_outcome(run, self.store)}", flush=True)
-        print(f"      done in {time.perf_counter() - began:.0f} s", flush=True)
+        if ended:
+            print(f"      done in {time.perf_counter() - began:.0f} s", flush=True)
         return [run for run in waiting if run.key not in ended]
 
     def _finish(self, run: StageRun) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import datetime
 import logging
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from filelock import FileLock, Timeout
 
 from sparseinst.ablation.gate import curve, not_trained
 from sparseinst.ablation.plan import StageRun
@@ -21,8 +24,8 @@ from sparseinst.config import Config
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import file_digest
 from sparseinst.launch.names import give_name
-from sparseinst.machine import device_name, energy_counters, energy_since
-from sparseinst.paths import RunPaths, run_folder, stored_weights
+from sparseinst.machine import device_name, energy_counters, energy_since, machine_name
+from sparseinst.paths import RUNS, RunPaths, run_folder, stored_weights
 from sparseinst.section import Stage
 
 if TYPE_CHECKING:
@@ -77,46 +80,86 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
         _write(run, outcome, store, context, attempt, seconds, energy)
 
 
-def time_rows(runs: Sequence[StageRun], store: Store, context: StageContext) -> dict[str, Exception | None]:
+def time_rows(
+    runs: Sequence[StageRun], store: Store, context: StageContext, begin: Callable[[Sequence[StageRun]], None]
+) -> dict[str, Exception | None]:
     """Time several rows by turns and write their records, so that changes of the machine's speed affect all rows alike.
 
-    Returns:
-        For each row that was claimed, by key: the exception that its model raised, or None. Another process does the others.
+    One process times at a time on a machine and device.
 
-    Raises:
-        UserError, RunFailed: no row can be timed.
+    Args:
+        begin: is called with the rows that this process times.
+
+    Returns:
+        For each of these rows, by key: the exception that ended it, or None. Another process does the others.
     """
+    RUNS.mkdir(parents=True, exist_ok=True)
+    device = re.sub(r"\W+", "-", f"{machine_name()}-{context.device_name}")
+    ended: dict[str, Exception | None] = {}
+    try:
+        with FileLock(RUNS / f".timing-{device}.lock", timeout=0), ExitStack() as stack:
+            claims: dict[str, _Claimed] = {}
+            for run in runs:
+                own = stack.enter_context(ExitStack())
+                try:
+                    attempt = own.enter_context(context.claim(run_folder(run.key)))
+                except (Held, Superseded):  # another process is doing it
+                    continue
+                except Exception as error:  # noqa: BLE001 (the other rows are still timed)
+                    ended[run.key] = error
+                    continue
+                if not run.is_done(store):
+                    claims[run.key] = _Claimed(run, attempt, own)
+            if claims:
+                begin([claimed.run for claimed in claims.values()])
+                _time_claimed(claims, store, context, ended)
+    except Timeout:  # another process is timing
+        return {}
+    return ended
+
+
+class _Claimed(NamedTuple):
+    run: StageRun
+    attempt: Attempt
+    stack: ExitStack
+    """Ends the attempt. With an exception, the attempt records its failure."""
+
+    def fail(self, error: Exception) -> None:
+        self.stack.__exit__(type(error), error, error.__traceback__)
+
+
+def _time_claimed(
+    claims: Mapping[str, _Claimed], store: Store, context: StageContext, ended: dict[str, Exception | None]
+) -> None:
+    """Time the claimed rows and write their records. The function adds to `ended`, unless another process takes a row over."""
     began = time.perf_counter()
-    code_version()
     session = datetime.datetime.now(datetime.UTC).isoformat()
-    claims: dict[str, tuple[StageRun, Attempt, ExitStack]] = {}
-    with ExitStack() as stack:
-        for run in runs:
-            own = stack.enter_context(ExitStack())
-            try:
-                attempt = own.enter_context(context.claim(run_folder(run.key)))
-            except (Held, Superseded):  # another process is doing it
-                continue
-            give_name(run_folder(run.key), run.name(context.profile))
-            if not run.is_done(store):
-                claims[run.key] = run, attempt, own
-        if not claims:
-            return {}
+    try:
+        code_version()  # it is asked once, before somebody edits the code
         _check_device(context)
         from sparseinst.bench.benchmark import measure_latencies
         from sparseinst.device import pick_device
 
-        measured = measure_latencies([run.config for run, _, _ in claims.values()], device=pick_device(context.device))
-        ended: dict[str, Exception | None] = {}
-        for (run, attempt, own), latency in zip(claims.values(), measured, strict=True):
+        measured = measure_latencies([claimed.run.config for claimed in claims.values()], device=pick_device(context.device))
+    except Exception as error:  # noqa: BLE001 (each row records why it was not timed)
+        for key, claimed in claims.items():
+            claimed.fail(error)
+            ended[key] = error
+        return
+    seconds = (time.perf_counter() - began) / len(measured)
+    for (key, claimed), latency in zip(claims.items(), measured, strict=True):
+        try:
             if isinstance(latency, Exception):
-                own.__exit__(type(latency), latency, latency.__traceback__)  # the attempt records its failure
-                ended[run.key] = latency
-                continue
-            seconds = (time.perf_counter() - began) / len(measured)
-            _write(run, (_timed(run, latency), None), store, context, attempt, seconds, {}, session=session)
-            ended[run.key] = None
-    return ended
+                raise latency
+            give_name(run_folder(key), claimed.run.name(context.profile))
+            outcome = _timed(claimed.run, latency), None
+            _write(claimed.run, outcome, store, context, claimed.attempt, seconds, {}, session=session)
+            ended[key] = None
+        except Superseded as error:
+            claimed.fail(error)
+        except Exception as error:  # noqa: BLE001 (the other rows are still recorded)
+            claimed.fail(error)
+            ended[key] = error
 
 
 def _write(
@@ -175,7 +218,9 @@ def _write(
     record = Record(run.stage, run.key, result, run.config.model_dump(mode="json"), about)
     if run.remake and _differs(record, store.load(run.key)):
         # Not every GPU kernel repeats its bits. The record must describe the weights that exist.
-        store.retire(run.key, attempt.check)
+        attempt.check()
+        if (old := store.retire(run.key)) is not None:
+            _log.warning("%s described weights that are gone: renamed to %s", store.path(run.key), old.name)
     store.write(record, attempt.check)
 
 

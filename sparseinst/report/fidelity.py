@@ -184,7 +184,7 @@ def _paired(result: TableResult, entry: RowResult) -> Sample | None:
     if entry.compared_seeds is None or (difference := entry.cells[_AP].difference) is None:
         return None
     base = next(row for row in result.rows if row.row.name == result.table.spec.reference).cells[_AP].measured
-    return Sample((base.mean + difference.value,)) if base is not None else None
+    return Sample(tuple(value + difference.value for value in base.values)) if base is not None else None
 
 
 def _agreement(ranks: Sequence[Rank], least: float, deviation: float | None) -> Agreement:

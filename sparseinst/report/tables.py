@@ -46,8 +46,8 @@ def notes(result: TableResult) -> list[str]:
         if sessions > 1:
             lines.append(
                 f"The times on {device} were measured in {sessions} sessions, and the speed of a machine changes. To compare "
-                f"them, time all rows by turns: `sparseinst retire {result.table.name} --stage latency --profile "
-                f"{result.profile}`, then `sparseinst run`."
+                f"them, time all rows by turns on that device: `sparseinst retire {result.table.name} --stage latency --profile "
+                f"{result.profile}`, then `sparseinst run {result.table.name} --profile {result.profile}`."
             )
     lines += _comparison_notes(result)
     if result.profile == "coco":

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sparseinst.attempts import Attempt
-from sparseinst.config import Config, ModelConfig
+from sparseinst.config import REFERENCE_BATCH, Config, ModelConfig
 from sparseinst.data.check import MIRRORED, mirrored_categories
 from sparseinst.data.coco import CocoSplit, category_names, check_categories, train_split, val_split
 from sparseinst.data.loader import Batch, BatchOrder, TrainSet, train_loader
@@ -313,7 +313,9 @@ def _check(config: Config, parts: int) -> None:
         raise UserError(
             "model.backbone: frozen norms need pretrained weights: set frozen_norm=false, or pretrained=true, or weights=FILE"
         )
-    for advice in (config.train.batch_advice(), config.layout_advice(parts), config.tile_advice()):
+    papers_batch = config.train.batch_size == REFERENCE_BATCH  # no layout of another batch is the paper's
+    layout = config.layout_advice(parts) if papers_batch else None
+    for advice in (config.train.batch_advice(), layout, config.tile_advice()):
         if advice is not None:
             _log.warning("%s", advice)
 

@@ -1,6 +1,8 @@
 """Check that rows are timed by turns, and that results can be set aside and measured again."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from sparseinst.ablation import provenance
 from sparseinst.ablation.plan import Plan, by_other_code, make_plan, unused_records
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables
-from sparseinst.attempts import Attempt
+from sparseinst.attempts import Attempt, Superseded
 from sparseinst.cli import run_cli
+from sparseinst.launch import status, work
 from sparseinst.paths import RETIRED, run_folder
 from tests.launch.conftest import EXPERIMENTS
 from tests.records import write_records
@@ -77,6 +80,60 @@ def test_a_row_that_cannot_be_built_does_not_stop_the_others(
     assert sorted(run["state"] for run in states) == ["done", "failed"]
 
 
+@pytest.mark.slow
+def test_one_process_times_at_a_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that two processes time at the same moment would slow each other down, and share no session."""
+    command = [sys.executable, "-m", "sparseinst", "run", "table8", "--profile", "smoke", "--device", "cpu"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum(out.count("by turns") for out, _ in outputs) == 1, "the other process waits and says nothing"
+    assert len({record_of(run.key).provenance["session"] for run in smoke("table8").runs.values()}) == 1
+
+
+@pytest.mark.slow
+def test_a_row_that_another_process_takes_over_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = smoke("table8").runs
+    write, taken = work._write, []
+
+    def writing(run: Any, *rest: Any, **more: Any) -> None:
+        if run.key == second and not taken:
+            taken.append(run.key)
+            raise Superseded("a newer attempt has taken over")
+        write(run, *rest, **more)
+
+    monkeypatch.setattr(work, "_write", writing)
+    assert run_cli(["run", "table8", "--profile", "smoke", "--device", "cpu"]) == 0
+    assert capsys.readouterr().err == ""
+    assert taken
+    assert Store().has(first)
+    assert Store().has(second), "the row is timed again, since nobody else did it"
+
+
+@pytest.mark.slow
+def test_an_error_of_one_row_does_not_fail_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sparseinst.bench import benchmark
+
+    first, second = smoke("table8").runs
+    turn, begun = benchmark._Timed.take_turn, []
+
+    def failing(self: Any, number: int) -> None:
+        begun.append(number)
+        if len(begun) == 6:  # a turn of the second row
+            raise RuntimeError("out of memory")
+        turn(self, number)
+
+    monkeypatch.setattr(benchmark._Timed, "take_turn", failing)
+    assert run_cli(["run", "table8", "--profile", "smoke", "--device", "cpu"]) == 1
+    assert "out of memory" in capsys.readouterr().err
+    assert Store().has(first)
+    assert not Store().has(second)
+
+
 def _status(capsys: pytest.CaptureFixture[str]) -> str:
     assert run_cli(["status", "table8", "--profile", "smoke", "--device", "cpu", "--json"]) == 0
     return capsys.readouterr().out
@@ -96,7 +153,7 @@ def test_nothing_is_lost_when_runs_are_set_aside(capsys: pytest.CaptureFixture[s
     assert not run_folder(training).root.exists()
     assert (RETIRED / training / "log.txt").read_text() == "the first run"
     first = (store.folder / f"{training}.retired").read_text()
-    assert len(smoke("table5").to_do()) == 2 + (1 if smoke("table5").to_do()[0].stage == "pretrain" else 0)
+    assert {run.key for run in smoke("table5").to_do() if run.stage != "pretrain"} == {training, evaluation}
 
     write_records(Path("results"), "smoke")  # the row is measured again, and set aside again
     run_folder(training).root.mkdir(parents=True)
@@ -104,6 +161,64 @@ def test_nothing_is_lost_when_runs_are_set_aside(capsys: pytest.CaptureFixture[s
     assert (store.folder / f"{training}.retired").read_text() == first
     assert (store.folder / f"{training}-2.retired").exists()
     assert (RETIRED / f"{training}-2").is_dir()
+
+
+def test_records_of_a_spec_elsewhere_are_kept_if_it_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """A study of one's own may be a file anywhere; its records must not look unused once it is named."""
+    spec = (EXPERIMENTS / "table5.yaml").read_text().replace("loss.pixel: focal", "loss.pixel: focal, loss.dice_weight: 3")
+    Path("mine.yaml").write_text(spec)
+    plan = make_plan(read_tables(["mine.yaml"]), read_profile("smoke", EXPERIMENTS), Store(), device="cpu")
+    store = write_records(Path("results"), "smoke")
+    [key] = [run.key for run in plan.runs.values() if run.stage == "train" and not store.has(run.key)]
+    left = record_of(next(run.key for run in smoke("table5").runs.values() if run.stage == "train"))
+    store.write(Record("train", key, left.result, left.config, left.provenance))
+    assert run_cli(["plan", "mine.yaml", "--profile", "smoke"]) == 0
+    assert "no row needs" not in capsys.readouterr().out
+    assert run_cli(["retire", "mine.yaml", "--unused", "--profile", "smoke"]) == 0
+    assert "no row needs 0 records" in capsys.readouterr().out
+    assert run_cli(["retire", "--unused", "--profile", "smoke"]) == 0
+    assert f"train {key}" in capsys.readouterr().out
+
+
+def test_a_draft_of_another_table_does_not_stop_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    write_records(Path("results"), "smoke")
+    specs = Path("own")
+    specs.mkdir()
+    for file in [*EXPERIMENTS.glob("*.yaml"), EXPERIMENTS / "profiles"]:
+        (specs / file.name).symlink_to(file)
+    Path("experiments").unlink()
+    specs.rename("experiments")
+    Path("experiments/draft.yaml").write_text("title: not finished\n")
+    assert run_cli(["plan", "table8", "--profile", "smoke"]) == 0
+    assert "records that no row needs cannot be listed" in capsys.readouterr().out
+
+
+def test_a_training_takes_evaluations_of_other_tables_with_it() -> None:
+    """Table 6 evaluates the default's weights in another way. After another training, this would mix old and new weights."""
+    store = write_records(Path("results"), "smoke")
+    rows = {(row.table.name, row.row.name): row.keys for row in smoke("table5", "table6").rows}
+    default, other = rows["table5", "dice + BCE"], rows["table6", "CE without rescoring"]
+    assert default["train"] == other["train"]
+    record = record_of(other["evaluate"])
+    store.write(
+        Record("evaluate", record.key, record.result, record.config, record.provenance | {"training": other["train"]}), again=True
+    )
+    assert run_cli(["retire", "table5", "--profile", "smoke", "--row", "dice + BCE"]) == 0
+    assert not store.has(default["evaluate"])
+    assert not store.has(other["evaluate"])
+
+
+@pytest.mark.parametrize(("state", "refused"), [("queued", True), ("cancelled", False)])
+def test_a_run_that_a_cluster_will_do_is_not_set_aside(
+    state: str, refused: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = write_records(Path("results"), "smoke")
+    plan = smoke("table5")
+    key = next(run.key for run in plan.runs.values() if run.stage == "train")
+    monkeypatch.setattr(status, "plan_status", lambda _: [status.Status(plan.runs[key], state, 0.0)])  # type: ignore[arg-type]
+    assert run_cli(["retire", "table5", "--profile", "smoke"]) == (2 if refused else 0)
+    assert ("this run is sent or running" in capsys.readouterr().err) == refused
+    assert store.has(key) == refused
 
 
 def test_a_training_takes_its_evaluations_with_it() -> None:
@@ -118,7 +233,7 @@ def test_a_run_at_work_is_not_set_aside(capsys: pytest.CaptureFixture[str]) -> N
     key = next(run.key for run in smoke("table5").runs.values() if run.stage == "train")
     with Attempt.begin(run_folder(key)):
         assert run_cli(["retire", "table5", "--profile", "smoke"]) == 2
-    assert "a process is working on this run" in capsys.readouterr().err
+    assert "this run is sent or running" in capsys.readouterr().err
     assert store.has(key)
 
 
@@ -126,7 +241,7 @@ def test_a_run_at_work_is_not_set_aside(capsys: pytest.CaptureFixture[str]) -> N
     ("arguments", "message"),
     [
         ([], "name the tables, or give --unused"),
-        (["table5", "--unused"], "name the tables, or give --unused"),
+        (["table5"], "no such run has a record or a folder"),
         (["--unused", "--row", "x"], "allows no other choice"),
         (["table5", "--stage", "pretrain"], "choose train, evaluate or latency"),
     ],
@@ -156,7 +271,7 @@ def test_results_of_other_uncommitted_code_are_named_and_set_aside(
     store.write(record, again=True)
     assert key not in {run.key for run in by_other_code(plan, store)}
     assert run_cli(["plan", "table5", "--profile", "smoke"]) == 0
-    assert "results come from code with other uncommitted changes" in capsys.readouterr().out
+    assert "results come from code that differs from the present code" in " ".join(capsys.readouterr().out.split())
     others = {run.key for run in by_other_code(plan, store)}
     assert run_cli(["retire", "table5", "--profile", "smoke", "--other-code"]) == 0
     assert not any(map(store.has, others))
@@ -175,6 +290,9 @@ def test_records_that_no_row_needs_are_named_and_set_aside(capsys: pytest.Captur
     assert run_cli(["plan", "table5", "--profile", "smoke"]) == 0
     assert "no row needs 1 record of profile smoke" in " ".join(capsys.readouterr().out.split())
     assert run_cli(["retire", "--unused", "--profile", "smoke"]) == 0
+    assert "train 0123456789abcdef" in capsys.readouterr().out
+    assert store.has("0123456789abcdef"), "without --yes, they are listed"
+    assert run_cli(["retire", "--unused", "--profile", "smoke", "--yes"]) == 0
     assert not store.has("0123456789abcdef")
     assert store.has("fedcba9876543210")
     assert store.has(key)
