@@ -25,7 +25,7 @@ ALLOWED = {
     "section": set(),
     "plain": {"errors", "words"},
     "nested": {"section", "errors", "words"},
-    "config": {"nested", "section"},
+    "config": {"nested", "section", "words"},
     "overrides": {"config", "files", "nested", "plain", "errors", "words"},
     "models": BASE,
     "data": BASE | {"progress"},
