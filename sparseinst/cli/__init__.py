@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from sparseinst import __version__
-from sparseinst.cli import bench, cluster, data, look, models, results, settings, tables, weights
+from sparseinst.cli import bench, cluster, data, look, models, results, retire, settings, tables, weights
 from sparseinst.cli.problems import check_arguments, explain
 from sparseinst.inference.memory import keep_freed_memory
 from sparseinst.machine import limit_threads, wait_passively
@@ -40,6 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(tables.app)
+app.add_typer(retire.app)
 app.add_typer(results.app)
 app.add_typer(cluster.app)
 app.add_typer(models.app)

@@ -130,16 +130,17 @@ def _print_report(tables: list[str] | None, profile: str, results: Path, *, show
 
 
 def _print_fidelity(tables: list[str], profile: str, results: Path, as_json: bool) -> None:
-    from sparseinst.report import fidelity as order
+    from sparseinst.report import fidelity_views as views
+    from sparseinst.report.fidelity import read_fidelity
     from sparseinst.report.style import save
 
-    found = order.read_fidelity([name for name in tables if name != "all"], profile, results)
+    found = read_fidelity([name for name in tables if name != "all"], profile, results)
     if as_json:
-        print(json.dumps(order.as_json(found)))
+        print(json.dumps(views.as_json(found)))
         return
-    order.show(found)
-    figure = order.draw(found)
+    views.show(found)
+    figure = views.draw(found)
     if figure is not None:
-        path = order.fidelity_file(results, found.profile)
+        path = views.fidelity_file(results, found.profile)
         save(figure, path)
         print(f"Plot: {path.with_suffix('.png')}")

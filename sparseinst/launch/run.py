@@ -18,7 +18,8 @@ from sparseinst.ablation.provenance import COMMAND, command_line
 from sparseinst.ablation.store import Store
 from sparseinst.attempts import Attempt, Held, Superseded, reason
 from sparseinst.launch.status import Status, watch
-from sparseinst.launch.work import StageContext, do_stage, time_rows
+from sparseinst.launch.timing import time_rows
+from sparseinst.launch.work import StageContext, do_stage
 from sparseinst.machine import usable_cores
 from sparseinst.paths import RUNS, RunPaths, run_folder
 from sparseinst.words import counted

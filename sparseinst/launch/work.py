@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any
 
 from sparseinst.ablation.gate import curve, not_trained
 from sparseinst.ablation.plan import StageRun
 from sparseinst.ablation.provenance import code_version, describe, note_code, trained_by
 from sparseinst.ablation.store import Record, Store
-from sparseinst.attempts import Attempt, Held, Superseded
+from sparseinst.attempts import Attempt
 from sparseinst.checked import read_json_lines
 from sparseinst.config import Config
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import file_digest
 from sparseinst.launch.names import give_name
-from sparseinst.machine import device_name, energy_counters, energy_since, machine_name
-from sparseinst.paths import RUNS, RunPaths, run_folder, stored_weights
+from sparseinst.machine import device_name, energy_counters, energy_since
+from sparseinst.paths import RunPaths, run_folder, stored_weights
 from sparseinst.section import Stage
 
 if TYPE_CHECKING:
@@ -70,99 +66,17 @@ def do_stage(run: StageRun, store: Store, context: StageContext) -> None:
             _log.warning("%s: the weights of %s %s are gone, so they are made again", run.label, run.stage, run.key)
         if attempt.rank == 0:
             give_name(run_folder(run.key), run.name(context.profile))
-        _check_device(context)
+        check_device(context)
         energy = energy_counters()
         outcome = _DO[run.stage](run, store, context, attempt)
         if outcome is None:
             return
         # A training's time comes from its log, because this process may have done only its last steps.
         seconds = outcome[0].get("seconds", time.perf_counter() - began)
-        _write(run, outcome, store, context, attempt, seconds, energy)
+        write_record(run, outcome, store, context, attempt, seconds, energy)
 
 
-def time_rows(
-    runs: Sequence[StageRun], store: Store, context: StageContext, begin: Callable[[Sequence[StageRun]], None]
-) -> dict[str, Exception | None]:
-    """Time several rows by turns and write their records, so that changes of the machine's speed affect all rows alike.
-
-    One process times at a time on a machine and device.
-
-    Args:
-        begin: is called with the rows that this process times.
-
-    Returns:
-        For each of these rows, by key: the exception that ended it, or None. Another process does the others.
-    """
-    RUNS.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"\W+", "-", f"{machine_name()}-{context.device_name}")
-    ended: dict[str, Exception | None] = {}
-    try:
-        with FileLock(RUNS / f".timing-{device}.lock", timeout=0), ExitStack() as stack:
-            claims: dict[str, _Claimed] = {}
-            for run in runs:
-                own = stack.enter_context(ExitStack())
-                try:
-                    attempt = own.enter_context(context.claim(run_folder(run.key)))
-                except (Held, Superseded):  # another process is doing it
-                    continue
-                except Exception as error:  # noqa: BLE001 (the other rows are still timed)
-                    ended[run.key] = error
-                    continue
-                if not run.is_done(store):
-                    claims[run.key] = _Claimed(run, attempt, own)
-            if claims:
-                begin([claimed.run for claimed in claims.values()])
-                _time_claimed(claims, store, context, ended)
-    except Timeout:  # another process is timing
-        return {}
-    return ended
-
-
-class _Claimed(NamedTuple):
-    run: StageRun
-    attempt: Attempt
-    stack: ExitStack
-    """Ends the attempt. With an exception, the attempt records its failure."""
-
-    def fail(self, error: Exception) -> None:
-        self.stack.__exit__(type(error), error, error.__traceback__)
-
-
-def _time_claimed(
-    claims: Mapping[str, _Claimed], store: Store, context: StageContext, ended: dict[str, Exception | None]
-) -> None:
-    """Time the claimed rows and write their records. The function adds to `ended`, unless another process takes a row over."""
-    began = time.perf_counter()
-    session = datetime.datetime.now(datetime.UTC).isoformat()
-    try:
-        code_version()  # it is asked once, before somebody edits the code
-        _check_device(context)
-        from sparseinst.bench.benchmark import measure_latencies
-        from sparseinst.device import pick_device
-
-        measured = measure_latencies([claimed.run.config for claimed in claims.values()], device=pick_device(context.device))
-    except Exception as error:  # noqa: BLE001 (each row records why it was not timed)
-        for key, claimed in claims.items():
-            claimed.fail(error)
-            ended[key] = error
-        return
-    seconds = (time.perf_counter() - began) / len(measured)
-    for (key, claimed), latency in zip(claims.items(), measured, strict=True):
-        try:
-            if isinstance(latency, Exception):
-                raise latency
-            give_name(run_folder(key), claimed.run.name(context.profile))
-            outcome = _timed(claimed.run, latency), None
-            _write(claimed.run, outcome, store, context, claimed.attempt, seconds, {}, session=session)
-            ended[key] = None
-        except Superseded as error:
-            claimed.fail(error)
-        except Exception as error:  # noqa: BLE001 (the other rows are still recorded)
-            claimed.fail(error)
-            ended[key] = error
-
-
-def _write(
+def write_record(
     run: StageRun,
     outcome: Outcome,
     store: Store,
@@ -224,7 +138,7 @@ def _write(
     store.write(record, attempt.check)
 
 
-def _check_device(context: StageContext) -> None:
+def check_device(context: StageContext) -> None:
     """Raise `RunFailed` if torch uses another device than the one that keys and records name.
 
     The driver names the devices, so that a plan needs no torch; but it also sees GPUs that are hidden from torch.
@@ -401,10 +315,10 @@ def _latency(run: StageRun, _: Store, context: StageContext, attempt: Attempt) -
 
     if attempt.rank != 0:
         return None
-    return _timed(run, measure_latency(run.config, device=pick_device(context.device))), None
+    return timing_result(run, measure_latency(run.config, device=pick_device(context.device))), None
 
 
-def _timed(run: StageRun, latency: Latency) -> dict[str, Any]:
+def timing_result(run: StageRun, latency: Latency) -> dict[str, Any]:
     """Return the result of a timing for its record."""
     measured = asdict(latency)
     if run.config.inference.engine == "torch":  # the record's key and provenance say all of this

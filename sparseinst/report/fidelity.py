@@ -7,32 +7,25 @@ the small scale, and Kendall's rank correlation (tau-b), show how far the result
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import SymmetricalLogLocator
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from sparseinst.ablation.statistics import CONFIDENCE, Prior, Sample
 from sparseinst.ablation.store import Store
 from sparseinst.ablation.study import Table as StudyTable
 from sparseinst.ablation.study import all_tables, list_tables, read_profile, read_tables
 from sparseinst.errors import UserError
-from sparseinst.report import style
 from sparseinst.report.collect import RowResult, TableResult, read_results, seed_priors
 from sparseinst.report.records import Column
 
 CLEAR = 0.5
 """The order of two rows is clear if their AP in the paper differs by this much or more."""
 _DRAWS = 2000
-_LISTED = 12
 _AP = Column("AP")
 
 
@@ -123,7 +116,7 @@ def fidelity(results: Sequence[TableResult], prior: Prior | None, histories: Map
     followed = [rank for rank in ranks if rank.history]
     steps = sorted(set.intersection(*(set(rank.history) for rank in followed))) if followed else []
     ordered = sorted(ranks, key=lambda r: -r.paper)
-    clear_pairs = [pair for pair in itertools.combinations(ordered, 2) if _paper_difference(pair) >= CLEAR]
+    clear_pairs = [pair for pair in itertools.combinations(ordered, 2) if paper_difference(pair) >= CLEAR]
     disagreements = [pair for pair in clear_pairs if pair[0].measured.mean <= pair[1].measured.mean]
     return Fidelity(
         profile=results[0].profile if results else "",
@@ -139,11 +132,12 @@ def fidelity(results: Sequence[TableResult], prior: Prior | None, histories: Map
         },
         steps={step: _at_step(followed, step) for step in steps},
         deviation=deviation,
-        disagreements=sorted(disagreements, key=_paper_difference, reverse=True),
+        disagreements=sorted(disagreements, key=paper_difference, reverse=True),
     )
 
 
-def _paper_difference(pair: tuple[Rank, Rank]) -> float:
+def paper_difference(pair: tuple[Rank, Rank]) -> float:
+    """Return how much higher the AP of the first row is in the paper, to the one decimal that the paper has."""
     return round(pair[0].paper - pair[1].paper, 1)
 
 
@@ -252,118 +246,6 @@ def _at_step(ranks: Sequence[Rank], step: int) -> tuple[Agreement, Agreement]:
     return _agreement(at_step, 0.0, None), _agreement(at_step, CLEAR, None)
 
 
-def as_json(found: Fidelity) -> dict[str, Any]:
-    """Return the agreement as plain data for scripts: over all pairs, and under `clear` over pairs of 0.5 AP or more."""
-
-    def both(pair: tuple[Agreement, Agreement]) -> dict[str, Any]:
-        return {**pair[0].as_json(), "clear": pair[1].as_json()}
-
-    return {
-        "profile": found.profile,
-        "rows": len(found.ranks),
-        "missing": found.missing,
-        **both((found.all, found.clear)),
-        "clear_from": CLEAR,
-        "trained": both(found.trained),
-        "not_trained": {rank.name: list(rank.doubts) for rank in found.ranks if not rank.trained},
-        "tables": {name: both(pair) for name, pair in found.tables.items()},
-        "steps": {str(step): both(pair) for step, pair in found.steps.items()},
-        "disagreements": [
-            {
-                "higher": a.name,
-                "lower": b.name,
-                "paper": _paper_difference((a, b)),
-                "measured": round(a.measured.mean - b.measured.mean, 3),
-            }
-            for a, b in found.disagreements
-        ],
-    }
-
-
-def show(found: Fidelity) -> None:
-    """Print the agreement as a table, then the disagreements and the rows that are not measured yet."""
-    title = f"Does {found.profile} order the rows as the paper does? {len(found.ranks)} distinct rows"
-    table = Table(title=title, title_justify="left")
-    table.add_column("pairs of")
-    for name in ("all: agree", "95 %", "tau", f"{CLEAR} AP or more: agree", "95 %"):
-        table.add_column(name, justify="right", no_wrap=True)
-    untrained = [rank for rank in found.ranks if not rank.trained]
-    lines = {"all tables": (found.all, found.clear)}
-    if untrained:
-        lines["all tables, trained rows"] = found.trained
-    lines |= found.tables
-    followed = sum(bool(rank.history) for rank in found.ranks)
-    rows = f"{followed} rows" if followed < len(found.ranks) else "all tables"
-    lines |= {f"{rows}, after {step:,} steps": pair for step, pair in found.steps.items()}
-    for name, (every, clear) in lines.items():
-        tau = f"{every.tau:+.2f}" if every.tau is not None else "-"
-        all_cells = _share_text(every), _interval_text(every.interval), tau
-        table.add_row(escape(name), *all_cells, _share_text(clear), _interval_text(clear.interval))
-    Console(width=max(Console().width, 110)).print(table)
-    print("Rows that are equal in the paper are no pair. tau is Kendall's rank correlation: 1 is the paper's order, 0 no")
-    print(
-        "relation, -1 the reverse. The lines with a number of steps use the evaluations during training, which have fewer images."
-    )
-    if found.deviation is None:
-        print("There is no interval, because no row has several seeds yet.")
-    else:
-        noise = f"{found.deviation:.1f} AP"
-        print(f"95 %: the interval if each training has the pooled noise over seeds, {noise}. It lies below the count, because")
-        print("noise makes an order random.")
-    for first, second in found.disagreements[:_LISTED]:
-        paper, here = _paper_difference((first, second)), first.measured.mean - second.measured.mean
-        print(f"- {first.name} is above {second.name} in the paper ({paper:+.1f}), but not here ({here:+.1f})")
-    if len(found.disagreements) > _LISTED:
-        print(f"- {len(found.disagreements) - _LISTED} more pairs have the other order; --json lists all of them")
-    for rank in untrained:
-        print(f"Not trained: {rank.name} ({'; '.join(dict.fromkeys(rank.doubts))})")
-    if found.missing:
-        print(f"Not measured yet: {', '.join(found.missing)}.")
-
-
-def _share_text(found: Agreement) -> str:
-    return f"{100 * found.share:.0f} % ({found.agree} of {found.pairs})" if found.share is not None else "-"
-
-
-def _interval_text(interval: tuple[float, float] | None) -> str:
-    return f"{100 * interval[0]:.0f}-{100 * interval[1]:.0f}" if interval is not None else ""
-
-
-@style.styled
-def draw(found: Fidelity, provenance: Iterable[str] = ()) -> Figure | None:
-    """Draw each pair of rows as a point: its difference in the paper and its difference here. None if there is no pair."""
-    if found.all.pairs == 0:
-        return None
-    figure, axes = style.new(6.5, 5)
-    pairs = [
-        (_paper_difference((a, b)), a.measured.mean - b.measured.mean, a.trained and b.trained)
-        for a, b in itertools.combinations(sorted(found.ranks, key=lambda r: -r.paper), 2)
-        if _paper_difference((a, b)) > 0
-    ]
-    for trained, alpha in ((True, 0.8), (False, 0.25)):
-        for agrees, colour, mark, order in (
-            (True, style.COLOURS[0], "o", "same order"),
-            (False, style.COLOURS[1], "x", "other order"),
-        ):
-            points = [(x, y) for x, y, both in pairs if (y > 0) == agrees and both == trained]
-            if not points:
-                continue
-            label = f"{order}: {len(points)} pairs" + ("" if trained else " with a row that is not trained")
-            look: dict[str, Any] = {"marker": mark, "ls": "", "color": colour, "ms": 4, "alpha": alpha}
-            axes.plot([x for x, _ in points], [y for _, y in points], label=label, **look)
-    axes.axhline(0, color="0.4", lw=0.8)
-    axes.axvline(CLEAR, color="0.4", lw=0.8, ls=":")
-    axes.set(xlabel="difference of two rows in mask AP, the paper on COCO", ylabel=f"the same two rows at {found.profile} scale")
-    axes.set_yscale("symlog", linthresh=5)
-    axes.set_xscale("symlog", linthresh=2)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
-        axis.set_major_formatter(style.signed)
-    axes.grid()
-    style.finish(axes, f"Does {found.profile} order the rows as the paper does?", list(provenance), columns=2)
-    return figure
-
-
 def read_fidelity(names: Sequence[str], profile: str, results: Path) -> Fidelity:
     """Read specs and records, and compare the order of the rows with the paper's.
 
@@ -397,8 +279,3 @@ def _comparable(table: StudyTable) -> bool:
     """Return whether the table's rows share the paper's base config and have an AP in the paper."""
     spec = table.spec
     return spec.preset == "paper" and not spec.set and any("AP" in row.paper for row in spec.rows)
-
-
-def fidelity_file(results: Path, profile: str) -> Path:
-    """Return the path of the plot as SVG; the PNG has the same name and lies beside it."""
-    return results / "figures" / f"fidelity-{profile}.svg"

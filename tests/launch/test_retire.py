@@ -14,7 +14,7 @@ from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables
 from sparseinst.attempts import Attempt, Superseded
 from sparseinst.cli import run_cli
-from sparseinst.launch import status, work
+from sparseinst.launch import status, timing
 from sparseinst.paths import RETIRED, run_folder
 from tests.launch.conftest import EXPERIMENTS
 from tests.records import write_records
@@ -96,7 +96,7 @@ def test_a_row_that_another_process_takes_over_is_no_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = smoke("table8").runs
-    write, taken = work._write, []
+    write, taken = timing.write_record, []
 
     def writing(run: Any, *rest: Any, **more: Any) -> None:
         if run.key == second and not taken:
@@ -104,7 +104,7 @@ def test_a_row_that_another_process_takes_over_is_no_failure(
             raise Superseded("a newer attempt has taken over")
         write(run, *rest, **more)
 
-    monkeypatch.setattr(work, "_write", writing)
+    monkeypatch.setattr(timing, "write_record", writing)
     assert run_cli(["run", "table8", "--profile", "smoke", "--device", "cpu"]) == 0
     assert capsys.readouterr().err == ""
     assert taken

@@ -12,6 +12,7 @@ from sparseinst.ablation.study import read_profile, read_tables, row_config
 from sparseinst.cli import run_cli
 from sparseinst.report import fidelity as module
 from sparseinst.report.fidelity import Rank
+from sparseinst.report.fidelity_views import draw
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -128,5 +129,5 @@ def test_tables_that_cannot_be_compared_are_refused(capsys: pytest.CaptureFixtur
 def test_without_seeds_there_is_no_interval() -> None:
     found = module.fidelity([], None, {})
     assert (found.all.pairs, found.all.share, found.all.tau, found.all.interval) == (0, None, None, None)
-    assert module.draw(found) is None
+    assert draw(found) is None
     assert module.fidelity([], Prior(1.0, 1.0, 3), {}).clear.pairs == 0
