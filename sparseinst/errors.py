@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -13,6 +13,16 @@ class UserError(Exception):
 
 class DataError(UserError):
     """An annotation file or an image cannot be used. The message names the file."""
+
+
+class AnnotationsRefused(DataError):
+    """An annotation file has entries that nothing can be read from. The message names the first one."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        more = f" (and {len(problems) - 1} more, which `sparseinst data check` lists)" if len(problems) > 1 else ""
+        super().__init__(problems[0] + more)
+        self.problems = list(problems)
+        """One line for each such entry."""
 
 
 class RunFailed(Exception):

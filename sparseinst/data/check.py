@@ -17,7 +17,7 @@ from sparseinst.data.annotations import MEDIUM, SMALL, hotcoco_truth
 from sparseinst.data.coco import CocoSplit, ImageRecord, check_categories, train_split, val_split
 from sparseinst.data.images import read_image
 from sparseinst.data.masks import decode
-from sparseinst.errors import DataError, UserError
+from sparseinst.errors import AnnotationsRefused, DataError, UserError
 from sparseinst.files import state_of_file
 
 MIRRORED = "a horizontal flip turns {} into {}, which keeps the wrong label"
@@ -30,6 +30,8 @@ DARK = 32
 class Report:
     """The counts of a split, and the problems that were found in it."""
 
+    readable: bool = True
+    """False if entries of the annotation file are such that nothing was counted."""
     images: int = 0
     without_instances: int = 0
     instances: int = 0
@@ -145,20 +147,25 @@ def check_folder(config: DataConfig, *, read_images: bool = True) -> dict[str, R
     """Check the training and validation splits and return their reports; a terminal shows a progress bar. Raises `DataError`."""
     from sparseinst.progress import progress_bar
 
-    splits = {"train": train_split(config, refuse=False), "val": val_split(config, refuse=False)}
-    reports = {}
+    splits: dict[str, CocoSplit] = {}
+    reports: dict[str, Report] = {}
+    for name, read in (("train", train_split), ("val", val_split)):
+        try:
+            splits[name] = read(config, refuse=False)
+        except AnnotationsRefused as error:
+            reports[name] = Report(readable=False, problems=error.problems)
     for name, split in splits.items():
         with progress_bar("images") as bar:
             images = bar.track(split.images, description=f"check {name}")
             reports[name] = check_split(split, images, read_images=read_images)
         if not split.problems:  # otherwise it would only say the same in other words
             hotcoco_truth(split.file, state_of_file(split.file))
-    train, val = splits.values()
-    try:
-        check_categories(val, train.categories, f"{train.file}")
-    except UserError as error:
-        reports["val"].problems.append(str(error))
-    return reports
+    if len(splits) == 2:
+        try:
+            check_categories(splits["val"], splits["train"].categories, f"{splits['train'].file}")
+        except UserError as error:
+            reports["val"].problems.append(str(error))
+    return {name: reports[name] for name in ("train", "val")}
 
 
 def show(reports: dict[str, Report], *, as_json: bool = False) -> None:
@@ -169,14 +176,15 @@ def show(reports: dict[str, Report], *, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps({name: asdict(report) for name, report in reports.items()}, indent=1))
         return
-    table = Table("", *reports, min_width=50)
-    for label, attribute in _ROWS.items():
-        table.add_row(label, *(str(getattr(report, attribute)) for report in reports.values()))
-    for size in ("small", "medium", "large"):
-        table.add_row(f"{size} instances", *(str(report.sizes[size]) for report in reports.values()))
-    used = (f"{sum(n > 0 for n in r.categories.values())} of {len(r.categories)}" for r in reports.values())
-    table.add_row("categories used", *used)
-    Console().print(table)
+    if counted := {name: report for name, report in reports.items() if report.readable}:
+        table = Table("", *counted, min_width=50)
+        for label, attribute in _ROWS.items():
+            table.add_row(label, *(str(getattr(report, attribute)) for report in counted.values()))
+        for size in ("small", "medium", "large"):
+            table.add_row(f"{size} instances", *(str(report.sizes[size]) for report in counted.values()))
+        used = (f"{sum(n > 0 for n in r.categories.values())} of {len(r.categories)}" for r in counted.values())
+        table.add_row("categories used", *used)
+        Console().print(table)
     for name, report in reports.items():
         for problem in report.problems:
             print(f"{name}: {problem}")

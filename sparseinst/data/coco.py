@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -23,7 +24,7 @@ from sparseinst.data.annotations import (
     hotcoco_truth,
     read_content,
 )
-from sparseinst.errors import DataError, UserError
+from sparseinst.errors import AnnotationsRefused, DataError, UserError
 from sparseinst.files import state_of_file
 from sparseinst.words import shorten
 
@@ -200,8 +201,8 @@ def read_split(file: Path, images: Path, limit: int | None = None) -> CocoSplit:
         limit: keep only so many images, from the first on.
 
     Raises:
-        DataError: the file or folder does not exist, the JSON is broken (with line and column), or an entry lacks something or
-            refers to something that does not exist; the message names file and entry.
+        DataError: the file or folder does not exist, or the JSON is broken (with line and column).
+        AnnotationsRefused: entries lack something or refer to something that does not exist.
     """
     split = _read_whole(file, images, state_of_file(file))
     return replace(split, images=split.images[:limit])
@@ -213,15 +214,19 @@ def _read_whole(file: Path, images: Path, _state: tuple[int, ...]) -> CocoSplit:
     data = read_content(file)
     if not images.is_dir():
         raise DataError(f"{images}: no such folder of images")
-    categories = tuple(sorted((Category(*c) for c in _checked(file, data, "categories", check_category)), key=lambda c: c.id))
+    refused: list[str] = []
+    checked = [Category(*category) for category in _checked(file, data, "categories", check_category, refused)]
+    categories = tuple(sorted(checked, key=lambda category: category.id))
     entries = [
         ImageRecord(number, images / name, height, width)
-        for number, name, height, width in _checked(file, data, "images", check_image)
+        for number, name, height, width in _checked(file, data, "images", check_image, refused)
     ]
+    if refused:  # every annotation of such an image or category would be reported as well
+        raise AnnotationsRefused(refused)
     records = {record.id: record for record in entries}
     labels = {category.id: index for index, category in enumerate(categories)}
-    if len(labels) != len(categories) or len(records) != len(entries):
-        raise DataError(f"{file}: two {'images' if len(labels) == len(categories) else 'categories'} share an id")
+    for kind, ids in (("categories", [c.id for c in categories]), ("images", [r.id for r in entries])):
+        refused += [f"{file}: {count} {kind} share the id {number}" for number, count in Counter(ids).items() if count > 1]
     problems = []
     for index, entry in enumerate(data["annotations"]):
         try:
@@ -231,24 +236,29 @@ def _read_whole(file: Path, images: Path, _state: tuple[int, ...]) -> CocoSplit:
                     raise ValueError(f"{key} {value} is not among the file's {'images' if known is records else 'categories'}")
         except ValueError as error:
             name = shorten(repr(entry.get("id", "without id"))) if isinstance(entry, dict) else "no object"
-            raise DataError(f"{file}: annotation {index} (id {name}): {error}") from None
+            refused.append(f"{file}: annotation {index} (id {name}): {error}")
+            continue
         record = records[image]
         record.annotations.append(Annotation(number, labels[category], crowd, segmentation))
         try:
             check_segmentation(segmentation, record.height, record.width)
         except ValueError as error:
             problems.append(f"{file}: annotation {number} (image {shorten(record.path.name)}): segmentation: {error}")
+    if refused:
+        raise AnnotationsRefused(refused + problems)
     return CocoSplit(file, categories, tuple(entries), tuple(problems))
 
 
-def _checked(file: Path, data: Mapping[str, Any], kind: str, check: Callable[[Any], Checked]) -> list[Checked]:
-    """Return the checked entries of a list in an annotation file. Raises `DataError`."""
+def _checked(
+    file: Path, data: Mapping[str, Any], kind: str, check: Callable[[Any], Checked], refused: list[str]
+) -> list[Checked]:
+    """Return the checked entries of a list in an annotation file. The function adds a line to `refused` for each other entry."""
     found = []
     for index, entry in enumerate(data[kind]):
         try:
             found.append(check(entry))
         except ValueError as error:
-            raise DataError(f"{file}: {kind} {index}: {error}") from None
+            refused.append(f"{file}: {kind} {index}: {error}")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as reference_mask
 
+from sparseinst.cli import run_cli
 from sparseinst.config import DataConfig
 from sparseinst.data.annotations import _extent, check_segmentation
 from sparseinst.data.check import check_folder
@@ -186,3 +188,30 @@ def test_compressed_run_lengths_are_measured_as_pycocotools_does() -> None:
         check_segmentation({"size": [height, width], "counts": counts.decode()}, height, width)
         with pytest.raises(ValueError, match="size|fill"):
             check_segmentation({"size": [height, width], "counts": counts}, height + 1, width)
+
+
+def test_data_check_lists_every_mistake(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(folder, "train", ("annotations", 0, "category_id"), 99)
+    file = change(folder, "train", ("annotations", 1, "segmentation"), [])
+    with pytest.raises(UserError, match="category_id 99.*and 1 more, which `sparseinst data check` lists"):
+        train_split(DataConfig(root=str(folder)))
+    assert run_cli(["data", "check", str(folder)]) == 2
+    printed = capsys.readouterr()
+    assert re.search("^train: .*annotation 0 .*category_id 99 is not among", printed.out, re.MULTILINE)
+    assert re.search("^train: .*annotation 2 .*a polygon needs", printed.out, re.MULTILINE)
+    assert printed.err == f"error: {folder}: 2 problems found\n"
+    assert re.search("│ images +│ 2 +│", printed.out), "the other split is counted"
+    assert run_cli(["data", "check", str(folder), "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert [(found[split]["readable"], len(found[split]["problems"])) for split in ("train", "val")] == [(False, 2), (True, 0)]
+    change(folder, "train", ("images", 0, "height"), 0)
+    change(folder, "train", ("categories", 0, "name"), 5)
+    problems = check_folder(DataConfig(root=str(folder)))["train"].problems
+    assert len(problems) == 2, "the annotations of such an image or category are not counted as wrong"
+    assert all(problem.startswith(str(file)) for problem in problems)
+
+
+def test_every_id_that_is_shared_is_named(folder: Path) -> None:
+    change(folder, "train", ("images", 1, "id"), 1)
+    problems = check_folder(DataConfig(root=str(folder)))["train"].problems
+    assert any("2 images share the id 1" in problem for problem in problems)
