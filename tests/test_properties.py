@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from sparseinst.ablation.statistics import Comparison, Prior, Sample, SeedNoise, difference, estimate_prior, judge
+from sparseinst.ablation.statistics import Comparison, Sample, SeedNoise, TypicalNoise, difference, judge, typical_noise
 from sparseinst.config import Config, MatcherConfig
 from sparseinst.data.masks import decode, encode, overlaps
 from sparseinst.matcher import Target, match, pairwise_dice
@@ -112,12 +112,12 @@ def test_no_other_assignment_has_a_higher_score(num_maps: int, instances: int, s
 def test_a_difference_is_antisymmetric_and_does_not_depend_on_the_level(
     row: Sample, reference: Sample, deviation: float, degrees: int, level: float
 ) -> None:
-    prior = Prior(deviation**2, 1.0, degrees)
-    one, other = difference(row, reference, prior), difference(reference, row, prior)
+    typical = TypicalNoise(deviation**2, degrees)
+    one, other = difference(row, reference, typical), difference(reference, row, typical)
     assert one is not None
     assert other is not None
     np.testing.assert_allclose((one.value, one.low, one.high), (-other.value, -other.high, -other.low), atol=1e-9)
-    moved = difference(*(Sample(tuple(v + level for v in sample.values)) for sample in (row, reference)), prior)
+    moved = difference(*(Sample(tuple(v + level for v in sample.values)) for sample in (row, reference)), typical)
     assert moved is not None
     np.testing.assert_allclose((moved.value, moved.low, moved.high), (one.value, one.low, one.high), atol=1e-6)
 
@@ -126,23 +126,20 @@ def test_a_difference_is_antisymmetric_and_does_not_depend_on_the_level(
 def test_a_verdict_reverses_with_the_sign_of_the_papers_difference(
     row: Sample, reference: Sample, deviation: float, paper: float
 ) -> None:
-    measured = difference(row, reference, Prior(deviation**2, 1.0, 8))
+    measured = difference(row, reference, TypicalNoise(deviation**2, 8))
     assert measured is not None
     verdicts = [judge([Comparison(measured, claimed, 0.5)])[0].verdict for claimed in (paper, -paper)]
     signs = {"opposite sign" if verdict == "opposite sign" else verdict.partition(",")[0] for verdict in verdicts}
     assert signs in ({"same sign", "opposite sign"}, {"undecided"}, {"equivalent"})
 
 
-@given(st.lists(samples, max_size=5), st.floats(0, 1))
-def test_a_shrunk_variance_lies_between_the_rows_own_and_the_pooled_one(rows: list[Sample], degrees: float) -> None:
-    prior = estimate_prior(rows)
-    deviations = [row.deviation for row in rows if row.deviation is not None]
-    if prior is None:
-        assert not deviations
-        return
-    assert min(deviations) - 1e-9 <= prior.deviation <= max(deviations) + 1e-9
-    shrunk = Prior(prior.variance, degrees, prior.pooled_degrees)
-    for row in rows:
-        if row.deviation is not None:
-            ends = sorted((row.deviation**2, prior.variance))
-            assert ends[0] - 1e-6 <= SeedNoise.of(row, shrunk).variance <= ends[1] + 1e-6 + 1e-9 * ends[1]
+@given(st.lists(samples, max_size=5))
+def test_plans_assume_a_variance_between_the_rows_own_and_the_typical_one(rows: list[Sample]) -> None:
+    typical = typical_noise(rows)
+    several = [row for row in rows if row.deviation is not None]
+    assert (typical is None) == (not several)
+    for row in several:
+        assert typical is not None
+        own = SeedNoise.of(row, typical)
+        low, high = sorted((own.variance, typical.variance))
+        assert low * (1 - 1e-9) <= own.expected <= high * (1 + 1e-9)

@@ -83,7 +83,7 @@ def decide(comparisons: Mapping[str, Comparison], look: int) -> dict[str, Decisi
         look: the index of the look, from 0.
     """
     penalised = [Comparison(c.difference, c.paper, c.margin, PENALTIES[look]) for c in comparisons.values()]
-    verdicts: list[Verdict] = [judgement.verdict if look > 0 else "undecided" for judgement in judge(penalised)]
+    verdicts: list[Verdict] = [judgement.verdict if look > 0 else "undecided" for judgement in judge(penalised, advise=False)]
     decisions = {}
     for (name, comparison), verdict in zip(comparisons.items(), verdicts, strict=True):
         power = predictive_power(comparison, len(comparisons))
@@ -113,7 +113,7 @@ def predictive_power(comparison: Comparison, comparisons: int) -> float:
     if not now.seeds_known:
         return 1.0
     last = _at_last_look(now, comparisons)
-    move = math.sqrt(max(now.error**2 - last.error**2, 1e-12))
+    move = math.sqrt(max(now.with_more_seeds(0).error ** 2 - last.error**2, 1e-12))
     limit = FALSE_DISCOVERIES / PENALTIES[-1]
     from_zero = last.quantile(1 - limit / 2) * last.error + (comparison.margin if comparison.asks_equivalence else 0.0)
     within = comparison.margin - last.quantile(1 - limit) * last.error

@@ -2,13 +2,11 @@
 
 A measured difference between two rows has two sources of noise: the seeds of the trainings, and the images of the validation set.
 
-- The variance over seeds of each row is shrunk towards the variance pooled over all rows (Smyth, "Linear models and empirical
-  Bayes methods", 2004, as in limma). The prior degrees of freedom are estimated from how much the rows' variances differ.
-- The part of the images is the variance of the difference of the seeds' mean APs over joint resamplings of the images.
-- Both parts are added. Student's t has the degrees of freedom of Satterthwaite (1946), so that rows may be unequally noisy. The
-  pooled variance is one estimate for both rows, so its uncertainty counts for both together. The part of the images adds no
+- The part of the seeds is that of Welch's t-test (1947): each row has its own variance, and the degrees of freedom are those of
+  Satterthwaite (1946). No other row has an influence, because one row can be ten times as noisy as all others.
+- The part of the images is the variance of the difference of the seeds' mean APs over joint resamplings of the images. It adds no
   degrees of freedom: if the seeds of a row agree by chance, the difference would otherwise seem to be well known.
-- A row with one seed has an interval, from the pooled variance, and no verdict.
+- A row with one seed has no verdict. Plans assume the noise of a typical row for it.
 - The tests of all comparisons in a table share a false discovery rate of 5 % (Benjamini and Hochberg, 1995).
 """
 
@@ -29,9 +27,6 @@ CONFIDENCE = 0.95
 FALSE_DISCOVERIES = 0.05
 """The false discovery rate over the comparisons of a table."""
 POWER = 0.8
-MOST_PRIOR_DEGREES = 1.0
-"""The prior has at most the weight of this many degrees of freedom. With more, the intervals of rows that are noisier than the
-others are too narrow: in simulations with 2 to 5 seeds, 1 keeps the coverage of every row near .93, and 4 lets it fall to .88."""
 PAPER_ROUNDING = 0.1
 """The paper rounds AP to 0.1, so the difference of two values is known to within this much."""
 _MOST_SEEDS = 50
@@ -67,49 +62,33 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Prior:
-    """The prior of a row's variance over seeds, estimated from all rows."""
+class TypicalNoise:
+    """The noise over seeds of a typical row of a profile. It serves plans, and no verdict depends on it."""
 
     variance: float
-    """The variance pooled over all rows that have several seeds."""
-    degrees: float
-    """The weight of the pooled variance in the estimate for one row, in degrees of freedom; see `MOST_PRIOR_DEGREES`."""
-    pooled_degrees: int
-    """The degrees of freedom of the pooled variance."""
+    degrees: int
+    """The degrees of freedom of all rows from which it was estimated."""
 
     @property
     def deviation(self) -> float:
         return math.sqrt(self.variance)
 
 
-def estimate_prior(samples: Iterable[Sample]) -> Prior | None:
-    """Return the prior of one metric from all rows, each distinct training once; None if no row has several seeds.
+def typical_noise(samples: Iterable[Sample]) -> TypicalNoise | None:
+    """Return the median variance of one metric over seeds, from all rows, each distinct training once.
 
-    The prior degrees of freedom follow from the spread of the log variances (Smyth 2004, section 6.2).
+    An estimate from few seeds mostly lies below the true variance. Each is therefore divided by the median of its distribution.
+
+    Returns:
+        None if no row has several seeds.
     """
     several = [sample for sample in samples if len(sample.values) > 1]
     if not several:
         return None
-    degrees = np.array([len(sample.values) - 1 for sample in several], dtype=float)
+    degrees = np.array([len(sample.values) - 1 for sample in several])
     variances = np.array([statistics.variance(sample.values) for sample in several])
-    pooled = float((degrees * variances).sum() / degrees.sum())
-    if pooled == 0:
-        return Prior(0.0, MOST_PRIOR_DEGREES, int(degrees.sum()))
-    floor = 1e-5 * float(np.median(variances[variances > 0]))
-    logs = np.log(np.maximum(variances, floor)) - special.digamma(degrees / 2) + np.log(degrees / 2)
-    if len(logs) < 2:
-        return Prior(pooled, MOST_PRIOR_DEGREES, int(degrees.sum()))
-    excess = float(logs.var(ddof=1) - special.polygamma(1, degrees / 2).mean())
-    return Prior(pooled, _prior_degrees(excess), int(degrees.sum()))
-
-
-def _prior_degrees(excess: float) -> float:
-    """Return d for which trigamma(d / 2) equals the excess variance of the log variances, at most `MOST_PRIOR_DEGREES`."""
-    if excess <= special.polygamma(1, MOST_PRIOR_DEGREES / 2):  # trigamma falls, so that a smaller excess needs a larger d
-        return MOST_PRIOR_DEGREES
-    from scipy import optimize  # its import takes a fifth of a second, and most data need no search
-
-    return 2 * float(optimize.brentq(lambda half: special.polygamma(1, half) - excess, 1e-3, 1e6, xtol=1e-8))
+    medians = special.chdtri(degrees, 0.5) / degrees
+    return TypicalNoise(float(np.median(variances / medians)), int(degrees.sum()))
 
 
 @dataclass(frozen=True)
@@ -121,25 +100,36 @@ class SeedNoise:
     degrees: float
     """The degrees of freedom with which the variance is known."""
     seeds: int
-    pooled: float = 0.0
-    """The part of the variance that comes from the variance pooled over all rows."""
-    pooled_degrees: float = math.inf
-    """The degrees of freedom of the pooled variance."""
+    planned: float | None = None
+    """The variance that plans of more seeds assume; None for `variance`."""
 
     @classmethod
-    def of(cls, sample: Sample, prior: Prior) -> SeedNoise:
-        """Return the row's variance, shrunk towards the prior's."""
+    def of(cls, sample: Sample, typical: TypicalNoise | None) -> SeedNoise:
+        """Return a row's own variance, or the typical one if the row has one seed.
+
+        Plans assume a mean of both, in which the typical one has the weight of one degree of freedom. With two or three seeds, a
+        row's own variance alone is so uncertain that a plan would often be wrong by far.
+
+        Args:
+            typical: may be None only for a row with several seeds.
+        """
         own = len(sample.values) - 1
-        squares = own * statistics.variance(sample.values) if own else 0.0
-        degrees = prior.degrees + own
-        pooled = prior.degrees * prior.variance / degrees
-        return cls(pooled + squares / degrees, degrees, len(sample.values), pooled, max(float(prior.pooled_degrees), 1.0))
+        if not own:
+            assert typical is not None
+            return cls(typical.variance, float(typical.degrees), 1)
+        variance = statistics.variance(sample.values)
+        planned = (own * variance + typical.variance) / (own + 1) if typical is not None else None
+        return cls(variance, float(own), len(sample.values), planned)
+
+    @property
+    def expected(self) -> float:
+        """The variance that plans assume."""
+        return self.variance if self.planned is None else self.planned
 
     def with_seeds(self, seeds: int) -> SeedNoise:
-        """Return the noise with another number of seeds, if the estimated variance stays the same."""
-        more = seeds - self.seeds
-        pooled = self.pooled * self.degrees / (self.degrees + more)
-        return SeedNoise(self.variance, self.degrees + more, seeds, pooled, self.pooled_degrees + more)
+        """Return the noise with another number of seeds, as plans assume it."""
+        degrees = self.degrees + seeds - self.seeds if self.seeds > 1 else max(float(seeds - 1), 1.0)
+        return SeedNoise(self.expected, degrees, seeds)
 
 
 @dataclass(frozen=True)
@@ -171,7 +161,7 @@ class Difference:
 
     @property
     def guessed(self) -> bool:
-        """Whether a row has one seed, so that its noise is that of other rows. People are then shown no interval."""
+        """Whether a row has one seed, so that its noise is that of a typical row. People are then shown no interval."""
         return self.seeds_known and any(row.seeds == 1 for row in self.rows)
 
     @property
@@ -181,12 +171,12 @@ class Difference:
 
     @property
     def degrees(self) -> float:
-        """The degrees of freedom of the part of the seeds (Satterthwaite); infinite if that part is unknown or zero."""
+        """The degrees of freedom of the part of the seeds (Satterthwaite); infinite if that part is unknown."""
         parts = [(row.variance / row.seeds, row.degrees) for row in self.rows]
-        shared = sum(row.pooled / row.seeds for row in self.rows)
         unsure = sum(part**2 / degrees for part, degrees in parts)
-        unsure += shared**2 / min((row.pooled_degrees for row in self.rows), default=math.inf)
-        return sum(part for part, _ in parts) ** 2 / unsure if unsure else math.inf
+        if not unsure:  # the seeds of each row agree in all digits
+            return min((row.degrees for row in self.rows), default=math.inf)
+        return sum(part for part, _ in parts) ** 2 / unsure
 
     def quantile(self, probability: float) -> float:
         """Return the quantile of the t distribution with the difference's degrees of freedom."""
@@ -225,17 +215,17 @@ class Difference:
         return self.low <= 0 <= self.high
 
     def with_more_seeds(self, more: int) -> Difference:
-        """Return the difference as it would be if each row had this many more seeds and the estimates stayed the same."""
+        """Return the difference as plans assume it with this many more seeds of each row."""
         return replace(self, rows=tuple(row.with_seeds(row.seeds + more) for row in self.rows))
 
 
 def difference(
-    row: Sample, reference: Sample, prior: Prior | None, image_error: float | None = None, *, same_weights: bool = False
+    row: Sample, reference: Sample, typical: TypicalNoise | None, image_error: float | None = None, *, same_weights: bool = False
 ) -> Difference | None:
     """Return row minus reference with its noise.
 
     Args:
-        prior: from all rows; None if no row has several seeds.
+        typical: from all rows; None if no row has several seeds.
         image_error: the standard error over images, from joint resamplings.
         same_weights: both rows evaluate the same trainings, so they are compared seed by seed.
 
@@ -248,8 +238,8 @@ def difference(
         if count > 1 and count == len(reference.values):
             squares = statistics.variance(a - b for a, b in zip(row.values, reference.values, strict=True))
             rows = (SeedNoise(squares, count - 1, count),)
-    elif prior is not None and (prior.degrees > 0 or min(len(row.values), len(reference.values)) > 1):
-        rows = (SeedNoise.of(row, prior), SeedNoise.of(reference, prior))
+    elif typical is not None or min(len(row.values), len(reference.values)) > 1:
+        rows = (SeedNoise.of(row, typical), SeedNoise.of(reference, typical))
     if not rows and image_error is None:
         return None
     return Difference(row.mean - reference.mean, rows, image_error)
@@ -320,12 +310,15 @@ def _adjusted(raw: Sequence[float]) -> list[float]:
     return np.maximum(adjusted / 2, values).tolist()
 
 
-def judge(comparisons: Sequence[Comparison]) -> list[Judgement]:
+def judge(comparisons: Sequence[Comparison], *, advise: bool = True) -> list[Judgement]:
     """Judge the distinct comparisons of one table together.
 
     Each comparison has two tests: one of its sign, one of equivalence. At most one of their null hypotheses is true, so at most
     half of all null hypotheses are, and Benjamini and Hochberg's procedure at twice the rate holds the rate. A comparison has no
     test if the noise of seeds or images is unknown, or if a row has one seed.
+
+    Args:
+        advise: compute `more_seeds`, which takes most of the time.
     """
     tested = [number for number, comparison in enumerate(comparisons) if comparison.difference.testable]
     raw = [p for number in tested for p in (comparisons[number].p_sign(), comparisons[number].p_equivalence())]
@@ -333,10 +326,19 @@ def judge(comparisons: Sequence[Comparison]) -> list[Judgement]:
     by_number = {number: (adjusted[2 * place], adjusted[2 * place + 1]) for place, number in enumerate(tested)}
     settled = sum(min(pair) <= FALSE_DISCOVERIES for pair in by_number.values())
     miss = FALSE_DISCOVERIES * max(settled, 1) / max(len(comparisons), 1)
-    return [_judge(comparison, *by_number.get(n, (1.0, 1.0)), miss, len(comparisons)) for n, comparison in enumerate(comparisons)]
+    judged = [_judge(comparison, *by_number.get(n, (1.0, 1.0)), miss) for n, comparison in enumerate(comparisons)]
+    if not advise:
+        return judged
+    return [_advised(judgement, comparison, len(comparisons)) for judgement, comparison in zip(judged, comparisons, strict=True)]
 
 
-def _judge(comparison: Comparison, p_sign: float, p_equivalence: float, miss: float, comparisons: int) -> Judgement:
+def _advised(judgement: Judgement, comparison: Comparison, comparisons: int) -> Judgement:
+    if judgement.verdict != "undecided" or comparison.difference.guessed:
+        return judgement
+    return replace(judgement, more_seeds=seeds_to_settle(comparison, comparisons))
+
+
+def _judge(comparison: Comparison, p_sign: float, p_equivalence: float, miss: float) -> Judgement:
     settled = min(p_sign, p_equivalence) <= FALSE_DISCOVERIES
     confidence = 1 - miss / comparison.penalty if settled else CONFIDENCE
     found, paper = replace(comparison.difference, confidence=confidence), comparison.paper
@@ -353,10 +355,7 @@ def _judge(comparison: Comparison, p_sign: float, p_equivalence: float, miss: fl
             verdict = "same sign, size compatible" if compatible else "same sign, other size"
     elif p_equivalence <= FALSE_DISCOVERIES:
         verdict = "equivalent"
-    more = None
-    if verdict == "undecided" and not comparison.difference.guessed:
-        more = seeds_to_settle(comparison, comparisons)
-    return Judgement(verdict, p_sign, p_equivalence, confidence, more)
+    return Judgement(verdict, p_sign, p_equivalence, confidence)
 
 
 def seeds_to_settle(comparison: Comparison, comparisons: int = 1) -> int | None:

@@ -78,15 +78,15 @@ def plan(
 
 def _power(tables: list[str] | None, profile: str, plan: Plan, cost: Costs, seeds: int, results: Path) -> list[RowPower]:
     from sparseinst.ablation.study import all_tables, read_tables
-    from sparseinst.report.collect import read_results, seed_priors
+    from sparseinst.report.collect import read_results, typical_noises
     from sparseinst.report.power import power
 
     store = Store(results)
     every = [*read_tables(tables or []), *all_tables()]
-    prior = seed_priors(every, plan.profile, store, store.keys()).get("AP")
+    typical = typical_noises(every, plan.profile, store, store.keys()).get("AP")
     hours = [cost.hours[stage] for stage in ("train", "evaluate") if stage in cost.hours]
     planned = {(planned.table.name, planned.row.name) for planned in plan.rows}
-    every_row = power(read_results(tables or [], profile, results), prior, seeds, sum(hours) if hours else None)
+    every_row = power(read_results(tables or [], profile, results), typical, seeds, sum(hours) if hours else None)
     return [line for line in every_row if (line.table, line.row) in planned]
 
 

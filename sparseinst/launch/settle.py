@@ -23,7 +23,7 @@ from sparseinst.ablation.study import Profile, Row, Table, read_profile, read_ta
 from sparseinst.errors import UserError
 from sparseinst.files import atomic, read_text
 from sparseinst.paths import look_of_process
-from sparseinst.report.collect import TableResult, collect, compared_rows, seed_priors
+from sparseinst.report.collect import TableResult, collect, compared_rows, typical_noises
 from sparseinst.words import counted
 
 _log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ Wanted = dict[str, dict[str, int]]
 
 def advance(
     tables: Sequence[Table],
-    priors_from: Sequence[Table],
+    others: Sequence[Table],
     profile: Profile,
     store: Store,
     device: str | None,
@@ -45,7 +45,7 @@ def advance(
     """Look at every table whose runs of the current look are done, and return the seeds that the next looks need.
 
     Args:
-        priors_from: further tables, whose rows also count for the pooled variance over seeds.
+        others: further tables, whose rows also count for the typical noise over seeds.
         device, name: as in `make_plan`.
         log: write the looks to the log. If not, only return what the looks would need.
 
@@ -67,17 +67,17 @@ def advance(
             if plan_looks([table], {table.name: seeds}, profile, store, device, name).to_do():
                 wanted[table.name] = seeds
                 break
-            result = collect(table, profile, store, {}, seed_priors([*tables, *priors_from], profile, store, store.keys()))
+            result = collect(table, profile, store, {}, typical_noises([*tables, *others], profile, store, store.keys()))
             decisions = _decide(result, names, number)
             # A row can have more records than the look asked for, and its decision is made from all of them.
             held = {row.row.name: len(row.evaluations) for row in result.rows if row.row.name in seeds}
             look = make_look(number, held, {row: decisions[row] for row in names if row in seeds})
-            if log and not looks and (others := other_looks(store.results, table, profile)):
+            if log and not looks and (earlier := other_looks(store.results, table, profile)):
                 _log.warning(
                     "%s: earlier looks at this table (%s) belong to other settings or another design; the verdicts do not "
                     "account for them",
                     table.name,
-                    ", ".join(map(str, others)),
+                    ", ".join(map(str, earlier)),
                 )
             looks.append(write_look(store.results, look_name(table, profile), look) if log else look)
     return wanted

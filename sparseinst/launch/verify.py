@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sparseinst.ablation.gate import untrained_ap
 from sparseinst.ablation.provenance import code_digest
-from sparseinst.ablation.statistics import Difference, Sample, SeedNoise, estimate_prior
+from sparseinst.ablation.statistics import Difference, Sample, SeedNoise
 from sparseinst.ablation.store import Record, Store
 from sparseinst.config import Config
 from sparseinst.errors import UserError
@@ -202,17 +202,12 @@ def _evaluate(weights: Path, config: Config, device: str | None, progress: bool)
 
 
 def _noise(record: Record, store: Store) -> SeedNoise | None:
-    """Estimate the noise of AP over seeds of a record's row, as the report does.
-
-    Returns:
-        None if the row has one seed: the noise of other rows says little about it.
-    """
+    """Return the noise of AP over seeds of a record's row; None if the row has one seed."""
     profile = record.provenance.get("profile")
     loaded = (found for key in sorted(store.keys()) if (found := store.load(key)) is not None)
     rows = _by_row((r for r in loaded if r.kind == "evaluate" and r.provenance.get("profile") == profile), store)
     own = rows.get(_row_key(record))
-    prior = estimate_prior(rows.values())
-    return SeedNoise.of(own, prior) if own is not None and len(own.values) > 1 and prior is not None else None
+    return SeedNoise.of(own, None) if own is not None and len(own.values) > 1 else None
 
 
 def _row_key(record: Record) -> str:
@@ -239,7 +234,7 @@ def _within_noise(here: float | None, there: float | None, noise: SeedNoise | No
             else "the noise of this row is unknown: it has fewer than two seeds that count as trained"
         )
         return "undecided"
-    two_seeds = replace(noise, variance=2 * noise.variance, pooled=2 * noise.pooled, seeds=1)
+    two_seeds = replace(noise, variance=2 * noise.variance, seeds=1)
     limit = Difference(0.0, (two_seeds,), 0.0).high
     lines.append(
         f"in 95 % of cases, two seeds of this row differ by less than {limit:.2f} AP; here the difference is "

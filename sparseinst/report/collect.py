@@ -10,7 +10,16 @@ from typing import get_args
 from sparseinst.ablation.looks import Look, last_decisions, look_name, penalties, read_looks
 from sparseinst.ablation.peers import PeerResult, find_peers
 from sparseinst.ablation.plan import SEEDS
-from sparseinst.ablation.statistics import Comparison, Difference, Judgement, Prior, Sample, difference, estimate_prior, judge
+from sparseinst.ablation.statistics import (
+    Comparison,
+    Difference,
+    Judgement,
+    Sample,
+    TypicalNoise,
+    difference,
+    judge,
+    typical_noise,
+)
 from sparseinst.ablation.store import RESULTS, Store
 from sparseinst.ablation.study import (
     AccuracyFigure,
@@ -131,8 +140,7 @@ def read_results(
 ) -> list[TableResult]:
     """Return the results of tables, from their specs and the records.
 
-    The prior of the variance over seeds comes from all tables that exist, so that a table shows the same values alone and with
-    others.
+    The typical noise of seeds comes from all tables that exist, so that a table shows the same values alone and with others.
 
     Args:
         names: tables by name or specs by path; an empty list means all tables.
@@ -146,23 +154,23 @@ def read_results(
     keys = store.keys()
     others = all_tables()
     known: KnownRecords = {}
-    priors = seed_priors([*tables, *others], settings, store, keys, states or {}, known)
-    return [collect(table, settings, store, states or {}, priors, keys, known) for table in tables]
+    typical = typical_noises([*tables, *others], settings, store, keys, states or {}, known)
+    return [collect(table, settings, store, states or {}, typical, keys, known) for table in tables]
 
 
 KnownRecords = dict[tuple[str, str], RowRecords]
 """The records of rows by the names of the table and the row, so that a report finds them once."""
 
 
-def seed_priors(
+def typical_noises(
     tables: Sequence[Table],
     profile: Profile,
     store: Store,
     keys: set[str],
     states: Mapping[str, str] | None = None,
     known: KnownRecords | None = None,
-) -> dict[Figure, Prior]:
-    """Return the prior of the variance over seeds of each AP metric, estimated from all rows of the tables.
+) -> dict[Figure, TypicalNoise]:
+    """Return the typical noise over seeds of each AP metric, from all rows of the tables.
 
     Each distinct training counts once: of several rows that evaluate it, the one with the most seeds counts, and of these the
     first by name. The order of the tables therefore changes nothing. Rows that are not trained do not count.
@@ -184,8 +192,8 @@ def seed_priors(
     first = [rows[key][min(rows[key])] for key in sorted(rows)]
     trained = [records for records in first if not records.not_trained]
     samples = {metric: [sample_of(records, Column(metric)) for records in trained] for metric in get_args(AccuracyFigure)}
-    priors = {metric: estimate_prior(sample for sample in of_rows if sample is not None) for metric, of_rows in samples.items()}
-    return {metric: prior for metric, prior in priors.items() if prior is not None}
+    noises = {metric: typical_noise(sample for sample in of_rows if sample is not None) for metric, of_rows in samples.items()}
+    return {metric: noise for metric, noise in noises.items() if noise is not None}
 
 
 def collect(
@@ -193,7 +201,7 @@ def collect(
     profile: Profile,
     store: Store,
     states: Mapping[str, str],
-    priors: Mapping[Figure, Prior],
+    typical: Mapping[Figure, TypicalNoise],
     keys: set[str] | None = None,
     known: KnownRecords | None = None,
 ) -> TableResult:
@@ -201,7 +209,7 @@ def collect(
 
     Args:
         states: the states of stages that are not done, by key; a stage without a state is pending.
-        priors: the prior of the variance over seeds of each metric, estimated from all tables; see `seed_priors`.
+        typical: the noise of a typical row for each metric, from all tables; see `typical_noises`.
         keys: the keys of all records; None reads them from the store.
         known: the records of rows that were found with the same states; those of other rows are read.
     """
@@ -222,7 +230,7 @@ def collect(
         entry = records[row.name]
         base = records[reference] if reference is not None and reference != row.name else None
         shares = base is not None and configs[row.name].train_key() == configs[str(reference)].train_key()
-        cells = {column: _cell(entry, base, column, row, priors, shares_training=shares) for column in columns}
+        cells = {column: _cell(entry, base, column, row, typical, shares_training=shares) for column in columns}
         doubts = dict.fromkeys((*entry.not_trained, *(f"{reference}: {why}" for why in (base.not_trained if base else ()))))
         rows.append(
             RowResult(
@@ -251,7 +259,7 @@ def _cell(
     reference: RowRecords | None,
     column: Column,
     row: Row,
-    priors: Mapping[Figure, Prior],
+    typical: Mapping[Figure, TypicalNoise],
     *,
     shares_training: bool,
 ) -> Cell:
@@ -271,7 +279,7 @@ def _cell(
         own, base = sample_of(entry, column, seeds), sample_of(reference, column, seeds)
         if own is not None and base is not None and share_images(entry, reference):
             error = image_error(entry, reference, column.metric, seeds)
-            found = difference(own, base, priors.get(column.metric), error, same_weights=same_weights)
+            found = difference(own, base, typical.get(column.metric), error, same_weights=same_weights)
     timed = entry.latencies.get(column.device or "")
     spread = timed_spread(timed.result, column.metric) if timed is not None and column.metric not in EVALUATED else None
     return Cell(measured, row.paper.get(column.metric), found, spread)

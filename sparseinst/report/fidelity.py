@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparseinst.ablation.statistics import CONFIDENCE, Prior, Sample
+from sparseinst.ablation.statistics import CONFIDENCE, Sample, SeedNoise, TypicalNoise
 from sparseinst.ablation.store import Store
 from sparseinst.ablation.study import Table as StudyTable
 from sparseinst.ablation.study import all_tables, list_tables, read_profile, read_tables
 from sparseinst.errors import UserError
-from sparseinst.report.collect import RowResult, TableResult, read_results, seed_priors
+from sparseinst.report.collect import RowResult, TableResult, read_results, typical_noises
 from sparseinst.report.records import Column
 
 CLEAR = 0.5
@@ -94,23 +94,24 @@ class Fidelity:
     """The agreement over all pairs of a table and over its clear pairs, by table."""
     steps: dict[int, tuple[Agreement, Agreement]]
     """The same two, by training step, over the rows with a history, for the steps that all of them have."""
-    deviation: float | None
-    """The standard deviation of AP over seeds that the intervals assume, pooled over all rows; None without several seeds."""
+    typical: TypicalNoise | None
+    """The noise of AP over seeds of a typical row, assumed for rows with one seed; None if no row has several."""
     disagreements: list[tuple[Rank, Rank]]
     """The clear pairs that have the other order here, sorted by their difference in the paper, the largest first. The first row
     of a pair is the one with the higher AP in the paper."""
 
 
-def fidelity(results: Sequence[TableResult], prior: Prior | None, histories: Mapping[str, Mapping[int, float]]) -> Fidelity:
+def fidelity(
+    results: Sequence[TableResult], typical: TypicalNoise | None, histories: Mapping[str, Mapping[int, float]]
+) -> Fidelity:
     """Compare the order of the rows with the paper's.
 
     Args:
         results: tables of one profile whose rows can be compared with each other; a row that several tables show counts once.
-        prior: the variance of AP over seeds, pooled over rows; None if no row has several seeds.
+        typical: the noise of AP over seeds of a typical row; None if no row has several seeds.
         histories: AP by training step, by the key of the training.
     """
     ranks, missing = _ranks(results, histories)
-    deviation = prior.deviation if prior is not None else None
     trained = [rank for rank in ranks if rank.trained]
     by_table = {result.table.name: [rank for rank in ranks if result.table.name in rank.tables] for result in results}
     followed = [rank for rank in ranks if rank.history]
@@ -122,16 +123,16 @@ def fidelity(results: Sequence[TableResult], prior: Prior | None, histories: Map
         profile=results[0].profile if results else "",
         ranks=ranks,
         missing=missing,
-        all=_agreement(ranks, 0.0, deviation),
-        clear=_agreement(ranks, CLEAR, deviation),
-        trained=(_agreement(trained, 0.0, deviation), _agreement(trained, CLEAR, deviation)),
+        all=_agreement(ranks, 0.0, typical),
+        clear=_agreement(ranks, CLEAR, typical),
+        trained=(_agreement(trained, 0.0, typical), _agreement(trained, CLEAR, typical)),
         tables={
-            name: (_agreement(own, 0.0, deviation), _agreement(own, CLEAR, deviation))
+            name: (_agreement(own, 0.0, typical), _agreement(own, CLEAR, typical))
             for name, own in by_table.items()
             if len(own) > 1
         },
         steps={step: _at_step(followed, step) for step in steps},
-        deviation=deviation,
+        typical=typical,
         disagreements=sorted(disagreements, key=paper_difference, reverse=True),
     )
 
@@ -181,18 +182,19 @@ def _paired(result: TableResult, entry: RowResult) -> Sample | None:
     return Sample(tuple(value + difference.value for value in base.values)) if base is not None else None
 
 
-def _agreement(ranks: Sequence[Rank], least: float, deviation: float | None) -> Agreement:
+def _agreement(ranks: Sequence[Rank], least: float, typical: TypicalNoise | None) -> Agreement:
     """Return the agreement over the pairs that differ by `least` or more in the paper.
 
     Args:
-        deviation: the standard deviation of AP over seeds; None for no intervals.
+        typical: the noise of AP over seeds of a typical row; None for no intervals.
     """
     paper = np.array([rank.paper for rank in ranks])
     measured = np.array([rank.measured.mean for rank in ranks])
-    if deviation is None or len(ranks) < 2:
+    if typical is None or len(ranks) < 2:
         return Agreement(*_count(paper, measured, least), None, _tau(paper, measured, least), None)
     # A parametric bootstrap: each draw moves every row's mean by the noise that remains over its seeds.
-    errors = deviation / np.sqrt([len(rank.measured.values) for rank in ranks])
+    noises = [SeedNoise.of(rank.measured, typical) for rank in ranks]
+    errors = np.sqrt([noise.expected / noise.seeds for noise in noises])
     moved = measured + errors * np.random.default_rng(0).standard_normal((_DRAWS, len(ranks)))
     counts = [_count(paper, draw, least) for draw in moved]
     shares = [agree / pairs for pairs, agree in counts if pairs]
@@ -265,14 +267,14 @@ def read_fidelity(names: Sequence[str], profile: str, results: Path) -> Fidelity
     settings, store = read_profile(profile), Store(results)
     # The noise is that of all tables, as in the report.
     every = [*tables.values(), *all_tables()]
-    prior = seed_priors(every, settings, store, store.keys()).get("AP")
+    typical = typical_noises(every, settings, store, store.keys()).get("AP")
     collected = read_results(list(tables), profile, results)
     histories = {}
     for key in {key for result in collected for entry in result.rows for key in entry.trainings}:
         record = store.load(key)
         history = record.result.get("history", []) if record is not None else []
         histories[key] = {entry["iteration"]: entry["AP"] for entry in history if entry.get("AP") is not None}
-    return fidelity(collected, prior, {key: history for key, history in histories.items() if history})
+    return fidelity(collected, typical, {key: history for key, history in histories.items() if history})
 
 
 def _comparable(table: StudyTable) -> bool:

@@ -71,12 +71,12 @@ def show(found: Fidelity) -> None:
     print(
         "relation, -1 the reverse. The lines with a number of steps use the evaluations during training, which have fewer images."
     )
-    if found.deviation is None:
+    if found.typical is None:
         print("There is no interval, because no row has several seeds yet.")
     else:
-        noise = f"{found.deviation:.1f} AP"
-        print(f"95 %: the interval if each training has the pooled noise over seeds, {noise}. It lies below the count, because")
-        print("noise makes an order random.")
+        noise = f"{found.typical.deviation:.1f} AP"
+        print(f"95 %: the interval over the noise of seeds. For rows with one seed this is the noise of a typical row, {noise}.")
+        print("The interval lies below the count, because noise makes an order random.")
     for first, second in found.disagreements[:_LISTED]:
         paper, here = paper_difference((first, second)), first.measured.mean - second.measured.mean
         print(f"- {first.name} is above {second.name} in the paper ({paper:+.1f}), but not here ({here:+.1f})")

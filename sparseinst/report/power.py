@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sparseinst.ablation.statistics import FALSE_DISCOVERIES, Difference, Prior, SeedNoise
+from sparseinst.ablation.statistics import FALSE_DISCOVERIES, Difference, SeedNoise, TypicalNoise
 from sparseinst.report.collect import TableResult
 from sparseinst.report.records import Column
 from sparseinst.words import counted
@@ -59,19 +59,21 @@ class RowPower:
         }
 
 
-def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours_per_seed: float | None) -> list[RowPower]:
+def power(
+    results: Sequence[TableResult], typical: TypicalNoise | None, seeds: int, hours_per_seed: float | None
+) -> list[RowPower]:
     """Return which differences each comparison of the tables can settle.
 
     The comparisons of a table share the false discovery rate. The worst case is assumed: no other one is settled.
 
     Args:
-        prior: the noise of AP over seeds; None if no row has several seeds yet.
+        typical: the noise of AP over seeds of a typical row; None if no row has several seeds yet.
         seeds: the planned number of seeds of each row.
         hours_per_seed: the cost of a training with its evaluation.
     """
     differences = [row.cells[_AP].difference for result in results for row in result.rows if _AP in row.cells]
     errors = [found.image_error for found in differences if found is not None and found.image_error is not None]
-    typical = sum(errors) / len(errors) if errors else None
+    mean_error = sum(errors) / len(errors) if errors else None
     lines = []
     for result in results:
         trainings = {row.row.name: row.trainings for row in result.rows}
@@ -79,10 +81,10 @@ def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours
             if row.row.name == result.table.spec.reference or result.table.spec.reference is None or _AP not in row.cells:
                 continue
             difference = row.cells[_AP].difference
-            image_error = difference.image_error if difference is not None and difference.image_error is not None else typical
+            image_error = difference.image_error if difference is not None and difference.image_error is not None else mean_error
             # Two rows that evaluate the same trainings differ by less than two trainings, with one seed nobody knows by how much.
             shared = bool(row.trainings) and row.trainings == trainings.get(result.table.spec.reference)
-            variances = _variances(difference, None if shared else prior)
+            variances = _variances(difference, None if shared else typical)
             margin = result.table.spec.margin
             level = FALSE_DISCOVERIES / (len(result.table.spec.rows) - 1)
             needed = {f"{size:g}": _seeds_for(size, variances, image_error, level) for size in SIZES}
@@ -102,14 +104,14 @@ def power(results: Sequence[TableResult], prior: Prior | None, seeds: int, hours
     return lines
 
 
-def _variances(difference: Difference | None, prior: Prior | None) -> list[float]:
-    """Return the variances over seeds of both rows, or the pooled variance twice if they are unknown; nothing without a prior.
+def _variances(difference: Difference | None, typical: TypicalNoise | None) -> list[float]:
+    """Return the variances over seeds that plans assume for both rows, or nothing if no row has several seeds.
 
     For two rows that evaluate the same trainings, the only entry is the variance of their differences.
     """
     if difference is not None and difference.rows:
-        return [row.variance for row in difference.rows]
-    return [prior.variance] * 2 if prior is not None else []
+        return [row.expected for row in difference.rows]
+    return [typical.variance] * 2 if typical is not None else []
 
 
 def _hours(seeds: int | None, rows: int, hours_per_seed: float | None) -> float | None:
@@ -163,7 +165,7 @@ def show(found: Sequence[RowPower], seeds: int, unit: str) -> None:
     print(
         "Noise: the standard deviations of AP over seeds that are assumed, of the row and of the reference row. With few seeds,"
     )
-    print("the estimate leans on all rows of the profile, so that one noisy row makes these numbers large.")
+    print("the estimate leans on the typical noise of the rows of the profile, and with one seed it is this noise.")
     print("Detectable: the smallest difference in AP that these seeds settle.")
     print(f"{sizes} AP and paper's: how many seeds each of the two rows needs to settle such a difference. The verdicts of a")
     print("report state the seeds for the difference that is measured, which can be far from the paper's.")

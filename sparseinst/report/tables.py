@@ -72,7 +72,7 @@ def _comparison_notes(result: TableResult) -> list[str]:
     interval = ", with a 95 % interval over seeds and images" if any(found.testable for found in differences) else ""
     lines = [
         f"Differences are from the row '{spec.reference}'{interval}. The verdicts of this table "
-        f"({counted(result.comparisons, 'comparison')} so far) have a false discovery rate of at most 5 %. 'equivalent' "
+        f"({counted(result.comparisons, 'comparison')} so far) have a false discovery rate of about 5 %. 'equivalent' "
         f"means within {spec.margin:g} AP. docs/verdicts.md explains each word."
     ]
     judged = [row.judgement for row in result.rows if row.judgement is not None]

@@ -19,7 +19,7 @@ from sparseinst.evaluation.coco_metrics import FIGURES
 from sparseinst.launch.status import plan_status
 from sparseinst.overrides import load_config
 from sparseinst.paths import run_folder
-from sparseinst.report.collect import collect, seed_priors
+from sparseinst.report.collect import collect, typical_noises
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ABLATIONS = [f"table{number}" for number in range(2, 8)]
@@ -264,8 +264,8 @@ def test_fast_with_many_records(tmp_path: Path) -> None:
     states = plan_status(plan)
     checked = time.process_time()
     keys = store.keys()
-    priors = seed_priors(tables, profile, store, keys)
-    results = [collect(table, profile, store, {}, priors, keys) for table in tables]
+    typical = typical_noises(tables, profile, store, keys)
+    results = [collect(table, profile, store, {}, typical, keys) for table in tables]
     collected = time.process_time()
     assert {status.state for status in states} == {"done"}
     values = [cell.measured.values for result in results for row in result.rows for cell in row.cells.values() if cell.measured]

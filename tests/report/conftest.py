@@ -7,7 +7,7 @@ import pytest
 
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import Profile, Table, read_profile, read_spec, row_config
-from sparseinst.report.collect import TableResult, collect, seed_priors
+from sparseinst.report.collect import TableResult, collect, typical_noises
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 MINI = read_profile("mini", EXPERIMENTS)
@@ -37,4 +37,4 @@ def store(tmp_path: Path) -> Store:
 
 def table5(store: Store, states: dict[str, str] | None = None, profile: Profile = MINI) -> TableResult:
     table = Table(name="table5", spec=read_spec("table5", EXPERIMENTS))
-    return collect(table, profile, store, states or {}, seed_priors([table], profile, store, store.keys()))
+    return collect(table, profile, store, states or {}, typical_noises([table], profile, store, store.keys()))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from sparseinst.ablation.statistics import Prior, Sample
+from sparseinst.ablation.statistics import Sample, TypicalNoise
 from sparseinst.ablation.store import Record, Store
 from sparseinst.ablation.study import read_profile, read_tables, row_config
 from sparseinst.cli import run_cli
@@ -41,7 +41,7 @@ def test_equal_and_reversed_orders() -> None:
 
 def test_intervals_come_from_the_seeds() -> None:
     rows = ranks([1.0, 2.0, 3.0, 4.0], [10.0, 10.1, 10.2, 10.3])
-    wide, narrow = (module._agreement(rows, 0.0, deviation) for deviation in (1.0, 0.001))
+    wide, narrow = (module._agreement(rows, 0.0, TypicalNoise(deviation**2, 3)) for deviation in (1.0, 0.001))
     assert wide.interval is not None
     assert narrow.interval == (1.0, 1.0)
     assert wide.interval[0] <= 0.5 < wide.interval[1]
@@ -130,4 +130,4 @@ def test_without_seeds_there_is_no_interval() -> None:
     found = module.fidelity([], None, {})
     assert (found.all.pairs, found.all.share, found.all.tau, found.all.interval) == (0, None, None, None)
     assert draw(found) is None
-    assert module.fidelity([], Prior(1.0, 1.0, 3), {}).clear.pairs == 0
+    assert module.fidelity([], TypicalNoise(1.0, 3), {}).clear.pairs == 0
