@@ -2,7 +2,7 @@
 
 Two layers are folded into one in two places. A frozen norm is a scale and a shift, so the preceding convolution takes it over.
 The encoder's last 3x3 convolutions and the following 1x1 fusion have no activation between them, so they become one 3x3
-convolution a level. docs/performance.md lists the gain of each step.
+convolution a level. docs/optimisations.md lists the gain of each step.
 """
 
 from __future__ import annotations
