@@ -7,7 +7,7 @@ from pycocotools import mask as reference_mask
 
 from sparseinst.bench.baselines import paste_in_two_steps
 from sparseinst.data.masks import encode
-from sparseinst.paste import ImageSize, paste, paste_by_column
+from sparseinst.paste import ImageSize, paste, paste_by_column, paste_strips
 
 SIZES = [
     ((640, 864), ImageSize((640, 853), (480, 640))),
@@ -40,6 +40,25 @@ def test_paste_equals_two_steps(padded: tuple[int, int], size: ImageSize, blobs:
     # The pixels that differ lie on the threshold: a change of the threshold by a millionth changes them, too.
     near = paste_in_two_steps(masks, padded, size, 0.45 - 1e-6) != paste_in_two_steps(masks, padded, size, 0.45 + 1e-6)
     assert not (differing & ~near).any()
+
+
+@pytest.mark.parametrize(("padded", "size"), SIZES)
+def test_narrow_instances_equal_two_steps(padded: tuple[int, int], size: ImageSize) -> None:
+    """Instances of every width and place, also at the edges, in the padding, and of one input."""
+    height, width = padded[0] // 4, padded[1] // 4
+    masks = torch.full((60, height, width), 0.1)
+    random = np.random.default_rng(0)
+    for mask in masks[:-1]:
+        top, left = int(random.integers(height)), int(random.integers(width))
+        mask[top : top + int(random.integers(1, height + 1)), left : left + int(random.integers(1, 1 + width // 2))] = 0.9
+    masks[-1, :, -1] = 0.9
+    expected = paste_in_two_steps(masks, padded, size, 0.45)
+    near = paste_in_two_steps(masks, padded, size, 0.45 - 1e-6) != paste_in_two_steps(masks, padded, size, 0.45 + 1e-6)
+    found = paste(masks, padded, size, 0.45)
+    assert not ((found != expected) & ~near).any()
+    assert expected.any()
+    strips = torch.cat([strip.clone() for _, strip in paste_strips(masks, padded, size, 0.45)], dim=1)
+    assert torch.equal(strips, found)
 
 
 def test_paste_by_column_gives_the_same_masks_and_encodes_without_a_copy() -> None:

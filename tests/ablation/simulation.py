@@ -1,6 +1,6 @@
 """Simulate tables whose true differences are known, and count how often intervals and verdicts are right.
 
-`python -m tests.ablation.simulation 1000` prints, in about twenty minutes, the tables of docs/verdicts.md.
+`python -m tests.ablation.simulation 1000` prints, in about an hour, the tables of docs/verdicts.md.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ class Design:
     """The mean share of false verdicts among those that settle a comparison."""
     covered: float
     """How often the interval that a report shows contains the true difference, over the comparisons that have a test."""
+    any_false: float
+    """The share of studies with a false verdict."""
     false_coverage: float
     """The mean share, over studies, of the settled comparisons whose interval misses the true difference; 0 for a study without
     any. Benjamini and Yekutieli's intervals hold this rate at 5 %."""
@@ -115,7 +117,7 @@ def study(
         compared: the number of rows without the reference row.
     """
     random = np.random.default_rng(1)
-    trainings, right, false, covered, missed = [], [], [], [], []
+    trainings, right, false, covered, any_false, missed = [], [], [], [], [], []
     for _ in range(repetitions):
         deviations = deviation * np.exp(random.normal(0, 0.4, compared + 1))
         effects = random.normal(0, effect, compared + 1) * (random.random(compared + 1) > 1 / 3)
@@ -141,8 +143,20 @@ def study(
         trainings.append(sum(counts))
         right.append(sum(s and not w for s, w in zip(settled, wrong, strict=True)))
         false.append(sum(wrong) / max(sum(settled), 1))
+        any_false.append(any(wrong))
         missed.append(misses / max(sum(settled), 1))
-    return Design(*(float(np.mean(values)) for values in (trainings, right, false, covered, missed)))
+    return Design(*(float(np.mean(values)) for values in (trainings, right, false, covered, any_false, missed)))
+
+
+def fixed_trainings(right: float, deviation: float, effect: float, repetitions: int, compared: int) -> float:
+    """Return how many trainings a fixed number of seeds needs for this many right verdicts, between two numbers by a line."""
+    before = Design(0.0, 0.0, 0.0, 1.0, 0.0, 0.0)
+    for seeds in range(2, 31):
+        design = study(seeds, deviation, effect, repetitions, compared=compared)
+        if design.right >= right:
+            return float(np.interp(right, [before.right, design.right], [before.trainings, design.trainings]))
+        before = design
+    return float("nan")
 
 
 def _is_wrong(verdict: str, effect: float) -> bool:
@@ -197,7 +211,7 @@ def main(repetitions: int) -> None:
     print("| true deviations | seeds | coverage, mean | coverage, worst row | false discoveries |\n|---|---|---|---|---|")
     for name, deviations in PATTERNS.items():
         for seeds in (2, 3, 5):
-            found = simulate(deviations, seeds, repetitions)
+            found = simulate(deviations, seeds, 4 * repetitions)
             print(
                 f"| {name} | {seeds} | {found.coverage.mean():.3f} | {found.coverage.min():.3f} | {found.false:.3f} |", flush=True
             )
@@ -212,6 +226,20 @@ def main(repetitions: int) -> None:
                 f"| {design.covered:.3f} | {design.false_coverage:.3f} |",
                 flush=True,
             )
+    print("\n| rows compared | deviation, effects | trainings, sequential | fixed | share | coverage | false coverage |")
+    print("|---|---|---|---|---|---|---|")
+    for compared, fewer in ((19, 5), (3, 2)):
+        for deviation, effect in ((2.86, 2.8), (1.0, 1.5), (0.8, 2.0)):
+            design = study(None, deviation, effect, max(repetitions // fewer, 1), compared=compared)
+            fixed = fixed_trainings(design.right, deviation, effect, max(repetitions // fewer, 1), compared)
+            print(
+                f"| {compared} | {deviation}, {effect} | {design.trainings:.1f} | {fixed:.1f} | {design.trainings / fixed:.2f} "
+                f"| {design.covered:.3f} | {design.false_coverage:.3f} |",
+                flush=True,
+            )
+    print("\n| rows compared, none differs | studies | with a false verdict |\n|---|---|---|")
+    for compared, studies in ((3, 400), (11, 150), (19, 100)):
+        print(f"| {compared} | {studies} | {study(None, 1.0, 0.0, studies, compared=compared).any_false:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
