@@ -49,7 +49,7 @@ def as_json(found: Fidelity) -> dict[str, Any]:
 
 def show(found: Fidelity) -> None:
     """Print the agreement as a table, then the disagreements and the rows that are not measured yet."""
-    title = f"Does {found.profile} order the rows as the paper does? {len(found.ranks)} distinct rows"
+    title = f"Does the profile {found.profile} order the rows as the paper does? {len(found.ranks)} distinct rows"
     table = Table(title=title, title_justify="left")
     table.add_column("pairs of")
     for name in ("all: agree", "95 %", "tau", f"{CLEAR} AP or more: agree", "95 %"):
@@ -119,15 +119,18 @@ def draw(found: Fidelity, provenance: Iterable[str] = ()) -> Figure | None:
             look: dict[str, Any] = {"marker": mark, "ls": "", "color": colour, "ms": 4, "alpha": alpha}
             axes.plot([x for x, _ in points], [y for _, y in points], label=label, **look)
     axes.axhline(0, color="0.4", lw=0.8)
-    axes.axvline(CLEAR, color="0.4", lw=0.8, ls=":")
-    axes.set(xlabel="difference of two rows in mask AP, the paper on COCO", ylabel=f"the same two rows at {found.profile} scale")
+    axes.axvline(CLEAR, color="0.4", lw=0.8, ls=":", label=f"a difference of {CLEAR} AP in the paper")
+    axes.set(
+        xlabel="difference of two rows in mask AP, the paper on COCO; linear up to 2, then logarithmic",
+        ylabel=f"the same two rows at {found.profile} scale; linear up to 5",
+    )
     axes.set_yscale("symlog", linthresh=5)
     axes.set_xscale("symlog", linthresh=2)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
         axis.set_major_formatter(style.signed)
     axes.grid()
-    style.finish(axes, f"Does {found.profile} order the rows as the paper does?", list(provenance), columns=2)
+    style.finish(axes, f"Does the profile {found.profile} order the rows as the paper does?", list(provenance), columns=2)
     return figure
 
 

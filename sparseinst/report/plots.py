@@ -110,9 +110,8 @@ def module_times(result: TableResult) -> Figure | None:
         for device in devices:
             cells = [row.cells[Column(name, device)].measured for name in MODULES]
             if all(cells):
-                bars.append(
-                    (f"{row.row.name}, {result.profile} scale\n({device})", [cell.mean for cell in cells if cell is not None])
-                )
+                label = f"{row.row.name} at {result.profile} scale\n({row.as_run}; {device})"
+                bars.append((label, [cell.mean for cell in cells if cell is not None]))
     if not bars:
         return None
     figure, axes = style.new(7.5, 1.8 + 0.5 * len(bars))

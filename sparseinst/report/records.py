@@ -206,6 +206,7 @@ def provenance_of(rows: Iterable[RowRecords]) -> list[str]:
         text = distinct(*path)
         return [f"{name} {text}"] if ", " in text else []
 
+    evaluated = any(record.kind == "evaluate" for record in records)
     code = [about for r in records for about in (r.provenance, r.provenance.get("trained", {}), *_earlier_code(r)) if about]
     commits = sorted({commit_of(about) for about in code})
     return [
@@ -214,8 +215,8 @@ def provenance_of(rows: Iterable[RowRecords]) -> list[str]:
         f"seeds {distinct('seed')}",
         f"sparseinst {distinct('versions', 'sparseinst')} at {', '.join(commits)}",
         f"torch {distinct('versions', 'torch')}",
-        f"evaluator hotcoco {distinct('versions', 'hotcoco')}",
-        f"validation data {distinct('data')}",
+        *([f"evaluator hotcoco {distinct('versions', 'hotcoco')}"] if evaluated else []),
+        *([f"validation data {distinct('data')}"] if evaluated else []),
         # The same in almost all tables, so they are only worth their room if the records differ.
         *differing("image content", "images"),
         *differing("threads", "arithmetic", "threads"),

@@ -24,6 +24,8 @@ SIZE = (60, 80)
 """Height and width to which all responses are resized."""
 CHOSEN = 12
 """Number of maps in `maps-chosen.png`."""
+_BORDER = 16
+"""The border is this part of each side: a map's mass that is on no object gathers there."""
 
 
 def mean_responses(predictor: Predictor, images: Sequence[Path], size: tuple[int, int] = SIZE) -> NDArray[np.float32]:
@@ -63,15 +65,22 @@ def most_different_maps(means: NDArray[np.float32], count: int = CHOSEN) -> list
 
 
 def write_mean_maps(means: NDArray[np.float32], output: Path) -> list[Path]:
-    """Write `maps-chosen.png`, `maps-all.png` and, with the values themselves, `maps.npy`. Return their paths."""
+    """Write `maps-chosen.png`, `maps-all.png` and, with the values themselves, `maps.npy`. Return their paths.
+
+    The choice and the colours are those of the maps without the border, whose cells would outshine all others. A border cell that
+    is brighter than all cells inside has the colour of the brightest of these.
+    """
     make_folder(output)
     written = []
-    chosen, everything = most_different_maps(means), list(range(len(means)))
-    for name, indices, columns, width in (("maps-chosen.png", chosen, 6, 160), ("maps-all.png", everything, 10, 96)):
+    rows, columns = (max(1, side // _BORDER) for side in means.shape[1:])
+    inside = means[:, rows:-rows, columns:-columns]
+    brightest = inside.max((1, 2)).clip(min=1e-12)
+    chosen, everything = most_different_maps(inside), list(range(len(means)))
+    for name, indices, across, width in (("maps-chosen.png", chosen, 6, 160), ("maps-all.png", everything, 10, 96)):
         height = round(width * means.shape[1] / means.shape[2])
-        pictures = [(f"map {index}", heat(None, means[index] / means[index].max(), (width, height))) for index in indices]
+        pictures = [(f"map {index}", heat(None, means[index] / brightest[index], (width, height))) for index in indices]
         with atomic(output / name) as temporary:
-            picture_grid(pictures, columns=min(columns, len(pictures))).save(temporary, format="PNG")
+            picture_grid(pictures, columns=min(across, len(pictures))).save(temporary, format="PNG")
         written.append(output / name)
     content = io.BytesIO()  # np.save into a file does not say why a write fails
     np.save(content, means)

@@ -117,6 +117,12 @@ def test_mean_maps_of_a_data_set(tiny: Config, shapes_root: Path, tmp_path: Path
     assert np.array_equal(np.load(numbers), means)
     assert width(chosen) == 6 * (160 + 4) + 4
     assert width(everything) == 10 * (96 + 4) + 4
+    means[:, 0, 0] = 1.0  # a cell of the border that outshines all others
+    [bright, *_] = write_mean_maps(means, tmp_path / "bright")
+    assert bright.read_bytes() != chosen.read_bytes()
+    with Image.open(bright) as image, Image.open(chosen) as before:
+        middle = (20, 60, 140, 100)
+        assert list(image.crop(middle).getdata()) == list(before.crop(middle).getdata())
     with pytest.raises(UserError, match="no image"):
         mean_responses(model, [])
 
