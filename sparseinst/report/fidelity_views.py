@@ -119,10 +119,13 @@ def draw(found: Fidelity, provenance: Iterable[str] = ()) -> Figure | None:
             look: dict[str, Any] = {"marker": mark, "ls": "", "color": colour, "ms": 4, "alpha": alpha}
             axes.plot([x for x, _ in points], [y for _, y in points], label=label, **look)
     axes.axhline(0, color="0.4", lw=0.8)
-    axes.axvline(CLEAR, color="0.4", lw=0.8, ls=":", label=f"a difference of {CLEAR} AP in the paper")
+    axes.axvline(CLEAR, color="0.4", lw=0.8, ls=":")
+    axes.annotate(
+        f"{CLEAR} AP", (CLEAR, 1), (2, -2), xycoords=("data", "axes fraction"), textcoords="offset points", va="top", size=7
+    )
     axes.set(
-        xlabel="difference of two rows in mask AP, the paper on COCO; linear up to 2, then logarithmic",
-        ylabel=f"the same two rows at {found.profile} scale; linear up to 5",
+        xlabel="difference of two rows in mask AP, the paper on COCO (logarithmic from 2)",
+        ylabel=f"the same two rows at {found.profile} scale (logarithmic from 5)",
     )
     axes.set_yscale("symlog", linthresh=5)
     axes.set_xscale("symlog", linthresh=2)

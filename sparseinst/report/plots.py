@@ -110,7 +110,7 @@ def module_times(result: TableResult) -> Figure | None:
         for device in devices:
             cells = [row.cells[Column(name, device)].measured for name in MODULES]
             if all(cells):
-                label = f"{row.row.name} at {result.profile} scale\n({row.as_run}; {device})"
+                label = f"{row.row.name}, {result.profile} scale: {row.as_run.partition(', ')[2]}\n({device})"
                 bars.append((label, [cell.mean for cell in cells if cell is not None]))
     if not bars:
         return None
