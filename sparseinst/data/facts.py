@@ -72,7 +72,7 @@ class Facts:
     """Two categories that differ only in `left` and `right` by name, if there are any."""
 
 
-def look_at(config: DataConfig) -> Facts:
+def measure_splits(config: DataConfig) -> Facts:
     """Read both splits and measure them.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from sparseinst.config import Config
 from sparseinst.data.check import MIRRORED
-from sparseinst.data.facts import Facts, look_at
+from sparseinst.data.facts import Facts, measure_splits
 from sparseinst.errors import UserError
 from sparseinst.files import atomic
 from sparseinst.machine import multiplies_bfloat16
@@ -329,12 +329,12 @@ def write_recipe(
 
     Raises:
         UserError: the output exists or cannot be written.
-        DataError: as in `look_at`.
+        DataError: as in `measure_splits`.
     """
     if output.exists():
         raise UserError(f"{output}: exists; give another --output, or remove it")
     given = {**given, "data.root": str(data)}
-    facts = look_at(load_config(overrides={path: value for path, value in given.items() if path.startswith("data.")}).data)
+    facts = measure_splits(load_config(overrides={path: value for path, value in given.items() if path.startswith("data.")}).data)
     chosen = recipe(facts, data, size, start, given=given, fast_bfloat16=multiplies_bfloat16())
     text = chosen.text(
         f"Settings for {data}, chosen by `sparseinst init`. Every setting can be changed; `sparseinst config` lists all."

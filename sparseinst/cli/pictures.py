@@ -1,4 +1,4 @@
-"""Commands that show what a model does: predict, maps, failures, curves."""
+"""Commands that draw what a model does: predict, maps, failures, curves."""
 
 from __future__ import annotations
 
