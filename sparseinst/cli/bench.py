@@ -134,7 +134,7 @@ def bench(
     """
     from sparseinst.bench.engine_report import report_engines
     from sparseinst.bench.report import report_results
-    from sparseinst.bench.run import Request, limit_photos, measure
+    from sparseinst.bench.request import Request, limit_photos, measure_request
     from sparseinst.device import pick_device
     from sparseinst.visualize.predict_files import find_images
 
@@ -149,7 +149,7 @@ def bench(
         by_turns=engines, compare=compare, train=train, photos=limit_photos(find_images(photos)) if photos else (), data=data,
         images=images, roofline=roofline, record=record, warmup=warmup, repetitions=repetitions,
     )  # fmt: skip
-    found = measure(request, partial(_record_peer, profile=profile, results=results) if record else None)
+    found = measure_request(request, partial(_record_peer, profile=profile, results=results) if record else None)
     if engines:
         report_engines(found, output, plot, as_json=as_json)
     else:

@@ -1,4 +1,4 @@
-"""Commands that import weights from elsewhere, and export or publish our weights."""
+"""Commands that exchange models with others: import-weights, export, publish."""
 
 from __future__ import annotations
 
