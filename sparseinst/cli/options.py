@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparseinst.ablation.store import Store
-from sparseinst.ablation.study import read_profile, read_tables
+from sparseinst.ablation.study import SEEDS, read_profile, read_tables
 from sparseinst.config import OptimizeMode
 from sparseinst.errors import UserError
 
@@ -39,7 +39,7 @@ _TABLES = "table1 ... table8, figure1, the path of a spec, or all."
 Tables = Annotated[list[str] | None, typer.Argument(metavar="[TABLE ...]", help=_TABLES)]
 TableNames = Annotated[list[str], typer.Argument(metavar="TABLE ...", help=_TABLES)]
 ProfileName = Annotated[str, typer.Option("--profile", help="The scale: a file in experiments/profiles, by name or path.")]
-Seeds = Annotated[int, typer.Option(min=1, max=12, help="Train every row with this many seeds, starting at 0.")]
+Seeds = Annotated[int, typer.Option(min=1, max=len(SEEDS), help="Train every row with this many seeds, starting at 0.")]
 RowText = Annotated[
     str | None, typer.Option("--row", help="Use only the row of this name, or the rows whose name contains this text.")
 ]

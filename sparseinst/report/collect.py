@@ -9,10 +9,10 @@ from typing import get_args
 
 from sparseinst.ablation.looks import Look, last_decisions, look_name, penalties, read_looks
 from sparseinst.ablation.peers import PeerResult, find_peers
-from sparseinst.ablation.plan import SEEDS
 from sparseinst.ablation.statistics import Comparison, Difference, Judgement, Prior, Sample, difference, estimate_prior, judge
 from sparseinst.ablation.store import RESULTS, Store
 from sparseinst.ablation.study import (
+    SEEDS,
     AccuracyFigure,
     Figure,
     Profile,
