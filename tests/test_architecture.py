@@ -127,6 +127,7 @@ WITHOUT_TORCH = [
     "report.terminal",
     "report.webpage",
     "publish.card",
+    "visualize.inputs",
 ]
 
 

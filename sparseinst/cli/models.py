@@ -22,6 +22,7 @@ from sparseinst.cli.options import (
     ProfileName,
     Record,
     Results,
+    check_paths,
     engine_overrides,
 )
 from sparseinst.errors import UserError
@@ -47,7 +48,7 @@ def train(
         Path | None,
         typer.Option(
             help="Start from these weights, for example imported ones, with their model settings. Classes that the weights "
-            "do not know by name start from random values."
+            "do not know by name start from random values.",
         ),
     ] = None,
     preflight: Annotated[
@@ -61,6 +62,7 @@ def train(
     from sparseinst.nested import flatten
     from sparseinst.overrides import load_config, parse_override, read_layer
 
+    check_paths(weights=weights)
     overrides: dict[str, Any] = dict(map(parse_override, override))
     if data is not None:
         overrides = {"data.root": str(data), "data.source": "coco", **overrides}
@@ -183,6 +185,7 @@ def evaluate(
         raise UserError("evaluate: --checkpoint chooses weights of a run, so it cannot be used with --peer")
     if peer is not None and (engine is not None or precision is not None or optimize is not None):
         raise UserError("evaluate: a peer always runs in torch and fp32: leave out --engine, --precision and --optimize")
+    check_paths(weights=weights, data=data)
     if peer is not None:
         found = _evaluate_peer(peer, weights, overrides, predictions, evaluator, device, (profile, results) if record else None)
     elif weights is None:

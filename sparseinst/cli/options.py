@@ -14,9 +14,12 @@ from sparseinst.ablation.store import Store
 from sparseinst.ablation.study import SEEDS, read_profile, read_tables
 from sparseinst.config import OptimizeMode
 from sparseinst.errors import UserError
+from sparseinst.files import check_is_file
+from sparseinst.paths import SHIPPED_MODELS
 
 if TYPE_CHECKING:
     from sparseinst.ablation.plan import Plan
+
 
 Overrides = Annotated[
     list[str],
@@ -25,6 +28,7 @@ Overrides = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
+Weights = Annotated[Path, typer.Option(help="A weights file, or the folder of a run, which may be unfinished.")]
 Checkpoint = Annotated[
     str | None,
     typer.Option(
@@ -94,6 +98,14 @@ UntilSettled = Annotated[
         "chance of one. With --budget, a look whose estimated cost exceeds what is left of the budget is not started.",
     ),
 ]
+
+
+def check_paths(*, weights: Path | None = None, data: Path | None = None) -> None:
+    """Refuse weights or a folder of data that do not exist. Commands call this before they import torch, which takes seconds."""
+    if weights is not None and str(weights) not in SHIPPED_MODELS and not weights.is_dir():
+        check_is_file(weights)
+    if data is not None and not data.is_dir():
+        raise UserError(f"{data}: no such folder")
 
 
 def engine_overrides(engine: str | None, precision: str | None) -> dict[str, str]:

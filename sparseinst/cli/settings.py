@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sparseinst.cli.options import Json, Overrides
+from sparseinst.cli.options import Json, Overrides, check_paths
 
 app = typer.Typer()
 
@@ -39,6 +39,7 @@ def init(
     from sparseinst.nested import flatten
     from sparseinst.overrides import parse_override, read_layer
 
+    check_paths(weights=weights, data=data)
     given = {**(flatten(read_layer(config)) if config is not None else {}), **dict(map(parse_override, override))}
     start: dict[str, Any] | None = None
     if weights is not None:
