@@ -190,14 +190,9 @@ def publish(
     """
     check_paths(weights=run)
 
-    from sparseinst.inference.checkpoints import find_weights
-    from sparseinst.inference.weights import load_weights
     from sparseinst.publish.card import About
     from sparseinst.publish.publish import publish as write
 
-    if dataset is None:
-        data = load_weights(find_weights(run, checkpoint))[1].data
-        dataset = "shapes" if data.source == "shapes" else Path(data.root).resolve().name
     about = About(name or output.resolve().name, dataset, data_license, license_)
     found = write(
         run, output, about, store=Store(results), checkpoint=checkpoint, pictures=pictures, score=score, overwrite=overwrite,

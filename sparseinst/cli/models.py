@@ -193,16 +193,15 @@ def evaluate(
     elif record:
         raise UserError("evaluate: --record is for peers only; `run` and `launch` record their results without it")
     else:
-        from sparseinst.evaluation.weights import evaluate_weights, open_for_evaluation
+        from sparseinst.evaluation.weights import evaluate_source, open_for_evaluation
         from sparseinst.inference.checkpoints import find_weights
         from sparseinst.inference.engine_network import device_for
 
         weights = find_weights(weights, checkpoint)
         _refuse_other_weights(weights, results)
-        chosen = device_for(open_for_evaluation(weights, overrides)[1], device)
-        found = evaluate_weights(
-            weights, overrides, device=chosen, predictions=predictions, evaluator=evaluator, optimize=optimize
-        )
+        source, config = open_for_evaluation(weights, overrides)
+        chosen = device_for(config, device)
+        found = evaluate_source(source, config, device=chosen, predictions=predictions, evaluator=evaluator, optimize=optimize)
     _print_metrics(found, as_json)
 
 

@@ -202,7 +202,7 @@ def failures(
     check_paths(weights=weights, data=data)
 
     from sparseinst.data.coco import val_split
-    from sparseinst.evaluation.weights import evaluate_weights, open_for_evaluation
+    from sparseinst.evaluation.weights import evaluate_source, open_for_evaluation
     from sparseinst.files import make_folder
     from sparseinst.inference.checkpoints import find_weights
     from sparseinst.inference.engine_network import device_for
@@ -211,11 +211,10 @@ def failures(
 
     overrides = {} if data is None else {"data.root": str(data), "data.source": "coco"}
     overrides |= dict(map(parse_override, override))
-    weights = find_weights(weights, checkpoint)
-    _, config = open_for_evaluation(weights, overrides)
+    source, config = open_for_evaluation(find_weights(weights, checkpoint), overrides)
     split = val_split(config.data)
     predictions = make_folder(output) / "predictions.json"
-    evaluation = evaluate_weights(weights, overrides, device=device_for(config, device), predictions=predictions)
+    evaluation = evaluate_source(source, config, device=device_for(config, device), predictions=predictions)
     results = json.loads(predictions.read_text(encoding="utf-8"))
     images = [image.id for image in split.images if image.id not in evaluation.skipped_images]
     found = find_failures(split.file, results, images, score)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -44,8 +45,8 @@ class About:
 
     name: str
     """The model's name, without the owner of the repository."""
-    dataset: str
-    """The data set's name, if possible its id among Hugging Face's data sets."""
+    dataset: str | None
+    """The data set's name, if possible its id among Hugging Face's data sets; None for the name of its folder."""
     data_license: str = NOT_STATED
     license: str = "unknown"
     """The licence of the weights, as Hugging Face's identifiers name it, such as `cc-by-4.0`."""
@@ -82,6 +83,12 @@ class Facts:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """The provenance in the training's record; empty if it has no record."""
 
+    @property
+    def dataset(self) -> str:
+        """The data set's name, from the user or from its folder."""
+        data = self.config.data
+        return self.about.dataset or ("shapes" if data.source == "shapes" else Path(data.root).resolve().name)
+
 
 def model_card(facts: Facts) -> ModelCard:
     """Return the card, with the metadata that Hugging Face reads as YAML at its beginning."""
@@ -95,7 +102,7 @@ def model_card(facts: Facts) -> ModelCard:
 def _metadata(facts: Facts) -> ModelCardData:
     figures = facts.measured.figures if facts.measured is not None else {}
     known = {name: round(value, 2) for name in get_args(AccuracyFigure) if (value := figures.get(name)) is not None}
-    dataset = facts.about.dataset
+    dataset = facts.dataset
     results = [
         EvalResult(
             task_type=_TASK, task_name="instance segmentation", dataset_type=dataset, dataset_name=dataset, dataset_split="val",
@@ -190,7 +197,7 @@ def _data(facts: Facts) -> str:
     names = [markdown(name) for name in category_names(facts.categories)]
     listed = ", ".join(names[:100]) + (f" and {len(names) - 100} more" if len(names) > 100 else "")
     return (
-        f"## Data\n\n- data set: {markdown(facts.about.dataset)}\n- licence of the data: {markdown(facts.about.data_license)}\n"
+        f"## Data\n\n- data set: {markdown(facts.dataset)}\n- licence of the data: {markdown(facts.about.data_license)}\n"
         f"- licence of the weights: {markdown(facts.about.license)}\n- {len(names)} classes: {listed}"
     )
 
