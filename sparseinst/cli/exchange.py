@@ -190,10 +190,10 @@ def publish(
     """
     check_paths(weights=run)
 
-    from sparseinst.publish.card import About
+    from sparseinst.publish.card import UserFacts
     from sparseinst.publish.publish import publish as write
 
-    about = About(name or output.resolve().name, dataset, data_license, license_)
+    about = UserFacts(name or output.resolve().name, dataset, data_license, license_)
     found = write(
         run, output, about, store=Store(results), checkpoint=checkpoint, pictures=pictures, score=score, overwrite=overwrite,
         device=device,

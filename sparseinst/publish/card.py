@@ -40,7 +40,7 @@ _CITATION = """```bibtex
 
 
 @dataclass(frozen=True)
-class About:
+class UserFacts:
     """What only the user knows about a model."""
 
     name: str
@@ -65,10 +65,10 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardFacts:
     """What a model card says about a model."""
 
-    about: About
+    about: UserFacts
     config: Config
     categories: Sequence[Category]
     weights: str
@@ -90,7 +90,7 @@ class Facts:
         return self.about.dataset or ("shapes" if data.source == "shapes" else Path(data.root).resolve().name)
 
 
-def model_card(facts: Facts) -> ModelCard:
+def model_card(facts: CardFacts) -> ModelCard:
     """Return the card, with the metadata that Hugging Face reads as YAML at its beginning."""
     sections = [
         _head(facts), _use(facts), _metrics(facts.measured), _pictures(facts.pictures), _data(facts), _training(facts),
@@ -99,7 +99,7 @@ def model_card(facts: Facts) -> ModelCard:
     return ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def _metadata(facts: Facts) -> ModelCardData:
+def _metadata(facts: CardFacts) -> ModelCardData:
     figures = facts.measured.figures if facts.measured is not None else {}
     known = {name: round(value, 2) for name in get_args(AccuracyFigure) if (value := figures.get(name)) is not None}
     dataset = facts.dataset
@@ -122,7 +122,7 @@ def _metadata(facts: Facts) -> ModelCardData:
     )
 
 
-def _head(facts: Facts) -> str:
+def _head(facts: CardFacts) -> str:
     model, inference = facts.config.model, facts.config.inference
     short, long = inference.sides()
     where, resized = "an image", f"Images are resized to a shorter side of {short} pixels, with a longer side of at most {long}."
@@ -141,7 +141,7 @@ def _head(facts: Facts) -> str:
     )
 
 
-def _use(facts: Facts) -> str:
+def _use(facts: CardFacts) -> str:
     name = facts.about.name
     return f"""## Use
 
@@ -193,7 +193,7 @@ def _pictures(pictures: Sequence[str]) -> str:
     return f"## Predictions\n\nThe model's instances in the first validation images:\n\n{shown}"
 
 
-def _data(facts: Facts) -> str:
+def _data(facts: CardFacts) -> str:
     names = [markdown(name) for name in category_names(facts.categories)]
     listed = ", ".join(names[:100]) + (f" and {len(names) - 100} more" if len(names) > 100 else "")
     return (
@@ -207,7 +207,7 @@ def steps_of(train: TrainConfig) -> str:
     return f"{'at most ' if train.patience is not None else ''}{train.iterations} steps"
 
 
-def _training(facts: Facts) -> str:
+def _training(facts: CardFacts) -> str:
     train, backbone = facts.config.train, facts.config.model.backbone
     if train.start is not None:
         start = "the weights of another SparseInst model"

@@ -10,13 +10,13 @@ import pytest
 from sparseinst.cli import run_cli
 from sparseinst.config import Config, DataConfig
 from sparseinst.data.check import mirrored_categories
-from sparseinst.data.facts import Facts, measure_splits
+from sparseinst.data.facts import DataFacts, measure_splits
 from sparseinst.data.recipe import recipe
 from sparseinst.nested import explanations, leaf_paths
 from sparseinst.overrides import load_config
 from tests.conftest import annotation, box, write_coco
 
-FACTS = Facts(
+FACTS = DataFacts(
     train_images=2000,
     val_images=400,
     shared_images=0,
