@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseinst.config import NetworkPrecision
-from sparseinst.engines.artifact import artifact_identity, read_onnx
+from sparseinst.engines.artifact_files import artifact_identity, read_onnx
 from sparseinst.engines.base import INPUT, EngineFacts, check_precision, missing_package, used_precision
 from sparseinst.errors import UserError
 from sparseinst.models.network import Predictions

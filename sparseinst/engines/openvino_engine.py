@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparseinst.config import NetworkPrecision
-from sparseinst.engines.artifact import artifact_identity
+from sparseinst.engines.artifact_files import artifact_identity
 from sparseinst.engines.base import EngineFacts, check_precision, missing_package, used_precision
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import check_writable

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from sparseinst.engines.artifact import artifact_files
+from sparseinst.engines.artifact_files import artifact_files
 from sparseinst.errors import UserError
 from sparseinst.files import atomic, check_is_file, file_digest, make_folder
 

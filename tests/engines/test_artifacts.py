@@ -14,7 +14,7 @@ import torch
 
 from sparseinst import load_model
 from sparseinst.cli import run_cli
-from sparseinst.engines.artifact import artifact_files, artifact_identity
+from sparseinst.engines.artifact_files import artifact_files, artifact_identity
 from sparseinst.engines.names import check_engine
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.inference.artifacts import (

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sparseinst.config import EngineName, NetworkPrecision
-from sparseinst.engines.artifact import OPSET
+from sparseinst.engines.artifact_files import OPSET
 from sparseinst.engines.base import INPUT, Engine, EngineFacts
 from sparseinst.errors import UserError
 from sparseinst.files import atomic
