@@ -18,7 +18,8 @@ from sparseinst.files import check_is_file
 from sparseinst.paths import SHIPPED_MODELS
 
 if TYPE_CHECKING:
-    from sparseinst.ablation.plan import Plan
+    from sparseinst.ablation.plan import Costs, Plan
+    from sparseinst.ablation.study import Profile
 
 
 Overrides = Annotated[
@@ -165,6 +166,12 @@ def make_plan(
     return table_plan, store
 
 
+def check_costs_are_known(cost: Costs, profile: Profile) -> None:
+    """Raise `UserError` if there is nothing to estimate the cost of a profile's runs from."""
+    if not cost.hours:
+        raise UserError(f"profile {profile.name!r} states no cost and nothing is recorded yet, so --budget cannot be checked")
+
+
 def check_budget(plan: Plan, store: Store, budget: float | None) -> None:
     """Raise `UserError` if the remaining runs of the plan cost more hours than the budget."""
     from sparseinst.ablation.plan import costs
@@ -172,10 +179,7 @@ def check_budget(plan: Plan, store: Store, budget: float | None) -> None:
     if budget is None:
         return
     cost = costs(plan, store)
-    if not cost.hours:
-        raise UserError(
-            f"profile {plan.profile.name!r} states no cost and nothing is recorded yet, so --budget cannot be checked"
-        )
+    check_costs_are_known(cost, plan.profile)
     hours = cost.of(plan.to_do())
     if hours > budget:
         raise UserError(f"the plan costs about {hours:.1f} {cost.unit}, over the budget of {budget:g}: nothing was started")

@@ -26,6 +26,7 @@ from sparseinst.cli.options import (
     TimingCluster,
     UntilSettled,
     check_budget,
+    check_costs_are_known,
     make_plan,
     warn_about_overruled_rows,
 )
@@ -203,11 +204,12 @@ def _run_until_settled(
         next_look = plan_looks(tables, wanted, scale, store, device)
         cost = costs(next_look, store)
         hours = cost.of(next_look.to_do())
-        if budget is not None and not cost.hours:
-            raise UserError(f"profile {scale.name!r} states no cost and nothing is recorded yet, so --budget cannot be checked")
-        if budget is not None and spent + hours > budget:
-            print(f"the next look costs about {hours:.1f} {cost.unit}, and {budget - spent:.1f} of the budget are left: stopped")
-            break
+        if budget is not None:
+            check_costs_are_known(cost, scale)
+            if spent + hours > budget:
+                left = budget - spent
+                print(f"the next look costs about {hours:.1f} {cost.unit}, and {left:.1f} of the budget are left: stopped")
+                break
         spent += hours
         store.check_writable()
         print(

@@ -16,6 +16,7 @@ from sparseinst.data.convert.source import Entry, Instance, Mask, Report, Size, 
 from sparseinst.data.images import read_image
 from sparseinst.data.masks import decode, encode
 from sparseinst.errors import DataError, UserError
+from sparseinst.files import free_path
 from sparseinst.words import counted
 
 _OUTSIDE = 0.02
@@ -97,7 +98,7 @@ def _write_images(folder: Path, entries: Iterable[Entry], report: Report) -> Ite
         if annotated is None or found is None:
             continue
         size, suffix = found
-        file = _free(folder / f"{entry.name}{suffix}")
+        file = free_path(folder / f"{entry.name}{suffix}")
         file.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(annotated.image, bytes):
             file.write_bytes(annotated.image)
@@ -131,12 +132,6 @@ def _size_and_suffix(annotated: SourceImage, name: str, report: Report) -> tuple
 def _opened(image: Path | bytes) -> Path | BinaryIO:
     """Return what Pillow can open."""
     return image if isinstance(image, Path) else io.BytesIO(image)
-
-
-def _free(file: Path) -> Path:
-    """Return the path, with a number if it is taken."""
-    candidates = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in range(2, 1_000_000))
-    return file if not file.exists() else next(path for path in candidates if not path.exists())
 
 
 def _checked(annotated: SourceImage, size: Size, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
