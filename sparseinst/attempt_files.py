@@ -1,6 +1,6 @@
 """Read the files of attempts: who began one, which ranks are alive, and how each of them ended. Imports no torch.
 
-`attempts` lists the files and writes them.
+`attempts` lists the files and writes them. What is read from a file is validated; a damaged file counts as one without values.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from sparseinst.files import json_fields
+from sparseinst.files import parse_json
 from sparseinst.machine import machine_name, process_name
 from sparseinst.paths import RunPaths
 
@@ -27,38 +27,47 @@ _Whole = Annotated[int, Field(ge=0, le=2**22)]
 """A process id, a rank or a count; Linux allows no larger process id."""
 
 
-class _About(BaseModel):
-    """The types of the fields of an attempt's own file."""
+class AttemptStart(BaseModel, frozen=True):
+    """An attempt's own file: the process of rank 0, which began it. A missing or damaged file has the defaults."""
 
-    began: _Seconds = 0
-    host: str = ""
+    began: _Seconds = 0.0
+    """Seconds since 1970, like all times here."""
+    host: str = "unknown"
     machine: str = ""
+    """The machine, named as by `machine.machine_name`."""
     pid: _Whole = 0
     process: str | None = None
+    """The process, named as by `machine.process_name`."""
     job: str | None = None
+    """The scheduler's name of the job, with the array index."""
     restarts: _Whole = 0
+    """How often the scheduler had requeued the job."""
     world_size: _Whole = 1
     address: str | None = None
+    """The host:port at which the other ranks connect to rank 0."""
     hang_seconds: _Seconds | None = None
+    """A rank that makes no progress for this long hangs; None for no limit."""
 
 
-class _Beat(BaseModel):
-    """The types of the fields of a heartbeat."""
+class Heartbeat(BaseModel, frozen=True):
+    """A heartbeat of one rank."""
 
-    phase: str = ""
+    phase: str
+    """What the rank is doing."""
     step: int | None = None
-    since: _Seconds = 0
+    since: _Seconds
+    """When the phase began."""
     pid: _Whole = 0
     process: str | None = None
     machine: str = ""
 
 
-class _End(BaseModel):
-    """The types of the fields of an end."""
+class AttemptEnd(BaseModel, frozen=True):
+    """How an attempt ended for one rank."""
 
     outcome: Outcome
     reason: str | None = None
-    at: _Seconds = 0
+    at: _Seconds = 0.0
     traceback: str | None = None
 
 
@@ -67,19 +76,19 @@ class AttemptRecord:
     """The content of one attempt's files."""
 
     number: int
-    about: dict[str, Any]
-    beats: dict[int, tuple[float, dict[str, Any]]]
-    """By rank: the age of the last heartbeat in seconds, and its content."""
-    ends: dict[int, dict[str, Any]]
-    """By rank: `outcome`, `reason`, `at`."""
+    start: AttemptStart
+    beats: dict[int, tuple[float, Heartbeat]]
+    """By rank: the age of the last heartbeat in seconds, and its content. A damaged one is infinitely old."""
+    ends: dict[int, AttemptEnd | None]
+    """By rank: how it ended; None if the file is damaged."""
 
     @property
     def job(self) -> str | None:
-        return self.about.get("job")
+        return self.start.job
 
     @property
     def began(self) -> float:
-        return float(self.about.get("began", 0.0))
+        return self.start.began
 
     @property
     def ended(self) -> bool:
@@ -91,9 +100,9 @@ class AttemptRecord:
 
     def process_lives(self) -> bool | None:
         """Return whether rank 0's process is alive; None if it is on another machine."""
-        if self.about.get("machine") != machine_name():
+        if self.start.machine != machine_name():
             return None
-        return self.about.get("process") == process_name(int(self.about.get("pid", 0)))
+        return self.start.process == process_name(self.start.pid)
 
     def at_work(self) -> bool:
         """Return whether the attempt is still running, as far as this machine can see."""
@@ -105,16 +114,17 @@ class AttemptRecord:
     @property
     def done(self) -> bool:
         """Whether the attempt finished its stage."""
-        return bool(self.ends.get(0, {}).get("outcome") == "done")
+        end = self.ends.get(0)
+        return end is not None and end.outcome == "done"
 
     def failure(self) -> str | None:
         """Return the reason of the first rank that failed, since the others fail as a consequence; None if none failed."""
-        failed = [(end.get("at", 0.0), rank, end) for rank, end in self.ends.items() if end.get("outcome") == "failed"]
+        failed = [(end.at, rank, end) for rank, end in self.ends.items() if end is not None and end.outcome == "failed"]
         if not failed:
             return None
         _, rank, end = min(failed, key=lambda entry: entry[:2])
-        prefix = f"rank {rank}: " if self.about.get("world_size", 1) > 1 else ""
-        return f"{prefix}{end.get('reason')}"
+        prefix = f"rank {rank}: " if self.start.world_size > 1 else ""
+        return f"{prefix}{end.reason}"
 
 
 def latest_attempt(paths: RunPaths) -> AttemptRecord | None:
@@ -132,35 +142,39 @@ def _newest_number(paths: RunPaths) -> int:
 
 
 def read_attempt(paths: RunPaths, number: int) -> AttemptRecord:
-    """Return one attempt of a run; an attempt whose files are missing or damaged is empty."""
+    """Return one attempt of a run."""
+    start = parse_json(_content(paths.attempt(number)), AttemptStart) or AttemptStart()
     beats, ends = {}, {}
     for file in paths.attempts.glob(f"{number:04d}.*.*"):
         rank = file.name.split(".")[1]
         if not rank.isdecimal():
             continue
         if file.suffix == ".beat":
-            beats[int(rank)] = _read_beat(file)
+            beats[int(rank)] = _read_beat(file, start.began)
         elif file.suffix == ".end":
-            ends[int(rank)] = _read_fields(file, _End)
-    return AttemptRecord(number, _read_fields(paths.attempt(number), _About), beats, ends)
+            ends[int(rank)] = parse_json(_content(file), AttemptEnd)
+    return AttemptRecord(number, start, beats, ends)
 
 
-def _read_beat(path: Path) -> tuple[float, dict[str, Any]]:
+def _read_beat(path: Path, began: float) -> tuple[float, Heartbeat]:
+    """Return the age of a heartbeat and its content. A damaged one counts as written before the attempt began."""
     try:
         with path.open("rb") as file:  # opening the file makes a network file system fetch its current time stamp
             written = os.fstat(file.fileno()).st_mtime
-            content = json_fields(file.read(), _Beat)
+            beat = parse_json(file.read(), Heartbeat)
     except FileNotFoundError:
-        return float("inf"), {}
-    return max(0.0, time.time() - written) if content else float("inf"), content
+        beat = None
+    if beat is None:
+        return float("inf"), Heartbeat(phase="an unknown phase", since=began)
+    return max(0.0, time.time() - written), beat
 
 
-def _read_fields(path: Path, model: type[BaseModel]) -> dict[str, Any]:
-    """Return the fields of a file; an empty dict if the file is missing or damaged."""
+def _content(path: Path) -> bytes:
+    """Return the content of a file; nothing if the file is missing."""
     try:
-        return json_fields(path.read_bytes(), model)
+        return path.read_bytes()
     except FileNotFoundError:
-        return {}
+        return b""
 
 
 def describe_hang(attempt: AttemptRecord, limit: float) -> str | None:
@@ -173,10 +187,11 @@ def describe_hang(attempt: AttemptRecord, limit: float) -> str | None:
         A rank without heartbeats is named first, then one that is not merely waiting for the others. None if no rank hangs.
     """
     stuck = []
-    for rank in range(attempt.about.get("world_size", 1)):
-        silent, at = attempt.beats.get(rank, (time.time() - attempt.began, {"phase": "start", "since": attempt.began}))
-        in_phase = time.time() - at.get("since", attempt.began)
+    for rank in range(attempt.start.world_size):
+        none_yet = time.time() - attempt.began, Heartbeat(phase="start", since=attempt.began)
+        silent, beat = attempt.beats.get(rank, none_yet)
+        in_phase = time.time() - beat.since
         if max(silent, in_phase) > limit:
-            where = f"{at.get('phase')}" + (f" of step {at['step']}" if at.get("step") is not None else "")
-            stuck.append((silent <= limit, at.get("phase") == "wait", rank, f"rank {rank} hung in {where} for {in_phase:.0f} s"))
+            where = beat.phase + (f" of step {beat.step}" if beat.step is not None else "")
+            stuck.append((silent <= limit, beat.phase == "wait", rank, f"rank {rank} hung in {where} for {in_phase:.0f} s"))
     return min(stuck)[-1] if stuck else None

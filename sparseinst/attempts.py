@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from sparseinst.attempt_files import AttemptRecord, Outcome, describe_hang, latest_attempt, read_attempt
+from sparseinst.attempt_files import AttemptRecord, AttemptStart, Outcome, describe_hang, latest_attempt, read_attempt
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import atomic, make_folder, remove_temporaries, write_error
 from sparseinst.machine import machine_name, process_name
@@ -61,8 +61,8 @@ class Attempt:
     superseded.
     """
 
-    def __init__(self, paths: RunPaths, number: int, about: dict[str, Any], rank: int = 0) -> None:
-        self.paths, self.number, self.about, self.rank = paths, number, about, rank
+    def __init__(self, paths: RunPaths, number: int, start: AttemptStart, rank: int = 0) -> None:
+        self.paths, self.number, self.start, self.rank = paths, number, start, rank
         self._at: dict[str, Any] = {"phase": "start", "step": None, "since": time.time()}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat_until_stopped, daemon=True, name="heartbeat")
@@ -70,12 +70,12 @@ class Attempt:
 
     @property
     def world_size(self) -> int:
-        return int(self.about["world_size"])
+        return self.start.world_size
 
     @property
     def address(self) -> str | None:
         """The host:port at which the other ranks connect to rank 0."""
-        return self.about.get("address")
+        return self.start.address
 
     @classmethod
     def begin(
@@ -93,19 +93,19 @@ class Attempt:
         """
         last = latest_attempt(paths)
         # A requeued job takes over from its own earlier start, even if that old copy still runs.
-        requeued = last is not None and job is not None and last.job == job.id and last.about.get("restarts", 0) < job.restarts
+        requeued = last is not None and job is not None and last.job == job.id and last.start.restarts < job.restarts
         if last is not None and not requeued and last.at_work():
             raise Held(_held_message(paths, last))
-        about = {
-            "began": time.time(), "host": socket.gethostname(), "machine": machine_name(), "pid": os.getpid(),
-            "process": process_name(os.getpid()), "job": job.id if job else None, "restarts": job.restarts if job else 0,
-            "world_size": world_size, "address": address, "hang_seconds": hang_seconds,
-        }  # fmt: skip
+        start = AttemptStart(
+            began=time.time(), host=socket.gethostname(), machine=machine_name(), pid=os.getpid(),
+            process=process_name(os.getpid()), job=job.id if job else None, restarts=job.restarts if job else 0,
+            world_size=world_size, address=address, hang_seconds=hang_seconds,
+        )  # fmt: skip
         number = last.number + 1 if last is not None else 1
         make_folder(paths.attempts)
         temporary = paths.attempts / f".{uuid.uuid4().hex[:8]}.tmp"
         try:
-            temporary.write_text(json.dumps(about) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(start.model_dump()) + "\n", encoding="utf-8")
             os.link(temporary, paths.attempt(number))  # unlike a rename, a link fails if the number is taken
         except FileExistsError:
             raise Held(_held_message(paths, read_attempt(paths, number))) from None
@@ -117,7 +117,7 @@ class Attempt:
         for folder in (paths.root, paths.checkpoints):  # no other process writes to them now
             remove_temporaries(folder)
         remove_temporaries(paths.attempts, older_than=60)  # others may be trying to begin
-        return cls(paths, number, about)
+        return cls(paths, number, start)
 
     @classmethod
     def join(cls, paths: RunPaths, job: Job, rank: int) -> Self:
@@ -129,15 +129,15 @@ class Attempt:
         deadline = time.monotonic() + JOIN_SECONDS
         while time.monotonic() < deadline:
             last = latest_attempt(paths)
-            if last is not None and (last.job, last.about.get("restarts")) == (job.id, job.restarts) and last.at_work():
-                return cls(paths, last.number, last.about, rank)
+            if last is not None and (last.job, last.start.restarts) == (job.id, job.restarts) and last.at_work():
+                return cls(paths, last.number, last.start, rank)
             time.sleep(0.2)
         raise RunFailed(f"{paths.root}: rank 0 of job {job.id} did not begin within {JOIN_SECONDS:g} s")
 
     def __enter__(self) -> Self:
         try:
             self._beat()
-            if self.about.get("hang_seconds"):
+            if self.start.hang_seconds:
                 self._stacks = self.paths.stacks(self.number, self.rank).open("w", encoding="utf-8")
         except OSError as error:
             raise write_error(self.paths.root, error) or error from None
@@ -195,7 +195,7 @@ class Attempt:
 
     def _end_if_hung(self) -> None:
         """Write this process's stacks if it hangs. On rank 0, then end the process; the launcher then ends the other ranks."""
-        limit = self.about.get("hang_seconds")
+        limit = self.start.hang_seconds
         if not limit:
             return
         if time.time() - self._at["since"] > limit:
@@ -215,9 +215,9 @@ class Attempt:
         Code that hangs and holds the interpreter's lock stops the thread of the heartbeat, too. The watchdog needs no lock. The
         other ranks write theirs a heartbeat earlier, because rank 0 then records the reason and ends the job.
         """
-        if self._stacks is None:
+        if self._stacks is None or self.start.hang_seconds is None:
             return
-        after = float(self.about["hang_seconds"]) + (1 if self.rank else 2) * BEAT_SECONDS
+        after = self.start.hang_seconds + (1 if self.rank else 2) * BEAT_SECONDS
         with contextlib.suppress(RuntimeError):  # no thread can be started now; the next heartbeat tries again
             faulthandler.dump_traceback_later(after, file=self._stacks, exit=self.rank == 0)
 
@@ -248,5 +248,5 @@ def reason(error: BaseException) -> str:
 def _held_message(paths: RunPaths, last: AttemptRecord) -> str:
     """Return the message that names the process which holds the folder."""
     job = f", job {last.job}" if last.job else ""
-    process = f"host {last.about.get('host')}, pid {last.about.get('pid')}{job}"
+    process = f"host {last.start.host}, pid {last.start.pid}{job}"
     return f"{paths.root}: another process is at work in this folder ({process})"

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -21,6 +21,8 @@ from sparseinst.errors import RunFailed, UserError
 from sparseinst.words import shorten
 
 _log = logging.getLogger(__name__)
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -153,16 +155,12 @@ def remove_temporaries(folder: Path, *, older_than: float = 0.0) -> None:
             continue
 
 
-def json_fields(text: bytes | str, model: type[BaseModel]) -> dict[str, Any]:
-    """Return the fields that a JSON object holds; an empty dict if it is damaged or a field has a wrong type.
-
-    Args:
-        model: the types of the fields.
-    """
+def parse_json(text: bytes | str, model: type[AnyModel]) -> AnyModel | None:
+    """Return a JSON object as this model; None if it is damaged, lacks a field, or a field has a wrong type."""
     try:
-        return model.model_validate_json(text, strict=True).model_dump(exclude_unset=True)
+        return model.model_validate_json(text, strict=True)
     except ValueError:  # pydantic raises it for every kind of damage: no UTF-8, no JSON, no object, too deep, a wrong type
-        return {}
+        return None
 
 
 def free_path(path: Path) -> Path:

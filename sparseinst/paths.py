@@ -8,6 +8,8 @@ from pathlib import Path
 WEIGHTS = "model.safetensors"
 SHIPPED = Path(__file__).parent / "shipped"
 """Weights and records that come with the package, by key."""
+SHIPPED_MODELS = ("demo",)
+"""Names of the trained models that the package contains. `demo` is the default row of the profile `small`."""
 
 
 @dataclass(frozen=True)

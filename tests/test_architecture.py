@@ -76,6 +76,7 @@ WITHOUT_TORCH = [
     "cli",
     "data.annotations",
     "data.coco",
+    "data.coco_folder",
     "data.images",
     "data.masks",
     "data.transforms",
@@ -126,6 +127,7 @@ WITHOUT_TORCH = [
     "report.terminal",
     "report.webpage",
     "publish.card",
+    "visualize.inputs",
 ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sparseinst import attempt_files, attempts
-from sparseinst.attempt_files import AttemptRecord, describe_hang, latest_attempt
+from sparseinst.attempt_files import AttemptEnd, AttemptRecord, AttemptStart, Heartbeat, describe_hang, latest_attempt
 from sparseinst.attempts import Attempt, Held, Job, Superseded
 from sparseinst.errors import RunFailed
 from sparseinst.files import atomic
@@ -24,9 +24,15 @@ def paths(tmp_path: Path) -> RunPaths:
     return RunPaths(tmp_path / "run")
 
 
-def rewrite(attempt: Attempt, **about: Any) -> None:
+def rewrite(attempt: Attempt, **changes: Any) -> None:
     """Change what the attempt's file says about its process."""
-    attempt.paths.attempt(attempt.number).write_text(json.dumps({**attempt.about, **about}))
+    attempt.paths.attempt(attempt.number).write_text(json.dumps({**attempt.start.model_dump(), **changes}))
+
+
+def end_of(attempt: AttemptRecord, rank: int = 0) -> AttemptEnd:
+    end = attempt.ends[rank]
+    assert end is not None
+    return end
 
 
 def test_only_one_attempt_runs_at_a_time(paths: RunPaths) -> None:
@@ -38,7 +44,7 @@ def test_only_one_attempt_runs_at_a_time(paths: RunPaths) -> None:
         assert second.number == 2
     last = latest_attempt(paths)
     assert last is not None
-    assert (last.ends[0]["outcome"], last.at_work()) == ("done", False)
+    assert (end_of(last).outcome, last.at_work()) == ("done", False)
 
 
 def test_only_one_of_six_simultaneous_attempts_begins(paths: RunPaths) -> None:
@@ -111,7 +117,7 @@ def test_the_outcome_and_the_reason_are_recorded(paths: RunPaths, error: BaseExc
         raise error
     last = latest_attempt(paths)
     assert last is not None
-    assert (last.ends[0]["outcome"], last.ends[0]["reason"], last.failure()) == (outcome, reason, reason)
+    assert (end_of(last).outcome, end_of(last).reason, last.failure()) == (outcome, reason, reason)
 
 
 def test_other_ranks_join_and_the_first_failure_is_the_reason(paths: RunPaths) -> None:
@@ -136,16 +142,16 @@ def test_joining_an_attempt_that_never_began_fails(paths: RunPaths, monkeypatch:
 
 def test_the_hanging_rank_is_the_one_that_does_not_wait() -> None:
     now = time.time()
-    about = {"world_size": 3, "began": now - 1000}
+    start = AttemptStart(world_size=3, began=now - 1000)
     beats = {
-        0: (1.0, {"phase": "wait", "step": 41, "since": now - 320}),
-        1: (1.0, {"phase": "wait", "step": 41, "since": now - 321}),
-        2: (1.0, {"phase": "data", "step": 41, "since": now - 322}),
+        0: (1.0, Heartbeat(phase="wait", step=41, since=now - 320)),
+        1: (1.0, Heartbeat(phase="wait", step=41, since=now - 321)),
+        2: (1.0, Heartbeat(phase="data", step=41, since=now - 322)),
     }
-    assert describe_hang(AttemptRecord(1, about, beats, {}), 300) == "rank 2 hung in data of step 41 for 322 s"
-    assert describe_hang(AttemptRecord(1, about, beats, {}), 400) is None
-    silent = {**beats, 1: (310.0, {"phase": "wait", "step": 41, "since": now - 321})}
-    assert str(describe_hang(AttemptRecord(1, about, silent, {}), 300)).startswith("rank 1 hung in wait of step 41")
+    assert describe_hang(AttemptRecord(1, start, beats, {}), 300) == "rank 2 hung in data of step 41 for 322 s"
+    assert describe_hang(AttemptRecord(1, start, beats, {}), 400) is None
+    silent = {**beats, 1: (310.0, beats[1][1])}
+    assert str(describe_hang(AttemptRecord(1, start, silent, {}), 300)).startswith("rank 1 hung in wait of step 41")
 
 
 def test_a_hanging_process_ends_itself_and_records_the_reason(paths: RunPaths) -> None:
@@ -209,7 +215,7 @@ def test_damaged_files_count_as_empty(paths: RunPaths) -> None:
     assert last.failure() is None
     with Attempt.begin(paths) as second:
         assert second.number == 2
-    assert socket.gethostname() == second.about["host"]
+    assert socket.gethostname() == second.start.host
 
 
 DAMAGED = ["", "[]", "12", "null", '"x"', "{", "[" * 100_000, b"\xff\xfe", '{"a": "\\ud800"}']
@@ -221,9 +227,9 @@ def test_a_damaged_heartbeat_counts_as_empty(paths: RunPaths, content: str | byt
     paths.beat(1, 0).write_bytes(content if isinstance(content, bytes) else content.encode())
     last = latest_attempt(paths)
     assert last is not None
-    assert last.beats == {0: (float("inf"), {})}
+    assert last.beats[0][0] == float("inf")
     assert last.at_work()
-    assert describe_hang(last, 60) == f"rank 0 hung in None for {time.time() - attempt.about['began']:.0f} s"
+    assert describe_hang(last, 60) == f"rank 0 hung in an unknown phase for {time.time() - attempt.start.began:.0f} s"
 
 
 @pytest.mark.parametrize(
@@ -236,6 +242,26 @@ def test_a_damaged_attempt_counts_as_empty(paths: RunPaths, content: str | bytes
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     last = latest_attempt(paths)
     assert last is not None
-    assert (last.about, last.ends, last.began, last.job) == ({}, {0: {}}, 0.0, None)
+    assert (last.start, last.ends, last.ended, last.done) == (AttemptStart(), {0: None}, True, False)
     assert last.failure() is None
     assert Attempt.begin(paths, job=Job("1", restarts=1)).number == 2
+
+
+def test_files_of_the_first_version_are_read(paths: RunPaths) -> None:
+    paths.attempts.mkdir(parents=True)
+    paths.attempt(1).write_text('{"began": 12, "host": "node7", "pid": 3, "job": "5", "restarts": 2, "world_size": 2}\n')
+    paths.beat(1, 1).write_text('{"phase": "step", "step": 41, "since": 20, "later": true}\n')
+    paths.end(1, 0).write_text('{"outcome": "failed", "reason": "no space left", "at": 30}\n')
+    last = latest_attempt(paths)
+    assert last is not None
+    assert (last.began, last.job, last.start.restarts, last.start.hang_seconds) == (12, "5", 2, None)
+    assert last.beats[1][1] == Heartbeat(phase="step", step=41, since=20)
+    assert last.failure() == "rank 0: no space left"
+
+
+def test_an_attempts_file_holds_plain_values(paths: RunPaths) -> None:
+    attempt = Attempt.begin(paths, job=Job("5", 1), world_size=2, hang_seconds=7)
+    written = json.loads(paths.attempt(1).read_text())
+    names = ["began", "host", "machine", "pid", "process", "job", "restarts", "world_size", "address", "hang_seconds"]
+    assert list(written) == names
+    assert AttemptStart(**written) == attempt.start

@@ -304,6 +304,44 @@ def processor_seconds(command: list[str]) -> float:
 
 
 @pytest.mark.slow
+def test_a_missing_path_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    output = ["--output", str(tmp_path / "out")]
+    commands = {
+        "gone.jpg: no such image or folder": [
+            ["predict", "gone.jpg", "--weights", "demo", *output],
+            ["bench", "--photos", "gone.jpg"],
+        ],
+        "gone: no such file": [
+            *([command, "--weights", "gone", *output] for command in ("maps", "failures", "export", "train")),
+            ["predict", "a.png", "--weights", "gone", *output],
+            ["evaluate", "--weights", "gone"],
+            ["evaluate", "--weights", "gone", "--peer", "yolo26n-seg"],
+            ["init", "--data", str(tmp_path), "--weights", "gone"],
+            ["publish", "gone", *output],
+            ["import-weights", "gone", *output],
+        ],
+        "gone: no such folder": [
+            *([command, "--weights", "demo", "--data", "gone", *output] for command in ("maps", "failures")),
+            ["export", "--weights", "demo", "--engine", "openvino", "--data", "gone", *output],
+            ["evaluate", "--weights", "demo", "--data", "gone"],
+            ["bench", "--engines", "--data", "gone"],
+            ["init", "--data", "gone", *output],
+        ],
+    }
+    code = (
+        "import json, sys; from sparseinst.cli import run_cli\n"
+        "codes = [run_cli(command) for command in json.loads(sys.argv[1])]\n"
+        "assert set(codes) == {2}, codes\n"
+        "assert 'torch' not in sys.modules"
+    )
+    asked = json.dumps([command for group in commands.values() for command in group])
+    done = subprocess.run([sys.executable, "-c", code, asked], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [f"error: {line}" for line, group in commands.items() for _ in group]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["data", "check", "{shapes}", "--no-read"]])
 def test_starts_soon_without_torch(arguments: list[str], shapes_root: Path) -> None:
     command = [sys.executable, "-m", "sparseinst", *(a.format(shapes=shapes_root) for a in arguments)]

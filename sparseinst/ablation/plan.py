@@ -12,9 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparseinst.ablation.provenance import is_other_code
-from sparseinst.ablation.sequential import MOST_REFERENCE_SEEDS
 from sparseinst.ablation.store import Record, Store
-from sparseinst.ablation.study import Profile, Row, Spec, row_config, select_rows
+from sparseinst.ablation.study import SEEDS, Profile, Row, Spec, row_config, select_rows
 from sparseinst.ablation.study import Table as StudyTable
 from sparseinst.config import Config
 from sparseinst.errors import UserError
@@ -22,9 +21,6 @@ from sparseinst.machine import device_name
 from sparseinst.paths import stored_weights
 from sparseinst.section import STAGES, Stage
 from sparseinst.words import counted
-
-SEEDS = range(MOST_REFERENCE_SEEDS)
-"""The seeds that a row can have."""
 
 
 @dataclass(frozen=True)

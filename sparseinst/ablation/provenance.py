@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sparseinst.files import json_fields
+from sparseinst.files import parse_json
 from sparseinst.machine import gpu_driver, processor_model
 from sparseinst.paths import RunPaths
 
@@ -110,11 +110,10 @@ def trained_by(paths: RunPaths) -> dict[str, Any]:
         `commit`, `changes` and `versions` of the last code that trained them, and under `earlier` those of any others. `commit`
         and `changes` are None if nothing was recorded or the line is damaged.
     """
-    unknown: dict[str, Any] = {"commit": None, "changes": None, "versions": {}}
-    recorded = [unknown]
+    recorded = [_Code().model_dump()]
     if paths.code.exists():
         lines = paths.code.read_bytes().splitlines()
-        recorded = [{**unknown, **json_fields(line, _Code)} for line in lines] or recorded
+        recorded = [(parse_json(line, _Code) or _Code()).model_dump() for line in lines] or recorded
     *before, last = recorded
     earlier = [code for index, code in enumerate(before) if code != last and code not in before[:index]]
     return {**last, **({"earlier": earlier} if earlier else {})}

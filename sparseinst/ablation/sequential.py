@@ -22,10 +22,11 @@ from typing import Literal
 from scipy import special
 
 from sparseinst.ablation.statistics import FALSE_DISCOVERIES, Comparison, Difference, Verdict, judge
+from sparseinst.ablation.study import SEEDS
 
 LOOKS = (1, 2, 3, 4, 6, 8)
 """The number of seeds of a row at each look."""
-MOST_REFERENCE_SEEDS = 12
+MOST_REFERENCE_SEEDS = len(SEEDS)
 BOUNDARIES = (3.369, 2.923, 2.643, 2.293, 2.074)
 """For each look from the second, how many standard errors a difference must exceed in a table with one comparison:
 2.074 * (seeds / 8) ** (0.15 - 0.5). A Brownian motion crosses one of them, on either side, with a probability of 5 % (Jennison

@@ -20,6 +20,8 @@ from sparseinst.overrides import choose, parse_config, read_layer, stand_in
 from sparseinst.section import Section, Stage
 
 EXPERIMENTS = Path("experiments")
+SEEDS = range(12)
+"""The seeds that a row can have."""
 
 AccuracyFigure = Literal["AP", "AP50", "AP75", "APs", "APm", "APl"]
 MechanismFigure = Literal["own", "others", "border", "prefers_own", "peak_on_own", "lift", "duplicates", "neighbours_recall"]

@@ -49,7 +49,7 @@ class Latency:
     clocks: str | None = None
     """The GPU's clocks, temperature and throttling before and after, as its driver reports them. None on a CPU."""
     facts: dict[str, Any] | None = None
-    """What ran the network; see `engines.base.Facts`. None in training."""
+    """What ran the network; see `engines.base.EngineFacts`. None in training."""
 
 
 def measure(workload: Workload, *, device: torch.device, warmup: int = 10, repetitions: int = 50) -> Latency:

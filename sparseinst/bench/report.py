@@ -23,7 +23,7 @@ def report_results(results: dict[str, Any], output: Path | None, *, as_json: boo
     """Print the results as a table or as JSON.
 
     Args:
-        results: the machine, and either `rows` or `compare`, as `bench.run` returns them.
+        results: the machine, and either `rows` or `compare`, as `measure_request` returns them.
         output: also write the JSON to this file.
     """
     write_json(results, output, as_json=as_json)

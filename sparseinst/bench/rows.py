@@ -12,6 +12,7 @@ from sparseinst.config import ENGINE_PRECISIONS, MODELS, Precision
 from sparseinst.engines.names import check_engine
 from sparseinst.errors import UserError
 from sparseinst.nested import nearest
+from sparseinst.paths import SHIPPED_MODELS
 
 if TYPE_CHECKING:
     from sparseinst.bench.timed import Workload
@@ -136,8 +137,6 @@ def default_short_side(model: str) -> int:
 
 def _is_weights(model: str) -> bool:
     """Tell whether the text names weights: a path or a model of the package. The name of a model takes precedence."""
-    from sparseinst.inference.weights import SHIPPED_MODELS
-
     return model not in MODELS and (model in SHIPPED_MODELS or Path(model).exists())
 
 

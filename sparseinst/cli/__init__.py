@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from sparseinst import __version__
-from sparseinst.cli import bench, cluster, data, look, models, results, retire, settings, tables, weights
+from sparseinst.cli import bench, cluster, data, exchange, models, pictures, results, retire, settings, tables
 from sparseinst.cli.problems import check_arguments, explain
 from sparseinst.inference.memory import keep_freed_memory
 from sparseinst.machine import limit_threads, wait_passively
@@ -45,8 +45,8 @@ app.add_typer(results.app)
 app.add_typer(cluster.app)
 app.add_typer(models.app)
 app.add_typer(settings.app)
-app.add_typer(look.app)
-app.add_typer(weights.app)
+app.add_typer(pictures.app)
+app.add_typer(exchange.app)
 app.add_typer(bench.app)
 app.add_typer(data.app, name="data", help="Make, convert, split, check and look at data sets.")
 

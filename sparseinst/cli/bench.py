@@ -11,7 +11,7 @@ import typer
 from sparseinst.ablation.store import RESULTS
 from sparseinst.bench.modes import INFERENCE_MODES, TRAINING_MODES
 from sparseinst.bench.rows import PRECISIONS
-from sparseinst.cli.options import Device, Json, ProfileName, Record, Results
+from sparseinst.cli.options import Device, Json, ProfileName, Record, Results, check_paths
 from sparseinst.errors import UserError
 
 app = typer.Typer()
@@ -79,7 +79,7 @@ _Data = Annotated[
     Path | None,
     typer.Option(
         help="A COCO-format folder. With --train: train on it instead of on synthetic images. With --engines: calibrate and "
-        "evaluate on it instead of on the model's own data."
+        "evaluate on it instead of on the model's own data.",
     ),
 ]
 _Roofline = Annotated[
@@ -132,11 +132,15 @@ def bench(
     --engines times every engine and precision. They take turns with the reference's path, which runs eager in fp32. The command
     also evaluates the artifacts that it times. Each row then shows a speed and the AP that is lost.
     """
+    from sparseinst.visualize.inputs import find_images
+
+    check_paths(data=data)
+    files = find_images(photos) if photos else []
+
     from sparseinst.bench.engine_report import report_engines
     from sparseinst.bench.report import report_results
-    from sparseinst.bench.run import Request, limit_photos, measure
+    from sparseinst.bench.request import Request, limit_photos, measure_request
     from sparseinst.device import pick_device
-    from sparseinst.visualize.predict_files import find_images
 
     engines = engines or "all" in (engine or [])
     if plot is not None and not engines:
@@ -146,10 +150,10 @@ def bench(
     request = Request(
         pick_device("cpu" if on_cpu else device),
         model or ["r50-iam"], size, batch or [1], precision, mode, engine,
-        by_turns=engines, compare=compare, train=train, photos=limit_photos(find_images(photos)) if photos else (), data=data,
+        by_turns=engines, compare=compare, train=train, photos=limit_photos(files), data=data,
         images=images, roofline=roofline, record=record, warmup=warmup, repetitions=repetitions,
     )  # fmt: skip
-    found = measure(request, partial(_record_peer, profile=profile, results=results) if record else None)
+    found = measure_request(request, partial(_record_peer, profile=profile, results=results) if record else None)
     if engines:
         report_engines(found, output, plot, as_json=as_json)
     else:

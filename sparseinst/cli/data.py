@@ -180,11 +180,10 @@ def look(
     train = train_split(settings.data)
 
     from sparseinst.models.network import mask_stride
-    from sparseinst.visualize.look import lines, summary
-    from sparseinst.visualize.look import look as draw
+    from sparseinst.visualize.training_images import draw_training_images, lines, summary
 
     stride = mask_stride(settings.model.decoder.mask_scale)
-    numbers = draw(settings, train, output, mask_stride=stride, pictures=pictures, sample=sample)
+    numbers = draw_training_images(settings, train, output, mask_stride=stride, pictures=pictures, sample=sample)
     found = summary(numbers)
     print(json.dumps(found, indent=1) if as_json else "\n".join([*lines(found), f"{output}"]))
 

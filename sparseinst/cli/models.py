@@ -22,6 +22,7 @@ from sparseinst.cli.options import (
     ProfileName,
     Record,
     Results,
+    check_paths,
     engine_overrides,
 )
 from sparseinst.errors import UserError
@@ -47,7 +48,7 @@ def train(
         Path | None,
         typer.Option(
             help="Start from these weights, for example imported ones, with their model settings. Classes that the weights "
-            "do not know by name start from random values."
+            "do not know by name start from random values.",
         ),
     ] = None,
     preflight: Annotated[
@@ -61,6 +62,7 @@ def train(
     from sparseinst.nested import flatten
     from sparseinst.overrides import load_config, parse_override, read_layer
 
+    check_paths(weights=weights)
     overrides: dict[str, Any] = dict(map(parse_override, override))
     if data is not None:
         overrides = {"data.root": str(data), "data.source": "coco", **overrides}
@@ -183,6 +185,7 @@ def evaluate(
         raise UserError("evaluate: --checkpoint chooses weights of a run, so it cannot be used with --peer")
     if peer is not None and (engine is not None or precision is not None or optimize is not None):
         raise UserError("evaluate: a peer always runs in torch and fp32: leave out --engine, --precision and --optimize")
+    check_paths(weights=weights, data=data)
     if peer is not None:
         found = _evaluate_peer(peer, weights, overrides, predictions, evaluator, device, (profile, results) if record else None)
     elif weights is None:
@@ -190,16 +193,15 @@ def evaluate(
     elif record:
         raise UserError("evaluate: --record is for peers only; `run` and `launch` record their results without it")
     else:
-        from sparseinst.evaluation.weights import evaluate_weights, open_for_evaluation
+        from sparseinst.evaluation.weights import evaluate_source, open_for_evaluation
         from sparseinst.inference.checkpoints import find_weights
         from sparseinst.inference.engine_network import device_for
 
         weights = find_weights(weights, checkpoint)
         _refuse_other_weights(weights, results)
-        chosen = device_for(open_for_evaluation(weights, overrides)[1], device)
-        found = evaluate_weights(
-            weights, overrides, device=chosen, predictions=predictions, evaluator=evaluator, optimize=optimize
-        )
+        source, config = open_for_evaluation(weights, overrides)
+        chosen = device_for(config, device)
+        found = evaluate_source(source, config, device=chosen, predictions=predictions, evaluator=evaluator, optimize=optimize)
     _print_metrics(found, as_json)
 
 

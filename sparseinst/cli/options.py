@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparseinst.ablation.store import Store
-from sparseinst.ablation.study import read_profile, read_tables
+from sparseinst.ablation.study import SEEDS, read_profile, read_tables
 from sparseinst.config import OptimizeMode
 from sparseinst.errors import UserError
+from sparseinst.files import check_is_file
+from sparseinst.paths import SHIPPED_MODELS
 
 if TYPE_CHECKING:
-    from sparseinst.ablation.plan import Plan
+    from sparseinst.ablation.plan import Costs, Plan
+    from sparseinst.ablation.study import Profile
+
 
 Overrides = Annotated[
     list[str],
@@ -25,6 +29,7 @@ Overrides = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
+Weights = Annotated[Path, typer.Option(help="A weights file, or the folder of a run, which may be unfinished.")]
 Checkpoint = Annotated[
     str | None,
     typer.Option(
@@ -39,7 +44,7 @@ _TABLES = "table1 ... table8, figure1, the path of a spec, or all."
 Tables = Annotated[list[str] | None, typer.Argument(metavar="[TABLE ...]", help=_TABLES)]
 TableNames = Annotated[list[str], typer.Argument(metavar="TABLE ...", help=_TABLES)]
 ProfileName = Annotated[str, typer.Option("--profile", help="The scale: a file in experiments/profiles, by name or path.")]
-Seeds = Annotated[int, typer.Option(min=1, max=12, help="Train every row with this many seeds, starting at 0.")]
+Seeds = Annotated[int, typer.Option(min=1, max=len(SEEDS), help="Train every row with this many seeds, starting at 0.")]
 RowText = Annotated[
     str | None, typer.Option("--row", help="Use only the row of this name, or the rows whose name contains this text.")
 ]
@@ -94,6 +99,14 @@ UntilSettled = Annotated[
         "chance of one. With --budget, a look whose estimated cost exceeds what is left of the budget is not started.",
     ),
 ]
+
+
+def check_paths(*, weights: Path | None = None, data: Path | None = None) -> None:
+    """Refuse weights or a folder of data that do not exist. Commands call this before they import torch, which takes seconds."""
+    if weights is not None and str(weights) not in SHIPPED_MODELS and not weights.is_dir():
+        check_is_file(weights)
+    if data is not None and not data.is_dir():
+        raise UserError(f"{data}: no such folder")
 
 
 def engine_overrides(engine: str | None, precision: str | None) -> dict[str, str]:
@@ -153,6 +166,12 @@ def make_plan(
     return table_plan, store
 
 
+def check_costs_are_known(cost: Costs, profile: Profile) -> None:
+    """Raise `UserError` if there is nothing to estimate the cost of a profile's runs from."""
+    if not cost.hours:
+        raise UserError(f"profile {profile.name!r} states no cost and nothing is recorded yet, so --budget cannot be checked")
+
+
 def check_budget(plan: Plan, store: Store, budget: float | None) -> None:
     """Raise `UserError` if the remaining runs of the plan cost more hours than the budget."""
     from sparseinst.ablation.plan import costs
@@ -160,10 +179,7 @@ def check_budget(plan: Plan, store: Store, budget: float | None) -> None:
     if budget is None:
         return
     cost = costs(plan, store)
-    if not cost.hours:
-        raise UserError(
-            f"profile {plan.profile.name!r} states no cost and nothing is recorded yet, so --budget cannot be checked"
-        )
+    check_costs_are_known(cost, plan.profile)
     hours = cost.of(plan.to_do())
     if hours > budget:
         raise UserError(f"the plan costs about {hours:.1f} {cost.unit}, over the budget of {budget:g}: nothing was started")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sparseinst.cli.options import Json, Overrides
+from sparseinst.cli.options import Json, Overrides, check_paths
+
+if TYPE_CHECKING:
+    from sparseinst.data.facts import DataFacts
+    from sparseinst.data.recipe import Recipe
 
 app = typer.Typer()
 
@@ -39,6 +43,7 @@ def init(
     from sparseinst.nested import flatten
     from sparseinst.overrides import parse_override, read_layer
 
+    check_paths(weights=weights, data=data)
     given = {**(flatten(read_layer(config)) if config is not None else {}), **dict(map(parse_override, override))}
     start: dict[str, Any] | None = None
     if weights is not None:
@@ -51,6 +56,22 @@ def init(
 
         size = "full" if pick_device(None).type == "cuda" else "small"
     facts, chosen = write_recipe(data, output, size, start, given)
+    _print_choice(facts, chosen)
+    if size == "full" and start is None:
+        from sparseinst.models.backbone import pretrained_problem
+
+        if problem := pretrained_problem(chosen.settings["model.backbone.name"]):
+            print(
+                f"warning: {problem}: the training would stop. Go online once, or set model.backbone.weights=FILE, or start from "
+                "--weights, or use --size small, which needs none."
+            )
+    print(f"{output} holds all settings and their reasons. Next, a check of 500 steps on 8 images, and the training:")
+    print(f"  sparseinst train --config {output} --output runs/preflight --preflight")
+    print(f"  sparseinst train --config {output} --output runs/mine")
+
+
+def _print_choice(facts: DataFacts, chosen: Recipe) -> None:
+    """Print what the data hold, the most important settings, and the warnings."""
     categories = "category" if facts.classes == 1 else "categories"
     print(
         f"{facts.train_images} training and {facts.val_images} validation images, {facts.classes} {categories}, "
@@ -70,17 +91,6 @@ def init(
             print(f"  {path} = {chosen.settings[path]}")
     for warning in chosen.warnings:
         print(f"warning: {warning}")
-    if size == "full" and start is None:
-        from sparseinst.models.backbone import pretrained_problem
-
-        if problem := pretrained_problem(chosen.settings["model.backbone.name"]):
-            print(
-                f"warning: {problem}: the training would stop. Go online once, or set model.backbone.weights=FILE, or start from "
-                "--weights, or use --size small, which needs none."
-            )
-    print(f"{output} holds all settings and their reasons. Next, a check of 500 steps on 8 images, and the training:")
-    print(f"  sparseinst train --config {output} --output runs/preflight --preflight")
-    print(f"  sparseinst train --config {output} --output runs/mine")
 
 
 @app.command("config")

@@ -26,6 +26,7 @@ from sparseinst.cli.options import (
     TimingCluster,
     UntilSettled,
     check_budget,
+    check_costs_are_known,
     make_plan,
     warn_about_overruled_rows,
 )
@@ -200,24 +201,27 @@ def _run_until_settled(
     others = all_tables()
     spent = 0.0
     while wanted := advance(tables, others, scale, store, device):
-        look = plan_looks(tables, wanted, scale, store, device)
-        cost = costs(look, store)
-        hours = cost.of(look.to_do())
-        if budget is not None and not cost.hours:
-            raise UserError(f"profile {scale.name!r} states no cost and nothing is recorded yet, so --budget cannot be checked")
-        if budget is not None and spent + hours > budget:
-            print(f"the next look costs about {hours:.1f} {cost.unit}, and {budget - spent:.1f} of the budget are left: stopped")
-            break
+        next_look = plan_looks(tables, wanted, scale, store, device)
+        cost = costs(next_look, store)
+        hours = cost.of(next_look.to_do())
+        if budget is not None:
+            check_costs_are_known(cost, scale)
+            if spent + hours > budget:
+                left = budget - spent
+                print(f"the next look costs about {hours:.1f} {cost.unit}, and {left:.1f} of the budget are left: stopped")
+                break
         spent += hours
         store.check_writable()
-        print(f"for the next look at {', '.join(wanted)}: {len(look.to_do())} runs, about {hours:.2g} {cost.unit}", flush=True)
+        print(
+            f"for the next look at {', '.join(wanted)}: {len(next_look.to_do())} runs, about {hours:.2g} {cost.unit}", flush=True
+        )
         if jobs > 1:
             with wanted_file(wanted) as file:
                 command = ["run", *names, "--profile", profile, "--results", str(results), "--seeds-of", str(file)]
                 command += ["--from-scratch"] if from_scratch else []
-                failures = run_in_processes(command, jobs, _devices(device), partial(plan_status, look))
+                failures = run_in_processes(command, jobs, _devices(device), partial(plan_status, next_look))
         else:
-            failures = len(run_plan(look, store, device=device, from_scratch=from_scratch))
+            failures = len(run_plan(next_look, store, device=device, from_scratch=from_scratch))
         if failures or plan_looks(tables, wanted, scale, store, device).to_do():
             raise RunFailed("some runs failed; `sparseinst status` shows why")
     show_looks(tables, scale, store)
@@ -257,24 +261,24 @@ def status(
     from sparseinst.launch.submission import ask_queue
     from sparseinst.paths import JOBS
 
-    def look() -> list[states.Status]:
+    def current_states() -> list[states.Status]:
         queue = ask_queue(JOBS) if scheduler else None
         table_plan, _ = make_plan(tables, profile, seeds, row, results, device, cluster=cluster)
         return states.plan_status(table_plan, queue)
 
     if watch and not as_json:
-        states.watch(look, lambda: True)
+        states.watch(current_states, lambda: True)
         return
     looked_at = (read_tables(tables or []), read_profile(profile), Store(results))
     if as_json:
-        found = states.as_json(look())
+        found = states.as_json(current_states())
         try:
             found["looks"] = [state.as_json() for state in look_states(*looked_at)]
         except UserError as error:  # a damaged log must not hide the states of the runs
             found |= {"looks": None, "looks_error": str(error)}
         print(json.dumps(found))
     else:
-        states.show(look())
+        states.show(current_states())
         show_looks(*looked_at)
 
 

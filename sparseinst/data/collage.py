@@ -15,7 +15,8 @@ from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from sparseinst.data.scenes import SPLITS, Item, Mask, Owner, Scene, leaves_enough, place, write_new, write_split
+from sparseinst.data.coco_folder import SPLITS, write_new
+from sparseinst.data.scenes import Item, Mask, Owner, Scene, leaves_enough, place, write_split
 from sparseinst.errors import DataError, UserError
 
 _log = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ _MOST_MASKS = 5000  # masks whose area is measured; a random sample of a larger 
 
 
 @dataclass(frozen=True)
-class Facts:
+class DataFacts:
     """What the training and validation splits hold. Sizes are in pixels of the original images."""
 
     train_images: int
@@ -72,7 +72,7 @@ class Facts:
     """Two categories that differ only in `left` and `right` by name, if there are any."""
 
 
-def look_at(config: DataConfig) -> Facts:
+def measure_splits(config: DataConfig) -> DataFacts:
     """Read both splits and measure them.
 
     Raises:
@@ -91,7 +91,7 @@ def look_at(config: DataConfig) -> Facts:
     roots = np.sqrt(measured[:, 0])
     if not len(roots):
         raise DataError(f"{train.file}: no instance has a pixel in its image, so there is nothing to learn")
-    return Facts(
+    return DataFacts(
         train_images=len(used.images),
         val_images=len(val.images),
         shared_images=len({_source(image) for image in train.images} & {_source(image) for image in val.images}),

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from sparseinst.config import Config
 from sparseinst.data.check import MIRRORED
-from sparseinst.data.facts import Facts, look_at
+from sparseinst.data.facts import DataFacts, measure_splits
 from sparseinst.errors import UserError
 from sparseinst.files import atomic
 from sparseinst.machine import multiplies_bfloat16
@@ -67,7 +67,7 @@ class Recipe:
 
 
 def recipe(
-    facts: Facts,
+    facts: DataFacts,
     data: Path,
     size: Size,
     start: Mapping[str, Any] | None = None,
@@ -102,7 +102,7 @@ def recipe(
     return chosen
 
 
-def _choose_tiles(chosen: Recipe, facts: Facts) -> Facts:
+def _choose_tiles(chosen: Recipe, facts: DataFacts) -> DataFacts:
     """Choose tiles if the images are crowded with objects that are small compared with them.
 
     Returns:
@@ -133,12 +133,12 @@ def _choose_tiles(chosen: Recipe, facts: Facts) -> Facts:
     )  # fmt: skip
 
 
-def _tile_side(facts: Facts) -> int:
+def _tile_side(facts: DataFacts) -> int:
     """Return the side of tiles that hold some objects, and each large object as a whole."""
     return 32 * math.ceil(max(_TILE_SPACINGS * facts.spacing, facts.large_object / _TILE_OVERLAP) / 32)
 
 
-def _choose_input(chosen: Recipe, facts: Facts, size: Size) -> float:
+def _choose_input(chosen: Recipe, facts: DataFacts, size: Size) -> float:
     """Choose the sizes of the input and of the masks. Return the factor from original pixels to input pixels."""
     usual, most = (256, 512) if size == "small" else (640, 800)
     wanted = facts.short_side * 4 * _CELL / facts.small_object
@@ -169,7 +169,7 @@ def _choose_input(chosen: Recipe, facts: Facts, size: Size) -> float:
     return scale
 
 
-def _choose_maps(chosen: Recipe, facts: Facts, size: Size, start: Mapping[str, Any] | None) -> None:
+def _choose_maps(chosen: Recipe, facts: DataFacts, size: Size, start: Mapping[str, Any] | None) -> None:
     has = start["model.decoder.iam.num_maps"] if start is not None else None
     least = 100 if size == "full" else 20
     wanted = max(least, math.ceil(facts.usual_instances / 10) * 10)
@@ -188,7 +188,7 @@ def _choose_maps(chosen: Recipe, facts: Facts, size: Size, start: Mapping[str, A
         chosen.choose("model.decoder.iam.num_maps", wanted, f"{holds} Each instance needs a map of its own.{new}")
 
 
-def _choose_model(chosen: Recipe, facts: Facts, size: Size, start: Mapping[str, Any] | None) -> None:
+def _choose_model(chosen: Recipe, facts: DataFacts, size: Size, start: Mapping[str, Any] | None) -> None:
     if start is not None:
         for path, value in start.items():
             chosen.settings.setdefault(path, value)
@@ -211,7 +211,7 @@ def _choose_model(chosen: Recipe, facts: Facts, size: Size, start: Mapping[str, 
     chosen.choose("pretrain.iterations", steps, "About 30 epochs of 8 images, between 2,000 and 12,000 steps.")
 
 
-def _choose_steps(chosen: Recipe, facts: Facts, size: Size, *, fine: bool) -> None:
+def _choose_steps(chosen: Recipe, facts: DataFacts, size: Size, *, fine: bool) -> None:
     # A step of the trainings that the rules come from holds 30 to 90 objects, and a whole training about 700,000.
     batch = (2 if facts.instances > 20 else 4) if size == "small" else 16
     if size == "small":
@@ -249,7 +249,7 @@ def _choose_steps(chosen: Recipe, facts: Facts, size: Size, *, fine: bool) -> No
     chosen.settings["train.log_every"] = 50
 
 
-def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping[str, Any] | None) -> None:
+def _warn(chosen: Recipe, facts: DataFacts, scale: float, size: Size, start: Mapping[str, Any] | None) -> None:
     maps = chosen.settings["model.decoder.iam.num_maps"]
     cell = 8 / chosen.settings.get("model.decoder.mask_scale", 2.0)
     if facts.train_images * facts.tiles < 300 and start is None:
@@ -305,7 +305,7 @@ def _warn(chosen: Recipe, facts: Facts, scale: float, size: Size, start: Mapping
         chosen.warnings.append("the full model takes days on a CPU; --size small takes one to three hours.")
 
 
-def _without_tiles(facts: Facts) -> str:
+def _without_tiles(facts: DataFacts) -> str:
     """Return what to do about images with more instances than maps, which are not cut into tiles."""
     side = _tile_side(facts)
     if facts.usual_instances <= _MANY or side <= _TILE_PART * facts.short_side:
@@ -324,17 +324,17 @@ def write_recipe(
     size: Size,
     start: Mapping[str, Any] | None = None,
     given: Mapping[str, Any] = MappingProxyType({}),
-) -> tuple[Facts, Recipe]:
+) -> tuple[DataFacts, Recipe]:
     """Look at a COCO-format folder and write a config file for it. `given` is as in `recipe`.
 
     Raises:
         UserError: the output exists or cannot be written.
-        DataError: as in `look_at`.
+        DataError: as in `measure_splits`.
     """
     if output.exists():
         raise UserError(f"{output}: exists; give another --output, or remove it")
     given = {**given, "data.root": str(data)}
-    facts = look_at(load_config(overrides={path: value for path, value in given.items() if path.startswith("data.")}).data)
+    facts = measure_splits(load_config(overrides={path: value for path, value in given.items() if path.startswith("data.")}).data)
     chosen = recipe(facts, data, size, start, given=given, fast_bfloat16=multiplies_bfloat16())
     text = chosen.text(
         f"Settings for {data}, chosen by `sparseinst init`. Every setting can be changed; `sparseinst config` lists all."

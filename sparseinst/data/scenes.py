@@ -1,4 +1,4 @@
-"""Compose scenes of objects that lie over each other, and write them as a data set in COCO format. Imports no torch.
+"""Compose scenes of objects that lie over each other, and write them with their annotations. Imports no torch.
 
 Each mask holds the visible part of its object.
 
@@ -7,10 +7,8 @@ H W height and width of an image in pixels, h w height and width of the box arou
 
 from __future__ import annotations
 
-import json
-import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +18,11 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
-from sparseinst.errors import UserError
-from sparseinst.files import write_error
+from sparseinst.data.coco_folder import AnnotatedImage, image_folder, write_annotations
 
 Mask = NDArray[np.bool_]
 Owner = NDArray[np.int64]
 """(H, W): the index of the object that is visible at each pixel, -1 for none."""
-
-SPLITS = ("train", "val")
 
 _MIN_VISIBLE_AREA = 12  # pixels
 
@@ -51,13 +46,6 @@ class Scene(NamedTuple):
     objects: list[Item]
     """The objects from back to front."""
     owner: Owner
-
-
-class Annotated(NamedTuple):
-    """The COCO entry of an image, and the entries of its objects, which have no ids yet."""
-
-    image: dict[str, Any]
-    entries: list[dict[str, Any]]
 
 
 def place(
@@ -122,14 +110,6 @@ def annotate(objects: list[Item], owner: Owner) -> list[dict[str, Any]]:
     return entries
 
 
-def annotation_file(root: Path, split: str) -> Path:
-    return root / "annotations" / f"instances_{split}2017.json"
-
-
-def image_folder(root: Path, split: str) -> Path:
-    return root / f"{split}2017"
-
-
 def write_split(
     root: Path,
     split: str,
@@ -147,7 +127,7 @@ def write_split(
     write_annotations(root, split, write_images(image_folder(root, split), scenes), categories, info, licence)
 
 
-def write_images(folder: Path, scenes: Iterable[Scene], first: int = 1) -> list[Annotated]:
+def write_images(folder: Path, scenes: Iterable[Scene], first: int = 1) -> list[AnnotatedImage]:
     """Write scenes as PNG files and return their COCO entries. Ids and file names count from `first`."""
     written = []
     for image_id, scene in enumerate(scenes, start=first):
@@ -155,62 +135,5 @@ def write_images(folder: Path, scenes: Iterable[Scene], first: int = 1) -> list[
         Image.fromarray(scene.pixels).save(folder / name, compress_type=zlib.Z_HUFFMAN_ONLY)
         height, width = scene.owner.shape
         image = {"id": image_id, "file_name": name, "height": height, "width": width, "license": 1}
-        written.append(Annotated(image, annotate(scene.objects, scene.owner)))
+        written.append(AnnotatedImage(image, annotate(scene.objects, scene.owner)))
     return written
-
-
-def write_annotations(
-    root: Path,
-    split: str,
-    written: Iterable[Annotated],
-    categories: list[dict[str, Any]],
-    info: dict[str, Any],
-    licence: tuple[str, str],
-) -> None:
-    """Write the annotation file of a split whose images `write_images` wrote."""
-    file = annotation_file(root, split)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image, entries in written:
-        images.append(image)
-        for entry in entries:
-            annotations.append({"id": len(annotations) + 1, "image_id": image["id"], **entry})
-    data = {
-        "info": info,
-        "licenses": [{"id": 1, "name": licence[0], "url": licence[1]}],
-        "images": images,
-        "annotations": annotations,
-        "categories": categories,
-    }
-    file.write_text(json.dumps(data), encoding="utf-8")
-
-
-def write_new(root: Path, write: Callable[[Path], None], what: str, is_complete: Callable[[Path], bool]) -> None:
-    """Call `write` with a temporary path, then rename the result to `root`: all of it appears at once or nothing does.
-
-    Two processes may write the same root at the same time; one result is kept.
-
-    Args:
-        what: names the result in messages, with its article ("a collage").
-        is_complete: returns whether a complete result is at a path.
-
-    Raises:
-        UserError: `root` is in use or cannot be written.
-    """
-    root = root.resolve()
-    try:
-        if root.exists() and not (root.is_dir() and next(root.iterdir(), None) is None):
-            content = f"{what} already" if is_complete(root) else f"something other than {what}"
-            raise UserError(f"{root}: holds {content}; name another folder or delete this one")
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
-            new_root = Path(scratch) / root.name  # not the scratch folder itself, because of its mode 0700
-            write(new_root)
-            try:
-                new_root.rename(root)
-            except OSError:
-                if not is_complete(root):
-                    raise
-    except OSError as error:
-        raise write_error(root, error) or UserError(f"{root}: cannot be written ({error})") from None

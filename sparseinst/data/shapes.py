@@ -23,15 +23,15 @@ from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
 
 from sparseinst.config import SHAPES_VERSION, ShapesConfig
-from sparseinst.data.scenes import (
+from sparseinst.data.coco_folder import (
     SPLITS,
-    Annotated,
+    AnnotatedImage,
     annotation_file,
     image_folder,
     write_annotations,
-    write_images,
     write_new,
 )
+from sparseinst.data.scenes import write_images
 from sparseinst.data.shape_scenes import SHAPES, random_scene
 from sparseinst.errors import UserError
 from sparseinst.files import write_error
@@ -105,7 +105,7 @@ def write_shapes(
         raise UserError(f"{root}: {_UNGUARDED}") from None
 
 
-def _write_part(folder: Path, stream: tuple[int, int], side: int, numbers: range) -> list[Annotated]:
+def _write_part(folder: Path, stream: tuple[int, int], side: int, numbers: range) -> list[AnnotatedImage]:
     """Write some images and return their COCO entries. Each image has its own random stream, whatever their number."""
     generators = (Generator(PCG64(SeedSequence((*stream, number)))) for number in numbers)
     return write_images(folder, (random_scene(generator, side) for generator in generators), numbers.start + 1)

@@ -18,7 +18,7 @@ import numpy as np
 
 from sparseinst.config import DataConfig
 from sparseinst.data.coco import annotation_files, read_split, train_annotations
-from sparseinst.data.scenes import SPLITS
+from sparseinst.data.coco_folder import SPLITS
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import atomic
 

@@ -23,7 +23,7 @@ OUTPUTS = Predictions._fields
 
 
 @dataclass(frozen=True)
-class Facts:
+class EngineFacts:
     """The facts about an engine and its artifact that a record needs."""
 
     engine: EngineName
@@ -46,7 +46,7 @@ class Facts:
 class Engine(Protocol):
     """A loaded network. Each engine's module has a function `load` that returns one, or raises `UserError`."""
 
-    facts: Facts
+    facts: EngineFacts
 
     def outputs(self, images: Tensor) -> list[Tensor]:
         """Return the network's outputs, in the artifact's order, for normalised images (B, 3, H, W)."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparseinst.config import NetworkPrecision
-from sparseinst.engines.artifact import artifact_identity, read_onnx
-from sparseinst.engines.base import INPUT, Facts, check_precision, missing_package, used_precision
+from sparseinst.engines.artifact_files import artifact_identity, read_onnx
+from sparseinst.engines.base import INPUT, EngineFacts, check_precision, missing_package, used_precision
 from sparseinst.errors import UserError
 from sparseinst.models.network import Predictions
 from sparseinst.words import shorten
@@ -23,7 +23,7 @@ _LAYERS = ("Conv", "ConvTranspose", "DeformConv", "Gemm", "MatMul")
 class OnnxRuntimeEngine:
     """An ONNX Runtime session. One session serves images of all sizes."""
 
-    def __init__(self, session: Any, facts: Facts) -> None:
+    def __init__(self, session: Any, facts: EngineFacts) -> None:
         self.facts = facts
         self._session = session
 
@@ -66,7 +66,7 @@ def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None
     layers = _count_layers(artifact)
     used = used_precision(layers)
     check_precision("onnxruntime", precision, used, layers)
-    facts = Facts("onnxruntime", onnxruntime.__version__, precision, digest, size, threads, dict(layers))
+    facts = EngineFacts("onnxruntime", onnxruntime.__version__, precision, digest, size, threads, dict(layers))
     return OnnxRuntimeEngine(session, facts)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sparseinst.config import NetworkPrecision
-from sparseinst.engines.artifact import artifact_identity
-from sparseinst.engines.base import Facts, check_precision, missing_package, used_precision
+from sparseinst.engines.artifact_files import artifact_identity
+from sparseinst.engines.base import EngineFacts, check_precision, missing_package, used_precision
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import check_writable
 from sparseinst.machine import multiplies_bfloat16
@@ -30,7 +30,7 @@ _PRODUCTS = ("MatMul", "FullyConnected")
 class OpenVinoEngine:
     """A compiled OpenVINO model. One compiled model serves images of all sizes."""
 
-    def __init__(self, request: Any, facts: Facts) -> None:
+    def __init__(self, request: Any, facts: EngineFacts) -> None:
         self.facts = facts
         self._request = request
 
@@ -82,7 +82,7 @@ def load(artifact: Path, precision: NetworkPrecision, threads: int | None = None
             _log.info("OpenVINO cannot run the layers that stay in float in %s, so they run in %s", hint, hints[-1])
     convolutions, layers = _count_layers(compiled)
     check_precision("openvino", precision, used_precision(convolutions), convolutions)
-    facts = Facts("openvino", openvino.__version__, precision, digest, size, threads, dict(layers))
+    facts = EngineFacts("openvino", openvino.__version__, precision, digest, size, threads, dict(layers))
     return OpenVinoEngine(compiled.create_infer_request(), facts)
 
 

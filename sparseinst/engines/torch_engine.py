@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from sparseinst.config import NetworkPrecision
 from sparseinst.device import autocast
-from sparseinst.engines.base import Facts, check_precision, used_precision
+from sparseinst.engines.base import EngineFacts, check_precision, used_precision
 from sparseinst.models.norms import probe_image
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def facts(network: nn.Module, precision: NetworkPrecision, digest: str, size: int, device: torch.device) -> Facts:
+def facts(network: nn.Module, precision: NetworkPrecision, digest: str, size: int, device: torch.device) -> EngineFacts:
     """Return the facts about a network of torch modules in evaluation mode on the device.
 
     Args:
@@ -28,7 +28,7 @@ def facts(network: nn.Module, precision: NetworkPrecision, digest: str, size: in
     layers = _count_layers(network, precision, device)
     used = used_precision(layers)
     check_precision("torch", "fp32" if precision == "tf32" else precision, used, layers)  # tf32 rounds float32 factors
-    return Facts("torch", torch.__version__, precision, digest, size, torch.get_num_threads(), dict(layers))
+    return EngineFacts("torch", torch.__version__, precision, digest, size, torch.get_num_threads(), dict(layers))
 
 
 @torch.no_grad()

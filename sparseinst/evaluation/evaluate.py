@@ -57,7 +57,7 @@ class Evaluation:
     matches: Matches = field(default_factory=dict, repr=False, compare=False)
     """The map that the matching of the training assigns to each object."""
     engine: dict[str, Any] | None = field(default=None, compare=False)
-    """What ran the network: the fields of `engines.base.Facts`, and in int8 the `recipe`; None if the caller ran it itself."""
+    """What ran the network: the fields of `EngineFacts`, and in int8 the `recipe`; None if the caller ran it itself."""
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields except the matches, which have an entry for every object, and without empty limits."""

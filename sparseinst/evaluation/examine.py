@@ -16,7 +16,7 @@ from sparseinst.data.network_input import image_tiles
 from sparseinst.data.objects import Objects, read_segments
 from sparseinst.data.transforms import as_mask, resize_segments
 from sparseinst.errors import DataError
-from sparseinst.evaluation.mechanism import Pairs, look, of_matched, of_tiles, with_found
+from sparseinst.evaluation.mechanism import Pairs, match_maps, of_matched, of_tiles, with_found
 from sparseinst.evaluation.predictions import in_coco_format
 from sparseinst.inference.join import Placed, as_masks, join, place
 from sparseinst.models.network import Predictions
@@ -75,10 +75,13 @@ def _observe(
     config: Config,
     mask_size: tuple[int, int],
 ) -> Pairs | None:
-    """Return the metrics of the maps; None if no object has a pixel at the network's size. The arguments are those of `look`."""
+    """Return the metrics of the maps; None if no object has a pixel at the network's size.
+
+    The arguments are those of `match_maps`.
+    """
     if not any(mask.any() for mask in masks):
         return None
-    return of_matched(look(raw, padded, labels, masks, config, mask_size))
+    return of_matched(match_maps(raw, padded, labels, masks, config, mask_size))
 
 
 class TiledImage:

@@ -82,7 +82,7 @@ class MatchedMaps(NamedTuple):
     """(K, h, w) the fraction of each cell that an object covers, in [0, 1]."""
 
 
-def look(
+def match_maps(
     raw: Predictions,
     padded: tuple[int, int],
     labels: NDArray[np.int64],

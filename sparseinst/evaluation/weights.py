@@ -84,8 +84,21 @@ def evaluate_weights(
         UserError: an override of another setting, or the data has other categories than the weights were trained on.
     """
     source, config = open_for_evaluation(weights, overrides)
+    return evaluate_source(source, config, device=device, predictions=predictions, evaluator=evaluator, optimize=optimize)
+
+
+def evaluate_source(
+    source: Source,
+    config: Config,
+    *,
+    device: torch.device,
+    predictions: Path | None = None,
+    evaluator: Evaluator = "hotcoco",
+    optimize: OptimizeMode | None = None,
+) -> Evaluation:
+    """Evaluate what `open_for_evaluation` returned. The arguments and errors are those of `evaluate_weights`."""
     split = val_split(config.data)
-    check_categories(split, source.categories, f"{weights}")
+    check_categories(split, source.categories, f"{source.path}")
     _warn_of_few_maps(split, config)
     prepared = prepare_network(source, config, device=device, optimize=optimize)
     result = evaluate(prepared.network, split, config, device=device, predictions=predictions, evaluator=evaluator)

@@ -19,8 +19,7 @@ import torch
 
 from sparseinst.config import Config, EngineName
 from sparseinst.data.coco import Category, read_categories
-from sparseinst.engines import artifact as files
-from sparseinst.engines.artifact import ABOUT, OPSET, artifact_files, read_onnx, with_about
+from sparseinst.engines.artifact_files import ABOUT, GRAPH, OPSET, artifact_files, read_about_text, read_onnx, with_about
 from sparseinst.engines.base import missing_package
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import atomic, file_digest
@@ -237,8 +236,8 @@ def read_about(path: Path) -> About:
     Raises:
         UserError: the file is incomplete, it was not made by this package, or the weights beside it are those of another one.
     """
-    text = files.read_about(path)
-    if text is None and path.suffix == ".onnx" and any(entry.key == files.GRAPH for entry in read_onnx(path).metadata_props):
+    text = read_about_text(path)
+    if text is None and path.suffix == ".onnx" and any(entry.key == GRAPH for entry in read_onnx(path).metadata_props):
         raise UserError(
             f"{path}: contains pre- and post-processing, and runs without this package. In place of weights, use the network "
             "alone: sparseinst export --engine onnxruntime"

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparseinst.config import Config, EngineName, NetworkPrecision, OptimizeMode, Precision
 from sparseinst.data.coco import Category
 from sparseinst.device import pick_device
-from sparseinst.engines.base import Engine, Facts
+from sparseinst.engines.base import Engine, EngineFacts
 from sparseinst.engines.names import check_engine
 from sparseinst.errors import UserError
 from sparseinst.inference.artifacts import (
@@ -53,7 +53,7 @@ class Prepared:
     """A network that is ready to run, and the facts about what runs it."""
 
     network: InstanceNetwork
-    facts: Facts
+    facts: EngineFacts
     artifact: Path | None = None
     """The file that runs; None for torch."""
     about: About | None = None

@@ -16,7 +16,7 @@ from timm.layers import Conv2dSame  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from sparseinst.config import SIZE_DIVISOR, InferenceConfig
-from sparseinst.engines.artifact import GRAPH, OPSET
+from sparseinst.engines.artifact_files import GRAPH, OPSET
 from sparseinst.engines.base import INPUT
 from sparseinst.engines.base import OUTPUTS as NETWORK_OUTPUTS
 from sparseinst.errors import UserError

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from sparseinst.engines.artifact import artifact_files
+from sparseinst.engines.artifact_files import artifact_files
 from sparseinst.errors import UserError
-from sparseinst.files import atomic, file_digest, make_folder
+from sparseinst.files import atomic, check_is_file, file_digest, make_folder
 
 _log = logging.getLogger(__name__)
 
@@ -22,9 +22,12 @@ def kept(artifact: Path, make: Callable[[], None], *, again: bool = True) -> Pat
         again: make a damaged artifact again. If not, because that would need more than the caller has, it is an error.
 
     Raises:
-        UserError: the folder cannot be created, or the artifact is damaged and cannot be made again.
+        UserError: the folder cannot be created, a folder is in the place of a file, or the artifact is damaged and cannot be made
+            again.
     """
     note = artifact.with_name(f"{artifact.name}.sha256")
+    if note.exists():
+        check_is_file(note)
     if artifact.exists():
         known = note.read_text(encoding="ascii", errors="replace") if note.exists() else None
         if known == _digests(artifact) or (known is None and not again):

@@ -26,7 +26,7 @@ from sparseinst.config import NetworkPrecision
 from sparseinst.data.coco import train_annotations, train_split, val_annotations
 from sparseinst.data.images import read_image
 from sparseinst.data.network_input import at_test_size, middle_tile, pad
-from sparseinst.engines.artifact import read_onnx
+from sparseinst.engines.artifact_files import read_onnx
 from sparseinst.engines.base import OUTPUTS, missing_package
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.files import file_digest

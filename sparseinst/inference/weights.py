@@ -22,13 +22,10 @@ from sparseinst.inference.checkpoints import CHECKPOINT_SUFFIX, find_weights, mo
 from sparseinst.models.sparseinst import SparseInst, build_model
 from sparseinst.models.tensors import not_finite, read_safetensors, tensors_digest
 from sparseinst.overrides import load_config, parse_config
-from sparseinst.paths import SHIPPED, RunPaths
+from sparseinst.paths import SHIPPED, SHIPPED_MODELS, RunPaths
 from sparseinst.words import shorten
 
 Check = Callable[[], None] | None
-
-SHIPPED_MODELS = ("demo",)
-"""Names of the trained models that the package contains. `demo` is the default row of the profile `small`."""
 
 
 def save_weights(

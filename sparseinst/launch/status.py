@@ -19,7 +19,7 @@ from rich.table import Table
 from sparseinst.ablation.plan import Plan, StageRun
 from sparseinst.attempt_files import AttemptRecord, describe_hang, latest_attempt
 from sparseinst.errors import UserError
-from sparseinst.files import json_fields
+from sparseinst.files import parse_json
 from sparseinst.launch.names import folded, named_runs
 from sparseinst.launch.submission import (
     Queue,
@@ -47,8 +47,8 @@ HANG_SECONDS = 1800.0
 class _Step(BaseModel):
     """The types of the fields of a line of metrics.jsonl that tell the progress."""
 
-    iteration: Annotated[int, Field(ge=0)] = 0
-    seconds: Annotated[float, Field(ge=0, le=1e6)] = 0
+    iteration: Annotated[int, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0, le=1e6)]
 
 
 _TAIL = 4096  # bytes; the last line of metrics.jsonl is far shorter
@@ -136,7 +136,7 @@ def _state_of_attempt(attempt: AttemptRecord, submission: Submission | None, que
     """Return the state and its reason from the newest attempt and the job that it belongs to."""
     if not attempt.ended and attempt.at_work():
         state: State = "running"
-        why = describe_hang(attempt, float(attempt.about.get("hang_seconds") or HANG_SECONDS))
+        why = describe_hang(attempt, attempt.start.hang_seconds or HANG_SECONDS)
     else:
         why = attempt.failure()
         state = "failed" if why else "interrupted"
@@ -144,7 +144,7 @@ def _state_of_attempt(attempt: AttemptRecord, submission: Submission | None, que
         return state, why or ("`sparseinst run` continues from the last checkpoint" if state == "interrupted" else None)
     if submission.cancelled:
         return "cancelled", None
-    ended = read_exit(submission, attempt.about.get("restarts", 0))
+    ended = read_exit(submission, attempt.start.restarts)
     if ended is not None and ended.code != 0 and not ended.signalled:
         # The job is over, even if heartbeats are still fresh. Prefer the scheduler's report of the rank that was killed first.
         return "failed", killed_rank(submission) or attempt.failure() or f"its job ended with exit code {ended.code}"
@@ -165,12 +165,12 @@ def _state_of_ended_attempt(attempt: AttemptRecord, submission: Submission, queu
         return "failed", f"the job exceeded its time limit: {message}"
     if "CANCELLED" in message:
         return "cancelled", message
-    ended = read_exit(submission, attempt.about.get("restarts", 0))
+    ended = read_exit(submission, attempt.start.restarts)
     if ended is not None and ended.signalled:
         # SLURM's message about it can be missing from the output.
         asks = "" if queue is not None else "; `sparseinst status --scheduler` asks SLURM whether it will start again"
         return "queued", f"the scheduler stopped the job{asks}"
-    silent = f"no heartbeat for {attempt.silent_seconds():.0f} s from {attempt.about.get('host')}"
+    silent = f"no heartbeat for {attempt.silent_seconds():.0f} s from {attempt.start.host}"
     return "lost", f"{silent}; `sparseinst status --scheduler` asks SLURM whether the job still exists"
 
 
@@ -182,12 +182,11 @@ def _progress(run: StageRun, paths: RunPaths) -> tuple[float, float | None]:
         file.seek(max(0, paths.metrics.stat().st_size - _TAIL))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
     for line in reversed(lines):
-        record = json_fields(line, _Step)
-        if not {"iteration", "seconds"} <= record.keys():  # a damaged line, or the metrics of an evaluation
+        step = parse_json(line, _Step)
+        if step is None:  # a damaged line, or the metrics of an evaluation
             continue
-        done, seconds = record["iteration"], record["seconds"]
         total = (run.config.train if run.stage == "train" else run.config.pretrain).iterations
-        return done / total, seconds * (total - done)
+        return step.iteration / total, step.seconds * (total - step.iteration)
     return 0.0, None
 
 

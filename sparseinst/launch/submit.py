@@ -330,7 +330,7 @@ def _end_processes(key: str, submission: Submission) -> None:
     """
     attempt = latest_attempt(run_folder(key))
     beats = [beat for _, beat in attempt.beats.values()] if attempt is not None and attempt.at_work() else []
-    processes = [beat.get("process") for beat in beats if beat.get("machine") == machine_name()]
+    processes = [beat.process for beat in beats if beat.machine == machine_name()]
     for process in (*processes, submission.process):
         pid = int(process.split()[0]) if process else 0
         if pid and process_name(pid) == process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -39,13 +40,13 @@ _CITATION = """```bibtex
 
 
 @dataclass(frozen=True)
-class About:
+class UserFacts:
     """What only the user knows about a model."""
 
     name: str
     """The model's name, without the owner of the repository."""
-    dataset: str
-    """The data set's name, if possible its id among Hugging Face's data sets."""
+    dataset: str | None
+    """The data set's name, if possible its id among Hugging Face's data sets; None for the name of its folder."""
     data_license: str = NOT_STATED
     license: str = "unknown"
     """The licence of the weights, as Hugging Face's identifiers name it, such as `cc-by-4.0`."""
@@ -64,10 +65,10 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardFacts:
     """What a model card says about a model."""
 
-    about: About
+    about: UserFacts
     config: Config
     categories: Sequence[Category]
     weights: str
@@ -82,8 +83,14 @@ class Facts:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """The provenance in the training's record; empty if it has no record."""
 
+    @property
+    def dataset(self) -> str:
+        """The data set's name, from the user or from its folder."""
+        data = self.config.data
+        return self.about.dataset or ("shapes" if data.source == "shapes" else Path(data.root).resolve().name)
 
-def model_card(facts: Facts) -> ModelCard:
+
+def model_card(facts: CardFacts) -> ModelCard:
     """Return the card, with the metadata that Hugging Face reads as YAML at its beginning."""
     sections = [
         _head(facts), _use(facts), _metrics(facts.measured), _pictures(facts.pictures), _data(facts), _training(facts),
@@ -92,10 +99,10 @@ def model_card(facts: Facts) -> ModelCard:
     return ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def _metadata(facts: Facts) -> ModelCardData:
+def _metadata(facts: CardFacts) -> ModelCardData:
     figures = facts.measured.figures if facts.measured is not None else {}
     known = {name: round(value, 2) for name in get_args(AccuracyFigure) if (value := figures.get(name)) is not None}
-    dataset = facts.about.dataset
+    dataset = facts.dataset
     results = [
         EvalResult(
             task_type=_TASK, task_name="instance segmentation", dataset_type=dataset, dataset_name=dataset, dataset_split="val",
@@ -115,7 +122,7 @@ def _metadata(facts: Facts) -> ModelCardData:
     )
 
 
-def _head(facts: Facts) -> str:
+def _head(facts: CardFacts) -> str:
     model, inference = facts.config.model, facts.config.inference
     short, long = inference.sides()
     where, resized = "an image", f"Images are resized to a shorter side of {short} pixels, with a longer side of at most {long}."
@@ -134,7 +141,7 @@ def _head(facts: Facts) -> str:
     )
 
 
-def _use(facts: Facts) -> str:
+def _use(facts: CardFacts) -> str:
     name = facts.about.name
     return f"""## Use
 
@@ -186,11 +193,11 @@ def _pictures(pictures: Sequence[str]) -> str:
     return f"## Predictions\n\nThe model's instances in the first validation images:\n\n{shown}"
 
 
-def _data(facts: Facts) -> str:
+def _data(facts: CardFacts) -> str:
     names = [markdown(name) for name in category_names(facts.categories)]
     listed = ", ".join(names[:100]) + (f" and {len(names) - 100} more" if len(names) > 100 else "")
     return (
-        f"## Data\n\n- data set: {markdown(facts.about.dataset)}\n- licence of the data: {markdown(facts.about.data_license)}\n"
+        f"## Data\n\n- data set: {markdown(facts.dataset)}\n- licence of the data: {markdown(facts.about.data_license)}\n"
         f"- licence of the weights: {markdown(facts.about.license)}\n- {len(names)} classes: {listed}"
     )
 
@@ -200,7 +207,7 @@ def steps_of(train: TrainConfig) -> str:
     return f"{'at most ' if train.patience is not None else ''}{train.iterations} steps"
 
 
-def _training(facts: Facts) -> str:
+def _training(facts: CardFacts) -> str:
     train, backbone = facts.config.train, facts.config.model.backbone
     if train.start is not None:
         start = "the weights of another SparseInst model"

@@ -28,7 +28,7 @@ from sparseinst.inference.checkpoints import CHECKPOINT_SUFFIX, find_weights
 from sparseinst.inference.predict import Predictor
 from sparseinst.inference.weights import file_tensors_digest, load_weights, save_weights
 from sparseinst.paths import WEIGHTS, RunPaths
-from sparseinst.publish.card import About, Facts, Measured, model_card, steps_of
+from sparseinst.publish.card import CardFacts, Measured, UserFacts, model_card, steps_of
 from sparseinst.visualize.draw import overlay
 
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Published:
 def publish(
     run: Path,
     output: Path,
-    about: About,
+    about: UserFacts,
     *,
     store: Store,
     checkpoint: str | None = None,
@@ -94,7 +94,7 @@ def publish(
     for old in set((output / PICTURES).glob("prediction-*.jpg")) - {output / name for name in drawn}:
         old.unlink()
     keys = {"training": config.train_key(), "evaluation": config.evaluate_key()}
-    facts = Facts(
+    facts = CardFacts(
         about, config, categories, digest, _progress(source, config), measured, drawn, keys,
         training.provenance if training is not None else {},
     )  # fmt: skip

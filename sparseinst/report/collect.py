@@ -9,7 +9,6 @@ from typing import get_args
 
 from sparseinst.ablation.looks import Look, last_decisions, look_name, penalties, read_looks
 from sparseinst.ablation.peers import PeerResult, find_peers
-from sparseinst.ablation.plan import SEEDS
 from sparseinst.ablation.statistics import (
     Comparison,
     Difference,
@@ -22,6 +21,7 @@ from sparseinst.ablation.statistics import (
 )
 from sparseinst.ablation.store import RESULTS, Store
 from sparseinst.ablation.study import (
+    SEEDS,
     AccuracyFigure,
     Figure,
     Profile,

@@ -79,5 +79,5 @@ def _draw_line(axes: Axes, entries: Sequence[Mapping[str, Any]], name: str, inde
     points = [(entry["iteration"], entry[name]) for entry in entries if entry.get(name) is not None]
     few = len(points) < 30
     colour, dashes = style.COLOURS[index % len(style.COLOURS)], _LINES[index // len(style.COLOURS) % len(_LINES)]
-    look: dict[str, Any] = {"color": colour, "ls": dashes}
-    axes.plot([x for x, _ in points], [y for _, y in points], marker="o" if few else "", ms=3, lw=1.2, **look)
+    options: dict[str, Any] = {"color": colour, "ls": dashes}
+    axes.plot([x for x, _ in points], [y for _, y in points], marker="o" if few else "", ms=3, lw=1.2, **options)

@@ -15,7 +15,7 @@ from sparseinst.report.collect import RowResult, TableResult, repeated_compariso
 from sparseinst.report.records import Column
 
 _AP = Column("AP")
-_LOOKS: dict[str, dict[str, Any]] = {
+_MARKS: dict[str, dict[str, Any]] = {
     "same sign, size compatible": {"marker": "o", "color": style.COLOURS[2]},
     "same sign, other size": {"marker": "^", "color": style.COLOURS[0]},
     "opposite sign": {"marker": "X", "color": style.COLOURS[1]},
@@ -107,10 +107,10 @@ def _draw(axes: matplotlib.axes.Axes, row: RowResult, reference: RowResult, at: 
         seeds = np.array(cell.measured.values) - base.mean
         axes.plot(seeds, np.full(len(seeds), at), ".", color="0.6", ms=4, label=once("the seeds of a row, one by one"))
     verdict = row.judgement.verdict if row.judgement is not None else ""
-    look = _LOOKS.get(verdict, _OPEN) if verdict else _UNTRAINED
+    mark = _MARKS.get(verdict, _OPEN) if verdict else _UNTRAINED
     errors = None if found.guessed else [[found.value - found.low], [found.high - found.value]]
     label = once(verdict or "not trained")
-    axes.errorbar([found.value], [at], xerr=errors, capsize=2, lw=1.1, ms=5.5, label=label, **look)
+    axes.errorbar([found.value], [at], xerr=errors, capsize=2, lw=1.1, ms=5.5, label=label, **mark)
     if row.paper_difference is not None:
         axes.plot([row.paper_difference], [at], label=once("the paper"), **{**style.PAPER, "ls": "", "ms": 4.5})
     axes.text(1.01, at, row.verdict, transform=axes.get_yaxis_transform(), fontsize=7, va="center")

@@ -20,8 +20,8 @@ from sparseinst.report.records import Column
 
 _QUOTED_MARKS = "s^v<>*"
 _PEER_MARKS = "PXhd"
-_DEVICE_LOOKS: tuple[dict[str, Any], ...] = ({}, {"fillstyle": "left"}, {"fillstyle": "bottom"}, {"fillstyle": "none"})
-"""One look for each device, added to the look of the system."""
+_DEVICE_STYLES: tuple[dict[str, Any], ...] = ({}, {"fillstyle": "left"}, {"fillstyle": "bottom"}, {"fillstyle": "none"})
+"""One style for each device, added to the style of the system."""
 _THE_PAPER = "The paper: SparseInst, CVPR 2022"
 
 Point = tuple[float, float, str]
@@ -46,8 +46,8 @@ def speed_accuracy(result: TableResult) -> Figure | None:
     if paper and not at_scale:
         labels += _draw_points(axes, paper, "SparseInst, the paper: RTX 2080 Ti, PyTorch FP32", **style.PAPER)
     timed = [column for column in result.columns if column.device is not None and column.metric in ("FPS", "ms")]
-    for look, column in zip(cycle(_DEVICE_LOOKS), timed, strict=False):
-        labels += _draw_measured(axes, result, column, look)
+    for options, column in zip(cycle(_DEVICE_STYLES), timed, strict=False):
+        labels += _draw_measured(axes, result, column, options)
     quoted = zip(cycle(_QUOTED_MARKS), cycle(style.COLOURS[1:]), result.table.spec.protocols.items(), strict=False)
     for mark, colour, (name, protocol) in quoted:
         points = [
@@ -71,7 +71,7 @@ def speed_accuracy(result: TableResult) -> Figure | None:
     return figure
 
 
-def _draw_measured(axes: mpl.axes.Axes, result: TableResult, column: Column, look: dict[str, Any]) -> list[Any]:
+def _draw_measured(axes: mpl.axes.Axes, result: TableResult, column: Column, options: dict[str, Any]) -> list[Any]:
     """Draw the measured points of SparseInst and of other systems on one device; return their labels."""
     points = []
     for row in result.rows:
@@ -79,24 +79,24 @@ def _draw_measured(axes: mpl.axes.Axes, result: TableResult, column: Column, loo
         if speed is not None and ap is not None and ap.measured is not None:
             points.append((1000 / speed.mean if column.metric == "FPS" else speed.mean, ap.measured.mean, row.row.name))
     label = f"SparseInst, measured at {result.profile} scale: {column.device}"
-    labels = _draw_points(axes, points, label, **{**style.MEASURED, **look}) if points else []
+    labels = _draw_points(axes, points, label, **{**style.MEASURED, **options}) if points else []
     peers = [p for p in result.peers if column.device in p.whole_ms and p.figures.get("AP") is not None]
     for name, mark in zip(dict.fromkeys(peer.name for peer in peers), cycle(_PEER_MARKS), strict=False):
         points = [(p.whole_ms[str(column.device)], p.figures["AP"] or 0.0, str(p.short_side)) for p in peers if p.name == name]
-        peer_look = {"marker": mark, "color": "0.3", "ls": ":", **look}
-        labels += _draw_points(axes, points, f"{name}, measured here: {column.device}", **peer_look)
+        peer_options = {"marker": mark, "color": "0.3", "ls": ":", **options}
+        labels += _draw_points(axes, points, f"{name}, measured here: {column.device}", **peer_options)
     return labels
 
 
-def _draw_points(axes: mpl.axes.Axes, points: list[Point], legend: str, **look: Any) -> list[Any]:
+def _draw_points(axes: mpl.axes.Axes, points: list[Point], legend: str, **options: Any) -> list[Any]:
     """Draw points as one line and return their labels as matplotlib's texts.
 
     Args:
         legend: the name of the line in the legend.
-        look: matplotlib's options for the line.
+        options: matplotlib's options for the line.
     """
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], label=legend, **look)
-    return [axes.text(x, y, text, fontsize=6.5 if look.get("ls") == "" else 8) for x, y, text in points]
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], label=legend, **options)
+    return [axes.text(x, y, text, fontsize=6.5 if options.get("ls") == "" else 8) for x, y, text in points]
 
 
 @style.styled
@@ -118,8 +118,8 @@ def module_times(result: TableResult) -> Figure | None:
     left = [0.0] * len(bars)
     for index, name in enumerate(MODULES):
         widths = [values[index] for _, values in bars]
-        look: dict[str, Any] = {"color": style.COLOURS[index], "hatch": style.HATCHES[index], "edgecolor": "white"}
-        axes.barh(range(len(bars)), widths, left=left, label=name, height=0.6, **look)
+        options: dict[str, Any] = {"color": style.COLOURS[index], "hatch": style.HATCHES[index], "edgecolor": "white"}
+        axes.barh(range(len(bars)), widths, left=left, label=name, height=0.6, **options)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(bars)), [style.short(label, 60) for label, _ in bars])
     axes.invert_yaxis()
@@ -150,15 +150,15 @@ def differences(result: TableResult) -> Figure | None:
         measured = row.cells[Column("AP")].difference
         assert measured is not None
         errors = None if measured.guessed else [[measured.value - measured.low], [measured.high - measured.value]]
-        look = style.MEASURED if measured.testable else style.IMAGES_ALONE
+        options = style.MEASURED if measured.testable else style.IMAGES_ALONE
         if row.not_trained:
-            look = {**look, "marker": "x"}
+            options = {**options, "marker": "x"}
         noise = "seeds and images" if measured.seeds_known else "images alone"
         interval = "one seed" if measured.guessed else f"noise of {noise}"
         if row.not_trained:
             interval += ", not trained"
         label = once(f"measured at {result.profile} scale, {interval}")
-        axes.errorbar([measured.value], [index - 0.12], xerr=errors, capsize=3, label=label, **look)
+        axes.errorbar([measured.value], [index - 0.12], xerr=errors, capsize=3, label=label, **options)
         if row.paper_difference is not None:
             axes.plot([row.paper_difference], [index + 0.12], label=once("the paper, on COCO"), **{**style.PAPER, "ls": ""})
     axes.axvline(0, color="0.5", lw=0.8)

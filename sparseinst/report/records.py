@@ -10,10 +10,9 @@ import numpy as np
 
 from sparseinst.ablation.gate import untrained_ap
 from sparseinst.ablation.peers import Evaluated
-from sparseinst.ablation.plan import SEEDS
 from sparseinst.ablation.statistics import Sample
 from sparseinst.ablation.store import Record, Store
-from sparseinst.ablation.study import AccuracyFigure, Figure, MechanismFigure, Profile, Row, Table, row_config
+from sparseinst.ablation.study import SEEDS, AccuracyFigure, Figure, MechanismFigure, Profile, Row, Table, row_config
 
 ACCURACY: tuple[str, ...] = get_args(AccuracyFigure)
 EVALUATED: tuple[str, ...] = (*ACCURACY, *get_args(MechanismFigure))

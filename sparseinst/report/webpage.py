@@ -36,7 +36,7 @@ _CHIPS = {
     "undecided": "open",
     "not trained": "gap",
 }
-"""The look of each verdict."""
+"""The CSS class of each verdict."""
 
 
 def web_page(results: Sequence[TableResult], store: Store, figures: Path) -> str:

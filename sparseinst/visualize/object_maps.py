@@ -18,7 +18,7 @@ from sparseinst.data.masks import Mask
 from sparseinst.data.network_input import cut, image_tiles
 from sparseinst.data.objects import Objects, fullest_tile, read_segments
 from sparseinst.data.transforms import as_mask, resize_segments
-from sparseinst.evaluation.mechanism import look, of_maps
+from sparseinst.evaluation.mechanism import match_maps, of_maps
 from sparseinst.files import atomic, distinct_names, make_folder
 from sparseinst.inference.predict import Predictor
 from sparseinst.postprocess import ImageSize, postprocess
@@ -70,15 +70,15 @@ def object_maps(predictor: Predictor, record: ImageRecord, split: CocoSplit) -> 
     small = [as_mask(segment, size) for segment in resize_segments(segments, whole, size)]
     if not any(mask.any() for mask in small):
         return picture, []
-    looked = look(raw, padded, labels, small, predictor.config, predictor.model.mask_size(padded))
-    told = of_maps(looked.responses, looked.covered, looked.objects)
+    matches = match_maps(raw, padded, labels, small, predictor.config, predictor.model.mask_size(padded))
+    told = of_maps(matches.responses, matches.covered, matches.objects)
     every = predictor.config.inference.model_copy(update={"score_threshold": 0.0})
     [found] = postprocess(raw, padded, [ImageSize(size, whole)], every)
     masks = dict(zip(found.maps.tolist(), found.masks.cpu().numpy(), strict=True))
     height, width = (-(-side // STRIDES[0]) for side in size)
     rows = []
-    for index, (instance, number) in enumerate(zip(looked.objects.tolist(), looked.maps.tolist(), strict=True)):
-        response = looked.responses[index, :height, :width]
+    for index, (instance, number) in enumerate(zip(matches.objects.tolist(), matches.maps.tolist(), strict=True)):
+        response = matches.responses[index, :height, :width]
         truth = as_mask(segments[instance], whole)
         rows.append(
             ObjectMap(

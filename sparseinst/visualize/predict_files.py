@@ -11,7 +11,6 @@ from typing import Any
 
 from PIL import Image
 
-from sparseinst.data.images import IMAGE_SUFFIXES
 from sparseinst.data.masks import encode_runs
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import atomic, check_writable, distinct_names
@@ -21,42 +20,10 @@ from sparseinst.inference.predict import Predictor, as_image
 from sparseinst.progress import progress_bar
 from sparseinst.visualize.contact_sheet import ContactSheets, sheet_names
 from sparseinst.visualize.draw import MOST_MAPS, ColourBy, activation_sheet, overlay
-from sparseinst.visualize.video import VIDEO_SUFFIXES, predict_video
+from sparseinst.visualize.inputs import is_video
+from sparseinst.visualize.video import predict_video
 
 _log = logging.getLogger(__name__)
-
-
-def is_video(file: Path) -> bool:
-    return file.suffix.lower() in VIDEO_SUFFIXES
-
-
-def find_images(inputs: Iterable[Path], *, videos: bool = False) -> list[Path]:
-    """Return the given files and the images in the given folders. What is no file, such as a pipe, is left out with a warning.
-
-    Args:
-        videos: also return videos.
-
-    Raises:
-        UserError: an input is neither a file nor a folder, or there is no image.
-    """
-    files: list[Path] = []
-    wanted = {*IMAGE_SUFFIXES, *(VIDEO_SUFFIXES if videos else ())}
-    for path in inputs:
-        if path.is_dir():
-            named = sorted(file for file in path.iterdir() if file.suffix.lower() in wanted)
-            special = {
-                file for file in named if file.exists() and not file.is_file()
-            }  # a broken link is reported when it is read
-            files += [file for file in named if file not in special]
-            for file in sorted(special):
-                _log.warning("%s: is a folder, a device or a pipe and left out", file)
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"{path}: no such image or folder")
-    if not files:
-        raise UserError(f"no image{' or video' if videos else ''} ({', '.join(sorted(wanted))}) in {', '.join(map(str, inputs))}")
-    return files
 
 
 class _CocoResult:

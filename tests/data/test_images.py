@@ -16,7 +16,7 @@ from sparseinst.data.collage import find_backgrounds
 from sparseinst.data.images import read_image
 from sparseinst.errors import DataError
 from sparseinst.inference.predict import as_image
-from sparseinst.visualize.predict_files import find_images
+from sparseinst.visualize.inputs import find_images
 from tests.conftest import annotation, box, write_coco
 
 

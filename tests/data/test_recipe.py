@@ -10,13 +10,13 @@ import pytest
 from sparseinst.cli import run_cli
 from sparseinst.config import Config, DataConfig
 from sparseinst.data.check import mirrored_categories
-from sparseinst.data.facts import Facts, look_at
+from sparseinst.data.facts import DataFacts, measure_splits
 from sparseinst.data.recipe import recipe
 from sparseinst.nested import explanations, leaf_paths
 from sparseinst.overrides import load_config
 from tests.conftest import annotation, box, write_coco
 
-FACTS = Facts(
+FACTS = DataFacts(
     train_images=2000,
     val_images=400,
     shared_images=0,
@@ -43,17 +43,17 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     images = [{"id": n, "file_name": f"{n}.png", "height": 60, "width": 80} for n in range(1, 4)]
     annotations = [annotation(n, 1, 7, box(10 * n, 0, 8, 8)) for n in range(1, 6)] + [annotation(9, 2, 7, box(0, 0, 20, 20))]
     write_coco(tmp_path, images, annotations)
-    found = look_at(DataConfig(root=str(tmp_path)))
+    found = measure_splits(DataConfig(root=str(tmp_path)))
     assert found.rare == ("seven", "thousand (no instance)")
     twice = write_coco(tmp_path / "twice", images, annotations, [{"id": 0, "name": "seven"}, {"id": 7, "name": "seven"}])
-    named_twice = look_at(DataConfig(root=str(twice)))
+    named_twice = measure_splits(DataConfig(root=str(twice)))
     assert named_twice.rare == ("seven (id 0, no instance)", "seven (id 7)")
     assert named_twice.repeated_names == ("seven",)
     assert (found.train_images, found.val_images, found.shared_images) == (2, 3, 3), "an image without instances does not train"
     assert found.classes == 2
     assert not found.missing
     (tmp_path / "val2017" / "2.png").unlink()
-    assert look_at(DataConfig(root=str(tmp_path))).missing == (str(tmp_path / "val2017" / "2.png"),)
+    assert measure_splits(DataConfig(root=str(tmp_path))).missing == (str(tmp_path / "val2017" / "2.png"),)
     assert (found.short_side, found.instances, found.most_instances) == (60, 3.0, 5)
     assert found.aspect == pytest.approx(80 / 60)
     assert found.median_object == pytest.approx(8)
@@ -67,16 +67,16 @@ def test_roboflows_endings_do_not_hide_that_an_image_is_in_both_splits(tmp_path:
     (tmp_path / "val2017" / name.format("0a1b2c3d" * 4)).rename(tmp_path / "val2017" / other["file_name"])
     file = tmp_path / "annotations" / "instances_val2017.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "images": [other]}))
-    assert look_at(DataConfig(root=str(tmp_path))).shared_images == 1
+    assert measure_splits(DataConfig(root=str(tmp_path))).shared_images == 1
     file.write_text(file.read_text().replace("street_12", "street_13"))
-    assert look_at(DataConfig(root=str(tmp_path))).shared_images == 0
+    assert measure_splits(DataConfig(root=str(tmp_path))).shared_images == 0
 
 
 def test_masks_without_a_pixel_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = [{"id": n, "file_name": f"{n}.png", "height": 60, "width": 80} for n in range(1, 4)]
     outside = [annotation(n, n, 7, box(500, 500, 8, 8)) for n in range(1, 4)]
     some = write_coco(tmp_path / "some", images, [*outside, annotation(9, 1, 7, box(5, 5, 9, 9))])
-    assert look_at(DataConfig(root=str(some))).small_object == pytest.approx(9)
+    assert measure_splits(DataConfig(root=str(some))).small_object == pytest.approx(9)
     none = write_coco(tmp_path / "none", images, outside)
     assert run_cli(["init", "--data", str(none), "--output", str(tmp_path / "none.yaml")]) == 2
     assert "no instance has a pixel in its image" in capsys.readouterr().err
@@ -163,7 +163,7 @@ def test_categories_that_a_flip_exchanges_are_not_flipped(tmp_path: Path, capsys
         data = json.loads(file.read_text())
         data["categories"] = [{"id": 7, "name": "left wing"}, {"id": 8, "name": "right wing"}]
         file.write_text(json.dumps(data))
-    chosen = recipe(look_at(DataConfig(root=str(tmp_path))), tmp_path, "small")
+    chosen = recipe(measure_splits(DataConfig(root=str(tmp_path))), tmp_path, "small")
     assert chosen.settings["data.flip"] == 0.0
     assert "data.flip" not in recipe(FACTS, Path("d"), "small").settings
     assert run_cli(["data", "check", str(tmp_path)]) == 0

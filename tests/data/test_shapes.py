@@ -17,7 +17,7 @@ from scipy.ndimage import label
 from scipy.spatial import cKDTree
 
 from sparseinst.config import ShapesConfig
-from sparseinst.data import scenes, shape_scenes, shapes
+from sparseinst.data import coco_folder, scenes, shape_scenes, shapes
 from sparseinst.data.masks import encode
 from sparseinst.errors import UserError
 from sparseinst.evaluation.coco_metrics import coco_figures
@@ -36,12 +36,12 @@ def read(root: Path, split: str) -> Any:
 def content_digest(root: Path) -> str:
     """Return the SHA-256 of the decoded pixels and the annotations in hexadecimal, whatever the encoding as PNG and JSON."""
     digest = hashlib.sha256()
-    for split in scenes.SPLITS:
-        data = json.loads(scenes.annotation_file(root, split).read_text(encoding="utf-8"))
+    for split in coco_folder.SPLITS:
+        data = json.loads(coco_folder.annotation_file(root, split).read_text(encoding="utf-8"))
         content = {key: data[key] for key in ("images", "annotations", "categories")}
         digest.update(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
         for entry in data["images"]:
-            with Image.open(scenes.image_folder(root, split) / entry["file_name"]) as file:
+            with Image.open(coco_folder.image_folder(root, split) / entry["file_name"]) as file:
                 digest.update(np.asarray(file.convert("RGB")).tobytes())
     return digest.hexdigest()
 

@@ -14,7 +14,7 @@ import torch
 
 from sparseinst import load_model
 from sparseinst.cli import run_cli
-from sparseinst.engines.artifact import artifact_files, artifact_identity
+from sparseinst.engines.artifact_files import artifact_files, artifact_identity
 from sparseinst.engines.names import check_engine
 from sparseinst.errors import RunFailed, UserError
 from sparseinst.inference.artifacts import (
@@ -25,6 +25,7 @@ from sparseinst.inference.artifacts import (
     read_about,
     write_openvino,
 )
+from sparseinst.inference.kept import kept
 from sparseinst.inference.weights import load_weights
 from sparseinst.machine import multiplies_bfloat16
 from tests.engines.test_engines import require
@@ -111,6 +112,16 @@ def test_without_a_place_for_compiled_networks_there_is_a_warning(network: Path,
     with caplog.at_level(logging.WARNING):
         load(network, "fp32", cache=Path("/dev/null/compiled"))
     assert "the compiled network is not kept" in caplog.text
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_folder_in_place_of_the_digests_is_one_line(tmp_path: Path, made: bool) -> None:
+    artifact = tmp_path / "network.onnx"
+    if made:
+        artifact.touch()
+    (tmp_path / "network.onnx.sha256").mkdir()
+    with pytest.raises(UserError, match=r"network\.onnx\.sha256: is a folder, a file was expected"):
+        kept(artifact, artifact.touch)
 
 
 def test_a_copy_that_is_interrupted_leaves_no_xml_beside_weights_of_another_network(

@@ -18,7 +18,7 @@ from sparseinst.bench.engines import agreement
 from sparseinst.cli import run_cli
 from sparseinst.config import ENGINE_PRECISIONS, Config, EngineName
 from sparseinst.engines import openvino_engine
-from sparseinst.engines.artifact import GRAPH, artifact_identity
+from sparseinst.engines.artifact_files import GRAPH, artifact_identity
 from sparseinst.engines.base import check_precision
 from sparseinst.engines.names import ENGINES, check_engine
 from sparseinst.errors import UserError

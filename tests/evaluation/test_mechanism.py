@@ -11,7 +11,7 @@ from sparseinst.config import Config, IAMConfig
 from sparseinst.data.coco import val_split
 from sparseinst.evaluation import mechanism
 from sparseinst.evaluation.evaluate import evaluate
-from sparseinst.evaluation.mechanism import METRICS, Pairs, instance_maps, look, of_matched, summarise, touching
+from sparseinst.evaluation.mechanism import METRICS, Pairs, instance_maps, match_maps, of_matched, summarise, touching
 from sparseinst.models.sparseinst import build_model
 from tests.conftest import alternatives
 
@@ -153,8 +153,8 @@ def test_an_object_without_a_pixel_at_the_networks_size_has_no_map(tiny: Config)
     with torch.no_grad():
         raw = model(torch.rand(1, 3, 64, 64))
     labels, masks = np.array([1, 2, 1]), [mask((slice(0, 20), slice(0, 20))), mask((slice(0, 0), slice(0, 0))), mask(NEXT)]
-    three = look(raw, (64, 64), labels, masks, tiny, model.mask_size((64, 64)))
-    two = look(raw, (64, 64), labels[[0, 2]], [masks[0], masks[2]], tiny, model.mask_size((64, 64)))
+    three = match_maps(raw, (64, 64), labels, masks, tiny, model.mask_size((64, 64)))
+    two = match_maps(raw, (64, 64), labels[[0, 2]], [masks[0], masks[2]], tiny, model.mask_size((64, 64)))
     assert sorted(three.objects.tolist()) == [0, 2]
     assert three.maps.tolist() == two.maps.tolist()
     with_it, without = of_matched(three), of_matched(two)

@@ -15,7 +15,7 @@ from sparseinst.ablation.study import read_profile, read_tables
 from sparseinst.cli import run_cli
 from sparseinst.config import EngineName
 from sparseinst.data.coco import read_split
-from sparseinst.engines.artifact import artifact_identity
+from sparseinst.engines.artifact_files import artifact_identity
 from sparseinst.errors import UserError
 from sparseinst.integrations import peers
 from sparseinst.integrations.peers import MASK_RCNN, build_peer

@@ -22,7 +22,7 @@ from sparseinst.files import file_digest
 from sparseinst.inference.weights import file_tensors_digest
 from sparseinst.overrides import load_config
 from sparseinst.paths import RunPaths
-from sparseinst.publish.card import About, Facts, model_card
+from sparseinst.publish.card import CardFacts, UserFacts, model_card
 from tests.conftest import CPU
 
 
@@ -159,7 +159,7 @@ def test_an_unfinished_run_is_evaluated_now_and_the_card_says_its_step(
 
 def test_a_training_that_can_end_early_is_not_said_to_have_all_steps(tiny: Config) -> None:
     config = tiny.replace({"train.evaluate_every": 2, "train.patience": 1})
-    facts = Facts(About("name", "data"), config, [Category(1, "a|b <i>")], "0" * 16, "", None)
+    facts = CardFacts(UserFacts("name", "data"), config, [Category(1, "a|b <i>")], "0" * 16, "", None)
     card = str(model_card(facts))
     assert "- at most 6 steps of 4 images" in card
     assert "a\\|b &lt;i&gt;" in card, "names are not Markdown"

@@ -131,7 +131,15 @@ def steps_done(run: StageRun) -> int:
 def process_of(run: StageRun, rank: int) -> int:
     last = latest_attempt(run_folder(run.key))
     assert last is not None
-    return int(last.beats[rank][1]["pid"])
+    return last.beats[rank][1].pid
+
+
+def address_of(run: StageRun) -> str:
+    """Return the host:port at which the ranks of a run's newest attempt meet."""
+    last = latest_attempt(run_folder(run.key))
+    assert last is not None
+    assert last.start.address is not None
+    return last.start.address
 
 
 def done(plan: Plan, results: str = "results") -> bool:

@@ -25,6 +25,7 @@ from sparseinst.paths import run_folder
 
 from .lab import (
     StartUndisturbed,
+    address_of,
     assert_close,
     assert_same_bits,
     cluster_profile,
@@ -88,7 +89,7 @@ def test_two_nodes_write_the_same_results_as_run(project: Path) -> None:
         assert ours.config == theirs.config
         field = "figures" if run.stage == "evaluate" else "losses"
         assert_close(ours.result[field], theirs.result[field])
-    nodes = {latest_attempt(run_folder(run.key)).about["address"].partition(":")[0] for run in trainings}  # type: ignore[union-attr]
+    nodes = {address_of(run).partition(":")[0] for run in trainings}
     assert nodes <= {"0x7f000001", "0x7f000002"}
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from sparseinst.data.convert.source import (
-    Annotated,
     Entry,
     Instance,
     Labels,
     Report,
     Source,
+    SourceImage,
     image_of,
     images_in,
     load_labels,
@@ -80,7 +80,7 @@ def _maps(folder: Path) -> list[Path]:
     return [file for file in images_in(folder) if file.suffix.lower() in _MAP_SUFFIXES]
 
 
-def _load(image: Path, file: Path, category: str, report: Report) -> Annotated | None:
+def _load(image: Path, file: Path, category: str, report: Report) -> SourceImage | None:
     labels = _numbers(file, report)
     if labels is None:
         return None
@@ -89,7 +89,7 @@ def _load(image: Path, file: Path, category: str, report: Report) -> Annotated |
         report.leave_out("an image whose map is black and white, so that it separates no instances", file)
         return None
     size = (labels.shape[0], labels.shape[1])
-    return Annotated(image, size, lambda _: (Instance(category, labels == n, f"{file}: label {n}") for n in numbers))
+    return SourceImage(image, size, lambda _: (Instance(category, labels == n, f"{file}: label {n}") for n in numbers))
 
 
 def cityscapes_matches(root: Path) -> bool:
@@ -116,11 +116,11 @@ def read_cityscapes(root: Path, category: str) -> Source:  # noqa: ARG001 (all r
     return Source(entries, list(THINGS.values()))
 
 
-def _load_ids(image: Path, file: Path, report: Report) -> Annotated | None:
+def _load_ids(image: Path, file: Path, report: Report) -> SourceImage | None:
     labels = _numbers(file, report)
     if labels is None:
         return None
-    return Annotated(image, (labels.shape[0], labels.shape[1]), lambda _: _things(labels, file, report))
+    return SourceImage(image, (labels.shape[0], labels.shape[1]), lambda _: _things(labels, file, report))
 
 
 def _numbers(file: Path, report: Report) -> Labels | None:

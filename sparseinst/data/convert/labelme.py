@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sparseinst.data.convert.source import Annotated, Entry, Instance, Mask, Report, Size, Source
+from sparseinst.data.convert.source import Entry, Instance, Mask, Report, Size, Source, SourceImage
 from sparseinst.data.masks import decode
 from sparseinst.errors import DataError, UserError
 from sparseinst.files import read_text
@@ -52,7 +52,7 @@ def _is_labelme(file: Path) -> bool:
     return isinstance(content, dict) and "shapes" in content and "imagePath" in content
 
 
-def _load(file: Path, report: Report) -> Annotated | None:
+def _load(file: Path, report: Report) -> SourceImage | None:
     try:
         content = json.loads(read_text(file))
     except (UserError, ValueError):
@@ -64,7 +64,7 @@ def _load(file: Path, report: Report) -> Annotated | None:
     sides = content.get("imageHeight"), content.get("imageWidth")
     size = (sides[0], sides[1]) if isinstance(sides[0], int) and isinstance(sides[1], int) else None
     shapes = content["shapes"]
-    return Annotated(_image(file, content), size, lambda actual: _instances(file, shapes, actual, report))
+    return SourceImage(_image(file, content), size, lambda actual: _instances(file, shapes, actual, report))
 
 
 def _image(file: Path, content: dict[str, Any]) -> Path | bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparseinst.data.convert.source import Annotated, Entry, Instance, Report, Size, Source, images_in
+from sparseinst.data.convert.source import Entry, Instance, Report, Size, Source, SourceImage, images_in
 from sparseinst.data.images import read_image
 from sparseinst.errors import DataError, UserError
 
@@ -32,7 +32,7 @@ def _folders(root: Path) -> Iterator[Path]:
     return (folder for folder in root.iterdir() if (folder / "images").is_dir() and (folder / "masks").is_dir())
 
 
-def _load(folder: Path, category: str, report: Report) -> Annotated | None:
+def _load(folder: Path, category: str, report: Report) -> SourceImage | None:
     files = images_in(folder / "images")
     if len(files) != 1:
         report.leave_out(f"{'no image' if not files else 'several images'} in one folder", folder)
@@ -47,4 +47,4 @@ def _load(folder: Path, category: str, report: Report) -> Annotated | None:
                 continue
             yield Instance(category, mask, str(file))
 
-    return Annotated(files[0], None, instances)
+    return SourceImage(files[0], None, instances)

@@ -55,7 +55,7 @@ class Instance(NamedTuple):
     crowd: bool = False
 
 
-class Annotated(NamedTuple):
+class SourceImage(NamedTuple):
     """An image and its objects."""
 
     image: Path | bytes
@@ -72,7 +72,7 @@ class Entry:
 
     name: str
     """The file's name in the new folder without its suffix, relative to the folder of the images."""
-    load: Callable[[Report], Annotated | None]
+    load: Callable[[Report], SourceImage | None]
     """Reads the annotations. Returns None if the image has to be left out, and reports the reason."""
     split: str | None = None
     """`train` or `val`, if the source says so."""

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from sparseinst.data.convert.source import (
-    Annotated,
     Entry,
     Instance,
     Labels,
     Report,
     Source,
+    SourceImage,
     image_of,
     images_in,
     load_labels,
@@ -103,7 +103,7 @@ def _palette(index: int) -> int:
     return colour[0] * 65536 + colour[1] * 256 + colour[2]
 
 
-def _load(root: Path, name: str, classes: Classes, colours: Classes, report: Report) -> Annotated | None:
+def _load(root: Path, name: str, classes: Classes, colours: Classes, report: Report) -> SourceImage | None:
     found = load_labels(root / "SegmentationObject" / f"{name}.png", report)
     kinds = load_labels(root / "SegmentationClass" / f"{name}.png", report) if found is not None else None
     if found is None or kinds is None:
@@ -116,7 +116,9 @@ def _load(root: Path, name: str, classes: Classes, colours: Classes, report: Rep
     where = str(root / "SegmentationObject" / f"{name}.png")
     image = image_of(root / "JPEGImages", name) or root / "JPEGImages" / f"{name}.jpg"
     names = colours if category_coloured else classes
-    return Annotated(image, (objects.shape[0], objects.shape[1]), lambda _: _instances(objects, categories, names, where, report))
+    return SourceImage(
+        image, (objects.shape[0], objects.shape[1]), lambda _: _instances(objects, categories, names, where, report)
+    )
 
 
 def _instances(objects: Labels, categories: Labels, names: Classes, where: str, report: Report) -> Iterator[Instance]:

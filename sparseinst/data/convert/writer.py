@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from sparseinst.data.convert.source import Annotated, Entry, Instance, Mask, Report, Size, Source
+from sparseinst.data.coco_folder import SPLITS, AnnotatedImage, annotation_file, image_folder, write_annotations, write_new
+from sparseinst.data.convert.source import Entry, Instance, Mask, Report, Size, Source, SourceImage
 from sparseinst.data.images import read_image
 from sparseinst.data.masks import decode, encode
-from sparseinst.data.scenes import SPLITS, annotation_file, image_folder, write_new
 from sparseinst.errors import DataError, UserError
+from sparseinst.files import free_path
 from sparseinst.words import counted
 
 _OUTSIDE = 0.02
@@ -30,8 +30,8 @@ class _Written(NamedTuple):
     """`train` or `val`, if the source says so."""
     image: dict[str, Any]
     """Its COCO entry, without an id."""
-    objects: list[dict[str, Any]]
-    """The COCO entries of its objects, without ids and with the name of the category."""
+    objects: list[tuple[str, dict[str, Any]]]
+    """The category's name and the COCO entry of each object. The entries have no ids."""
 
 
 def write_folder(source: Source, output: Path, report: Report, *, val: float | None = None, seed: int = 0) -> None:
@@ -52,7 +52,7 @@ def write_folder(source: Source, output: Path, report: Report, *, val: float | N
         with progress_bar("images") as bar:
             written = list(_write_images(pool, bar.track(source.entries, description="convert"), report))
         splits = _splits(written, val, seed, report)
-        names = source.categories or sorted({entry["category"] for image in written for entry in image.objects})
+        names = source.categories or sorted({category for image in written for category, _ in image.objects})
         if not names:
             raise UserError(f"no object is left: {_reasons(report)}")
         for split, images in splits.items():
@@ -98,7 +98,7 @@ def _write_images(folder: Path, entries: Iterable[Entry], report: Report) -> Ite
         if annotated is None or found is None:
             continue
         size, suffix = found
-        file = _free(folder / f"{entry.name}{suffix}")
+        file = free_path(folder / f"{entry.name}{suffix}")
         file.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(annotated.image, bytes):
             file.write_bytes(annotated.image)
@@ -108,7 +108,7 @@ def _write_images(folder: Path, entries: Iterable[Entry], report: Report) -> Ite
         yield _Written(entry.split, image, list(_checked(annotated, size, report)))
 
 
-def _size_and_suffix(annotated: Annotated, name: str, report: Report) -> tuple[Size, str] | None:
+def _size_and_suffix(annotated: SourceImage, name: str, report: Report) -> tuple[Size, str] | None:
     """Return the image's size as its annotations see it and its file's suffix; None if it is unusable, and report the reason."""
     image = annotated.image
     if isinstance(image, Path) and not image.is_file():
@@ -134,14 +134,8 @@ def _opened(image: Path | bytes) -> Path | BinaryIO:
     return image if isinstance(image, Path) else io.BytesIO(image)
 
 
-def _free(file: Path) -> Path:
-    """Return the path, with a number if it is taken."""
-    candidates = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in range(2, 1_000_000))
-    return file if not file.exists() else next(path for path in candidates if not path.exists())
-
-
-def _checked(annotated: Annotated, size: Size, report: Report) -> Iterator[dict[str, Any]]:
-    """Yield the COCO entries of the usable objects; report the others."""
+def _checked(annotated: SourceImage, size: Size, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the category's name and the COCO entry of each usable object; report the others."""
     for instance in annotated.instances(size):
         if isinstance(instance.shape, list):
             problem, polygons = _clean(instance.shape, size)
@@ -156,7 +150,7 @@ def _checked(annotated: Annotated, size: Size, report: Report) -> Iterator[dict[
         elif not mask.any():
             report.leave_out("an empty mask" if segmentation is None else "a polygon without a pixel", instance.where)
         else:
-            yield _content(instance, mask, segmentation)
+            yield instance.category, _content(instance, mask, segmentation)
 
 
 def _clean(polygons: list[list[float]], size: Size) -> tuple[str, list[list[float]]]:
@@ -182,29 +176,18 @@ def _content(instance: Instance, mask: Mask, segmentation: Any) -> dict[str, Any
     box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
     if segmentation is None:
         [segmentation] = encode(mask[None])
-    crowd = {"category": instance.category, "iscrowd": int(instance.crowd)}
-    return {**crowd, "area": int(mask.sum()), "bbox": box, "segmentation": segmentation}
+    return {"iscrowd": int(instance.crowd), "area": int(mask.sum()), "bbox": box, "segmentation": segmentation}
 
 
 def _write_split(root: Path, split: str, pool: Path, written: list[_Written], names: list[str]) -> None:
     """Move the images of a split from the pool to its folder, and write its annotation file."""
     ids = {name: number for number, name in enumerate(names, start=1)}
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    annotated = []
     for number, (_, image, objects) in enumerate(written, start=1):
         file = image_folder(root, split) / image["file_name"]
         file.parent.mkdir(parents=True, exist_ok=True)
         (pool / image["file_name"]).rename(file)
-        images.append({"id": number, **image})
-        for entry in objects:
-            content = {key: value for key, value in entry.items() if key != "category"}
-            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": ids[entry["category"]], **content})
-    content = {
-        "info": {"description": "converted by sparseinst data convert"},
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": number, "name": name} for name, number in ids.items()],
-    }
-    file = annotation_file(root, split)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content), encoding="utf-8")
+        entries = [{"category_id": ids[name], **content} for name, content in objects]
+        annotated.append(AnnotatedImage({"id": number, **image}, entries))
+    categories = [{"id": number, "name": name} for name, number in ids.items()]
+    write_annotations(root, split, annotated, categories, {"description": "converted by sparseinst data convert"})

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparseinst.data.convert.source import Annotated, Entry, Instance, Report, Size, Source, images_in
+from sparseinst.data.convert.source import Entry, Instance, Report, Size, Source, SourceImage, images_in
 from sparseinst.errors import UserError
 from sparseinst.files import read_text
 from sparseinst.plain import parse_yaml
@@ -95,14 +95,14 @@ def _label_file(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _load(image: Path, names: dict[int, str], report: Report) -> Annotated | None:
+def _load(image: Path, names: dict[int, str], report: Report) -> SourceImage | None:
     file = _label_file(image)
     try:
         lines = read_text(file).splitlines() if file.is_file() else []  # an image without a file holds no object
     except UserError:
         report.leave_out("an image with an unreadable text file", file)
         return None
-    return Annotated(image, None, lambda size: _instances(file, lines, names, size, report))
+    return SourceImage(image, None, lambda size: _instances(file, lines, names, size, report))
 
 
 def _instances(file: Path, lines: list[str], names: dict[int, str], size: Size, report: Report) -> Iterator[Instance]:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sparseinst.config import EngineName, NetworkPrecision
-from sparseinst.engines.artifact import OPSET
-from sparseinst.engines.base import INPUT, Engine, Facts
+from sparseinst.engines.artifact_files import OPSET
+from sparseinst.engines.base import INPUT, Engine, EngineFacts
 from sparseinst.errors import UserError
 from sparseinst.files import atomic
 from sparseinst.inference.artifacts import artifacts_folder, compiled_folder, save_openvino
@@ -37,7 +37,7 @@ class PreparedPeer:
     """A peer that is ready to run, and the facts about what runs it."""
 
     peer: Peer
-    facts: Facts
+    facts: EngineFacts
 
 
 def prepare_peer(peer: Peer, example: PeerInput, engine: EngineName, precision: NetworkPrecision) -> PreparedPeer:
@@ -71,11 +71,11 @@ def prepare_peer(peer: Peer, example: PeerInput, engine: EngineName, precision: 
     return PreparedPeer(replace(peer, run=lambda inputs: loaded.outputs(inputs.images)), loaded.facts)
 
 
-def _torch_facts(peer: Peer) -> Facts:
+def _torch_facts(peer: Peer) -> EngineFacts:
     state = dict(peer.exportable.network.state_dict()) if peer.exportable is not None else {}
     tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return Facts("torch", torch.__version__, "fp32", tensors_digest(tensors)[:16], size, torch.get_num_threads(), {})
+    return EngineFacts("torch", torch.__version__, "fp32", tensors_digest(tensors)[:16], size, torch.get_num_threads(), {})
 
 
 def _artifact(peer: Peer, exportable: Exportable, example: PeerInput) -> Path:

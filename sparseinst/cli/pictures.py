@@ -1,4 +1,4 @@
-"""Commands that show what a model does: predict, maps, failures, curves."""
+"""Commands that draw what a model does: predict, maps, failures, curves."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from sparseinst.cli.options import (
     NetworkPrecisionChoice,
     Optimize,
     Overrides,
+    Weights,
+    check_paths,
     engine_overrides,
     finite,
 )
@@ -30,7 +32,7 @@ app = typer.Typer()
 @app.command()
 def predict(
     inputs: Annotated[list[Path], typer.Argument(metavar="IMAGE|DIR|VIDEO ...")],
-    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a run, which may be unfinished.")],
+    weights: Weights,
     output: Annotated[Path, typer.Option(help="Folder for the overlays and predictions.json.")],
     score: Annotated[
         float, typer.Option(min=0.0, max=1.0, callback=finite, help="Leave out instances with a lower score.")
@@ -62,11 +64,15 @@ def predict(
     device: Device = None,
 ) -> None:
     """Segment images and videos. Write an overlay for each, and all instances as COCO JSON."""
-    from sparseinst.inference.checkpoints import find_weights
-    from sparseinst.inference.predict import load_model
-    from sparseinst.visualize.predict_files import find_images, predict_files
+    from sparseinst.visualize.inputs import find_images
 
     files = find_images(inputs, videos=True)
+    check_paths(weights=weights)
+
+    from sparseinst.inference.checkpoints import find_weights
+    from sparseinst.inference.predict import load_model
+    from sparseinst.visualize.predict_files import predict_files
+
     choice: dict[str, Any] = {}
     for setting, value in engine_overrides(engine, precision).items():
         choice[setting.removeprefix("inference.")] = value
@@ -120,7 +126,7 @@ def _make_int8(weights: Path, overrides: dict[str, Any]) -> None:
 
 @app.command()
 def maps(
-    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a run, which may be unfinished.")],
+    weights: Weights,
     output: Annotated[Path, typer.Option(help="Folder for the sheets and the metrics.")],
     data: Annotated[
         Path | None, typer.Option(help="A folder in COCO format or a folder of images; default: the validation data of the run.")
@@ -139,13 +145,15 @@ def maps(
     """
     import json
 
+    check_paths(weights=weights, data=data)
+
     from sparseinst.data.coco import CocoSplit, check_categories, val_split
     from sparseinst.evaluation.evaluate import evaluate
     from sparseinst.files import atomic
     from sparseinst.inference.predict import load_model
     from sparseinst.visualize.activations import mean_responses, write_mean_maps
+    from sparseinst.visualize.inputs import find_images
     from sparseinst.visualize.object_maps import write_object_maps
-    from sparseinst.visualize.predict_files import find_images
 
     model = load_model(weights, device, checkpoint=checkpoint)
     settings = model.config
@@ -174,7 +182,7 @@ def maps(
 
 @app.command()
 def failures(
-    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a run, which may be unfinished.")],
+    weights: Weights,
     output: Annotated[Path, typer.Option(help="Folder for the sheets and failures.json.")],
     data: Annotated[
         Path | None, typer.Option(help="A folder in COCO format; default: the data that the model was trained on.")
@@ -191,8 +199,10 @@ def failures(
     """
     import json
 
+    check_paths(weights=weights, data=data)
+
     from sparseinst.data.coco import val_split
-    from sparseinst.evaluation.weights import evaluate_weights, open_for_evaluation
+    from sparseinst.evaluation.weights import evaluate_source, open_for_evaluation
     from sparseinst.files import make_folder
     from sparseinst.inference.checkpoints import find_weights
     from sparseinst.inference.engine_network import device_for
@@ -201,11 +211,10 @@ def failures(
 
     overrides = {} if data is None else {"data.root": str(data), "data.source": "coco"}
     overrides |= dict(map(parse_override, override))
-    weights = find_weights(weights, checkpoint)
-    _, config = open_for_evaluation(weights, overrides)
+    source, config = open_for_evaluation(find_weights(weights, checkpoint), overrides)
     split = val_split(config.data)
     predictions = make_folder(output) / "predictions.json"
-    evaluation = evaluate_weights(weights, overrides, device=device_for(config, device), predictions=predictions)
+    evaluation = evaluate_source(source, config, device=device_for(config, device), predictions=predictions)
     results = json.loads(predictions.read_text(encoding="utf-8"))
     images = [image.id for image in split.images if image.id not in evaluation.skipped_images]
     found = find_failures(split.file, results, images, score)

@@ -12,7 +12,7 @@ from sparseinst.config import Config
 from sparseinst.data.coco import train_split
 from sparseinst.data.loader import BatchOrder, TrainSet
 from sparseinst.overrides import load_config
-from sparseinst.visualize.look import look, summary
+from sparseinst.visualize.training_images import draw_training_images, summary
 from tests.conftest import annotation, box, write_coco
 
 PLAIN = {"data.short_sides": [64], "data.long_side": 96, "data.flip": 0.0, "model.backbone.name": "small_resnet"}
@@ -65,7 +65,7 @@ def test_the_mask_stride_is_the_models(few: Path, tmp_path: Path, capsys: pytest
 
 def test_a_ring_marks_the_object_that_vanishes(few: Path, tmp_path: Path) -> None:
     config = load_config(overrides={**PLAIN, "data.root": str(few)})
-    look(config, train_split(config.data), tmp_path / "sheet.png", mask_stride=4)
+    draw_training_images(config, train_split(config.data), tmp_path / "sheet.png", mask_stride=4)
     with Image.open(tmp_path / "sheet.png") as sheet:
         picture = np.asarray(sheet.convert("RGB"))
     rows, columns = np.nonzero((picture == (255, 0, 0)).all(-1) & (np.arange(len(picture)) < 100)[:, None])
@@ -78,7 +78,7 @@ def test_a_ring_marks_the_object_that_vanishes(few: Path, tmp_path: Path) -> Non
 def test_augmentation_is_that_of_the_training(tiny: Config, tmp_path: Path) -> None:
     """The first images of the sheet have the sizes of the training's first draws, whatever its batch size."""
     split = train_split(tiny.data)
-    numbers = look(tiny, split, tmp_path / "sheet.png", mask_stride=4, pictures=3, sample=8)
+    numbers = draw_training_images(tiny, split, tmp_path / "sheet.png", mask_stride=4, pictures=3, sample=8)
     dataset = TrainSet(split, tiny.data, tiny.train.seed, 4)
     draws = [draw for batch in BatchOrder(dataset.split, tiny.train) for draw in batch if draw.number < 8]
     assert len(draws) > 4

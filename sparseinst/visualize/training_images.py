@@ -37,7 +37,7 @@ _MARK = (255, 0, 0)
 
 @dataclass
 class Numbers:
-    """What training sees of the images that were looked at."""
+    """What training sees of its first images."""
 
     mask_stride: int
     """The image pixels per side of a pixel of the masks that the model learns."""
@@ -68,7 +68,9 @@ class Numbers:
     """The unreadable images, if `data.on_bad_image` is `skip`."""
 
 
-def look(config: Config, split: CocoSplit, output: Path, *, mask_stride: int, pictures: int = 12, sample: int = 100) -> Numbers:
+def draw_training_images(
+    config: Config, split: CocoSplit, output: Path, *, mask_stride: int, pictures: int = 12, sample: int = 100
+) -> Numbers:
     """Write a sheet of the images that a training uses first, and return numbers about these and some more.
 
     Args:

@@ -181,6 +181,20 @@ def test_an_image_is_not_written_over(trained: Path, tmp_path: Path, capsys: pyt
     assert (tmp_path / "photo-maps.png").read_bytes() == maps
 
 
+@pytest.mark.parametrize("command", ["evaluate", "failures"])
+def test_weights_are_read_once(command: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def count(path: Path) -> Any:
+        read.append(path)
+        return load_weights(path)
+
+    monkeypatch.setattr("sparseinst.inference.weights.load_weights", count)
+    output = ["--output", str(tmp_path / "out")] if command == "failures" else []
+    assert run_cli([command, "--weights", str(trained), "--device", "cpu", *output]) == 0
+    assert read == [trained / "model.safetensors"]
+
+
 def test_failures_accept_the_same_annotations_as_evaluation(two_images: Path) -> None:
     """Ids may start at 0, and area and iscrowd may be missing. An invalid polygon is an error that names it."""
     file = two_images / "annotations/instances_val2017.json"

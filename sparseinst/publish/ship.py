@@ -1,7 +1,7 @@
 """Copy weights of runs into the package: the pretraining of a small backbone, or the model `demo`. Used before a release.
 
-python -m sparseinst.launch.ship start KEY      copies a pretraining from runs/KEY, with its record in results/
-python -m sparseinst.launch.ship demo RUN       copies the model in a run's folder, in half precision
+python -m sparseinst.publish.ship start KEY      copies a pretraining from runs/KEY, with its record in results/
+python -m sparseinst.publish.ship demo RUN       copies the model in a run's folder, in half precision
 """
 
 from __future__ import annotations

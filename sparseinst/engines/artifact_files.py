@@ -73,7 +73,7 @@ def read_onnx(path: Path) -> Any:
         raise UserError(f"{path}: is not an ONNX file, or it is incomplete: copy or export it again") from None
 
 
-def read_about(artifact: Path) -> str | None:
+def read_about_text(artifact: Path) -> str | None:
     """Return what an artifact says about itself; None if it says nothing.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Run what the command `bench` asks for, and return it as plain data for JSON."""
+"""Measure what the command `bench` asks for, and return it as plain data for JSON."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Request:
         ]
 
 
-def measure(request: Request, keep: Callable[[dict[str, Any], str], None] | None = None) -> dict[str, Any]:
+def measure_request(request: Request, keep: Callable[[dict[str, Any], str], None] | None = None) -> dict[str, Any]:
     """Measure what a request asks for.
 
     Args:

@@ -1,4 +1,4 @@
-"""Commands that import weights from elsewhere, and export or publish our weights."""
+"""Commands that exchange models with others: import-weights, export, publish."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from sparseinst.cli.options import (
     EngineChoice,
     NetworkPrecisionChoice,
     Results,
+    Weights,
+    check_paths,
     engine_overrides,
     finite,
 )
 from sparseinst.errors import UserError
+from sparseinst.files import check_is_file
 
 app = typer.Typer()
 
@@ -36,6 +39,8 @@ def import_weights(
 
     The file also holds the model's config. Every tensor must fit.
     """
+    check_is_file(released)  # before torch is imported
+
     from sparseinst.integrations import released as released_models
 
     if backbone:
@@ -62,7 +67,7 @@ def import_weights(
 
 @app.command()
 def export(
-    weights: Annotated[Path, typer.Option(help="A weights file, or the folder of a run, which may be unfinished.")],
+    weights: Weights,
     output: Annotated[Path, typer.Option(help="The file to write: model.onnx, or model.pt2 with --form torch.")],
     form: Annotated[Literal["onnx", "torch"], typer.Option(help="onnx, or torch for an archive of torch.export.")] = "onnx",
     normalised: Annotated[
@@ -104,10 +109,12 @@ def export(
         overrides: dict[str, Any] = {f"inference.{name}": value for name, value in given.items() if value is not None}
         if data is not None:
             overrides |= {"data.root": str(data), "data.source": "coco"}
+        check_paths(weights=weights, data=data)
         _export_network(weights, output, {**engine_overrides(engine, precision), **overrides}, checkpoint)
         return
     if precision is not None or max_drop is not None or calibration_images is not None or data is not None:
         raise UserError("export: --precision, --max-drop, --calibration-images and --data need --engine")
+    check_paths(weights=weights)
     from sparseinst.inference.artifacts import describe
     from sparseinst.inference.checkpoints import find_weights
     from sparseinst.inference.export import export_model
@@ -181,15 +188,12 @@ def publish(
 
     `load_model(DIR)` and `--weights DIR` read the folder.
     """
-    from sparseinst.inference.checkpoints import find_weights
-    from sparseinst.inference.weights import load_weights
-    from sparseinst.publish.card import About
+    check_paths(weights=run)
+
+    from sparseinst.publish.card import UserFacts
     from sparseinst.publish.publish import publish as write
 
-    if dataset is None:
-        data = load_weights(find_weights(run, checkpoint))[1].data
-        dataset = "shapes" if data.source == "shapes" else Path(data.root).resolve().name
-    about = About(name or output.resolve().name, dataset, data_license, license_)
+    about = UserFacts(name or output.resolve().name, dataset, data_license, license_)
     found = write(
         run, output, about, store=Store(results), checkpoint=checkpoint, pictures=pictures, score=score, overwrite=overwrite,
         device=device,
