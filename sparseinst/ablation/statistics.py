@@ -3,7 +3,9 @@
 A measured difference between two rows has two sources of noise: the seeds of the trainings, and the images of the validation set.
 
 - The part of the seeds is that of Welch's t-test (1947): each row has its own variance, and the degrees of freedom are those of
-  Satterthwaite (1946). No other row has an influence, because one row can be ten times as noisy as all others.
+  Satterthwaite (1946). Two or three seeds often agree by chance, and the test then finds false differences if the reference row
+  has more seeds. A variance below that of a typical row is therefore raised towards it. A variance above is not lowered, because
+  one row can be ten times as noisy as all others.
 - The part of the images is the variance of the difference of the seeds' mean APs over joint resamplings of the images. It adds no
   degrees of freedom: if the seeds of a row agree by chance, the difference would otherwise seem to be well known.
 - A row with one seed has no verdict. Plans assume the noise of a typical row for it.
@@ -63,7 +65,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class TypicalNoise:
-    """The noise over seeds of a typical row of a profile. It serves plans, and no verdict depends on it."""
+    """The noise over seeds of a typical row of a profile."""
 
     variance: float
     degrees: int
@@ -96,7 +98,7 @@ class SeedNoise:
     """One row's contribution to the noise of a difference."""
 
     variance: float
-    """The variance over seeds."""
+    """The variance over seeds that tests assume."""
     degrees: float
     """The degrees of freedom with which the variance is known."""
     seeds: int
@@ -105,10 +107,11 @@ class SeedNoise:
 
     @classmethod
     def of(cls, sample: Sample, typical: TypicalNoise | None) -> SeedNoise:
-        """Return a row's own variance, or the typical one if the row has one seed.
+        """Return the noise of a row from its own variance and the typical one, or from the typical one if the row has one seed.
 
-        Plans assume a mean of both, in which the typical one has the weight of one degree of freedom. With two or three seeds, a
-        row's own variance alone is so uncertain that a plan would often be wrong by far.
+        Plans assume the mean of both, in which the typical one has the weight of one degree of freedom: with two or three seeds,
+        a row's own variance is often wrong by far. Tests assume the larger one of this mean and the row's own variance, with the
+        row's own degrees of freedom.
 
         Args:
             typical: may be None only for a row with several seeds.
@@ -118,8 +121,8 @@ class SeedNoise:
             assert typical is not None
             return cls(typical.variance, float(typical.degrees), 1)
         variance = statistics.variance(sample.values)
-        planned = (own * variance + typical.variance) / (own + 1) if typical is not None else None
-        return cls(variance, float(own), len(sample.values), planned)
+        planned = (own * variance + typical.variance) / (own + 1) if typical is not None else variance
+        return cls(max(variance, planned), float(own), len(sample.values), planned)
 
     @property
     def expected(self) -> float:
@@ -143,6 +146,8 @@ class Difference:
     """The standard error over images; None if it is unknown."""
     confidence: float = CONFIDENCE
     """The confidence of `interval`."""
+    one_seed: bool = False
+    """Whether one of two trainings has one seed, and no row of the profile has several, so that there is not even a guess."""
 
     @property
     def seeds_known(self) -> bool:
@@ -161,8 +166,8 @@ class Difference:
 
     @property
     def guessed(self) -> bool:
-        """Whether a row has one seed, so that its noise is that of a typical row. People are then shown no interval."""
-        return self.seeds_known and any(row.seeds == 1 for row in self.rows)
+        """Whether a row has one seed, so that its noise is at best that of a typical row. People are then shown no interval."""
+        return self.one_seed or any(row.seeds == 1 for row in self.rows)
 
     @property
     def error(self) -> float:
@@ -242,7 +247,8 @@ def difference(
         rows = (SeedNoise.of(row, typical), SeedNoise.of(reference, typical))
     if not rows and image_error is None:
         return None
-    return Difference(row.mean - reference.mean, rows, image_error)
+    alone = not same_weights and not rows
+    return Difference(row.mean - reference.mean, rows, image_error, one_seed=alone)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def _comparison_notes(result: TableResult) -> list[str]:
     interval = ", with a 95 % interval over seeds and images" if any(found.testable for found in differences) else ""
     lines = [
         f"Differences are from the row '{spec.reference}'{interval}. The verdicts of this table "
-        f"({counted(result.comparisons, 'comparison')} so far) have a false discovery rate of about 5 %. 'equivalent' "
+        f"({counted(result.comparisons, 'comparison')} so far) have a false discovery rate of at most 5 %. 'equivalent' "
         f"means within {spec.margin:g} AP. docs/verdicts.md explains each word."
     ]
     judged = [row.judgement for row in result.rows if row.judgement is not None]
@@ -81,7 +81,7 @@ def _comparison_notes(result: TableResult) -> list[str]:
             "The interval of a settled difference is wider than 95 %, because settled differences are a selection; it decides "
             "whether the size is compatible with the paper's."
         )
-    if not all(found.seeds_known for found in differences):
+    if any(not found.seeds_known and not found.guessed for found in differences):
         lines.append(
             f"{IMAGES_ALONE} The interval is over images alone, because there are too few seeds to know their noise. "
             "The difference stays undecided."

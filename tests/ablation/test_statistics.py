@@ -1,7 +1,6 @@
 """Check noise and verdicts against values that were calculated by hand, and in simulated tables."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,13 +53,15 @@ def test_the_typical_noise_is_right_on_average_and_one_wild_row_does_not_move_it
 
 def test_the_interval_is_that_of_welchs_test_if_the_images_add_nothing() -> None:
     row, reference = Sample((30.0, 32.0, 31.5)), Sample((29.0, 30.0, 31.0, 30.2, 30.1))
-    found = difference(row, reference, TypicalNoise(100.0, 8), 0.0)
+    found = difference(row, reference, TypicalNoise(0.01, 8), 0.0)
     assert found is not None
     welch = stats.ttest_ind(row.values, reference.values, equal_var=False)
     interval = welch.confidence_interval()
     assert (found.low, found.high, found.degrees) == pytest.approx((interval.low, interval.high, welch.df))
     assert Comparison(found, -5.0, 0.5).p_sign() == pytest.approx(welch.pvalue)
-    assert difference(row, reference, None, 0.0) == replace(found, rows=tuple(replace(r, planned=None) for r in found.rows))
+    alone = difference(row, reference, None, 0.0)
+    assert alone is not None
+    assert (alone.low, alone.high) == (found.low, found.high)
 
 
 def test_the_interval_contains_the_noise_of_images_and_of_seeds() -> None:
@@ -75,9 +76,15 @@ def test_the_interval_contains_the_noise_of_images_and_of_seeds() -> None:
     assert difference(Sample((30.0,)), reference, None) is None
 
 
+def test_a_variance_below_the_typical_one_is_raised_and_one_above_is_not_lowered() -> None:
+    noise = SeedNoise.of(Sample((29.0, 30.0, 31.0)), TypicalNoise(4.0, 9))
+    assert (noise.variance, noise.degrees, noise.expected) == (2.0, 2.0, 2.0)
+    wild = SeedNoise.of(Sample((20.0, 30.0, 40.0)), TypicalNoise(4.0, 9))
+    assert (wild.variance, wild.degrees, wild.expected) == (100.0, 2.0, 68.0)
+
+
 def test_plans_assume_a_mean_of_the_rows_own_noise_and_the_typical_one() -> None:
     noise = SeedNoise.of(Sample((29.0, 30.0, 31.0)), TypicalNoise(4.0, 9))
-    assert (noise.variance, noise.degrees, noise.expected) == (1.0, 2.0, 2.0)
     more = noise.with_seeds(5)
     assert (more.variance, more.degrees, more.seeds) == (2.0, 4.0, 5)
     guess = SeedNoise.of(Sample((29.0,)), TypicalNoise(4.0, 9))
@@ -226,7 +233,15 @@ def test_intervals_and_verdicts_hold_in_simulated_tables(pattern: str) -> None:
     found = simulate(PATTERNS[pattern], 3, 400)
     assert found.coverage.mean() >= 0.94
     assert found.coverage.min() >= 0.915
-    assert found.false <= 0.075
+    assert found.false <= 0.05
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_reference_row_with_more_seeds_does_not_make_verdicts_false(pattern: str) -> None:
+    """Welch's test alone gives false verdicts in up to 40 % of such tables, because two seeds often agree by chance."""
+    found = simulate(PATTERNS[pattern], 2, 200, reference_seeds=9)
+    assert found.coverage.mean() >= 0.94
+    assert found.false <= 0.05
 
 
 def test_equivalence_holds_its_rate_at_the_margin() -> None:
