@@ -76,7 +76,9 @@ def is_native(device: torch.device, precision: NetworkPrecision) -> bool:
 
 def why_not_native(precision: NetworkPrecision) -> str:
     """Return what a user should know before using this precision where it is not native."""
-    return f"torch has no fast {precision} on this CPU, so {precision} is computed in float32 and is slower than fp32"
+    return (
+        f"torch has no fast {precision} on this CPU, so {precision} is computed in float32 and rounded, which is slower than fp32"
+    )
 
 
 @contextmanager

@@ -65,7 +65,10 @@ def init(
                 f"warning: {problem}: the training would stop. Go online once, or set model.backbone.weights=FILE, or start from "
                 "--weights, or use --size small, which needs none."
             )
-    print(f"{output} holds all settings and their reasons. Next, a check of 500 steps on 8 images, and the training:")
+    print(
+        f"{output} holds all settings and their reasons. Next come a check of 500 steps on 8 images, which also says how long the"
+    )
+    print("training may take, and the training:")
     print(f"  sparseinst train --config {output} --output runs/preflight --preflight")
     print(f"  sparseinst train --config {output} --output runs/mine")
 

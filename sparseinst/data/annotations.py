@@ -158,7 +158,8 @@ def check_segmentation(segmentation: Any, height: int, width: int) -> None:
         for polygon in segmentation:
             _check_polygon(polygon)
     else:
-        raise ValueError(f"polygons or run lengths were expected, got {shorten(repr(segmentation))}")
+        hint = " (`sparseinst data convert` reads folders of mask images)" if isinstance(segmentation, str) else ""
+        raise ValueError(f"polygons or run lengths were expected, got {shorten(repr(segmentation))}{hint}")
 
 
 def _check_polygon(polygon: Any) -> None:

@@ -22,6 +22,7 @@ from sparseinst.files import state_of_file
 
 MIRRORED = "a horizontal flip turns {} into {}, which keeps the wrong label"
 """Explains `mirrored_categories`, given a pair of names."""
+ABSENT = "no such image"
 DARK = 32
 """A split is reported if none of its pixels reaches this grey level (0 to 255)."""
 
@@ -68,6 +69,14 @@ def check_split(split: CocoSplit, images: Iterable[ImageRecord], *, read_images:
     for image in images:
         _check_image(image, read_images, report)
         _check_instances(image, split, areas, report)
+    absent = [image for image in split.images if not image_exists(image)]
+    if len(absent) == len(split.images) > 1:  # the folder is wrong, and one line says so
+        gone = {f"{image.path}: {ABSENT}" for image in absent}
+        report.problems = [problem for problem in report.problems if problem not in gone]
+        report.problems.append(
+            f"{split.file}: none of its {len(absent)} images exists, the first is {absent[0].path}: set data.train_images or "
+            "data.val_images to the folder that each `file_name` starts from"
+        )
     if report.brightest is not None and report.brightest < DARK:
         report.problems.append(
             f"{split.file}: no pixel of its images is brighter than {report.brightest} of 255; "
@@ -111,7 +120,7 @@ def _given_areas(split: CocoSplit) -> dict[int, Any]:
 
 def _check_image(image: ImageRecord, read: bool, report: Report) -> None:
     if not read and not image_exists(image):
-        report.problems.append(f"{image.path}: no such image")
+        report.problems.append(f"{image.path}: {ABSENT}")
     if read:
         try:
             photo = read_image(image.path, (image.height, image.width))
@@ -193,6 +202,10 @@ def show(reports: dict[str, Report], *, as_json: bool = False) -> None:
                 f"note: {name}: {report.wrong_areas} of {report.instances} instances have an `area` that is not their mask's, "
                 "but perhaps their box's. COCO's metrics take an object's size from it: AP is right, but APs, APm and APl are not"
             )
+    if not any(report.problems for report in reports.values()):
+        print("no problem found")
+    for padded in (name for name in reports["train"].categories if name != name.strip()):
+        print(f"note: the category {padded!r} begins or ends with a space")
     if reports["val"].images and not reports["val"].instances:
         print("note: val: no image has an instance, so there will be no AP")
     if mirrored := mirrored_categories(list(reports["train"].categories)):

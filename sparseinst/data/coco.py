@@ -66,11 +66,17 @@ class CocoSplit:
     images: tuple[ImageRecord, ...]
     problems: tuple[str, ...] = ()
     """One line for each annotation of the whole file whose segmentation is invalid."""
+    invalid: frozenset[int] = frozenset()
+    """The ids of the images that have such an annotation."""
 
     def with_instances(self) -> CocoSplit:
         """Return the split with only the images that training uses: those with an instance that is no crowd."""
         kept = (image for image in self.images if any(not a.crowd for a in image.annotations))
         return replace(self, images=tuple(kept))
+
+    def without_invalid(self) -> CocoSplit:
+        """Return the split without the images that have an annotation whose segmentation is invalid."""
+        return replace(self, images=tuple(image for image in self.images if image.id not in self.invalid))
 
     def instances_per_tile(self, side: int | None) -> list[int]:
         """Return for each image the mean number of instances in a tile, rounded up, without crowds.
@@ -227,7 +233,7 @@ def _read_whole(file: Path, images: Path, _state: tuple[int, ...]) -> CocoSplit:
     labels = {category.id: index for index, category in enumerate(categories)}
     for kind, ids in (("categories", [c.id for c in categories]), ("images", [r.id for r in entries])):
         refused += [f"{file}: {count} {kind} share the id {number}" for number, count in Counter(ids).items() if count > 1]
-    problems = []
+    problems, invalid = [], set()
     for index, entry in enumerate(data["annotations"]):
         try:
             number, image, category, crowd, segmentation = check_annotation(entry)
@@ -244,9 +250,10 @@ def _read_whole(file: Path, images: Path, _state: tuple[int, ...]) -> CocoSplit:
             check_segmentation(segmentation, record.height, record.width)
         except ValueError as error:
             problems.append(f"{file}: annotation {number} (image {shorten(record.path.name)}): segmentation: {error}")
+            invalid.add(image)
     if refused:
         raise AnnotationsRefused(refused + problems)
-    return CocoSplit(file, categories, tuple(entries), tuple(problems))
+    return CocoSplit(file, categories, tuple(entries), tuple(problems), frozenset(invalid))
 
 
 def _checked(

@@ -68,6 +68,8 @@ class DataFacts:
     """The number of instances in the validation images."""
     other_categories: str | None = None
     """How the categories of the validation images differ from those of the training images, if they do."""
+    left_out: int = 0
+    """The number of training images that are left out because an annotation's segmentation is invalid."""
     mirrored: tuple[str, str] | None = None
     """Two categories that differ only in `left` and `right` by name, if there are any."""
 
@@ -78,7 +80,8 @@ def measure_splits(config: DataConfig) -> DataFacts:
     Raises:
         DataError: an annotation file cannot be read, a mask is not valid, or the training split has no instance with a pixel.
     """
-    train, val = train_split(config), val_split(config)
+    whole, val = train_split(config), val_split(config)
+    train = whole.without_invalid()  # `train_split` refuses such images, unless the settings leave them out
     used = train.with_instances()
     if not used.images:
         raise DataError(f"{train.file}: no image has an instance, so there is nothing to learn")
@@ -111,6 +114,7 @@ def measure_splits(config: DataConfig) -> DataFacts:
         repeated_names=tuple(repeated_names(category_names(train.categories))),
         val_instances=sum(val.instances_per_image()),
         other_categories=_difference(train, val),
+        left_out=len(whole.images) - len(train.images),
         mirrored=next(iter(mirrored_categories(category_names(train.categories))), None),
     )
 

@@ -257,6 +257,11 @@ def _warn(chosen: Recipe, facts: DataFacts, scale: float, size: Size, start: Map
             f"{facts.train_images} training images are few for a start without trained weights: AP may stay near zero. Start "
             "from released weights with --weights, or label more images."
         )
+    elif facts.train_images * facts.tiles < 300:
+        chosen.warnings.append(
+            f"{facts.train_images} training images are few: the model may learn them by heart. Compare its AP on the training "
+            "images with that on the validation images, and label more images if the two differ much."
+        )
     if not facts.val_images:
         chosen.warnings.append("the validation split has no image, so there will be no AP: `sparseinst data split` makes one.")
     elif not facts.val_instances:
@@ -276,6 +281,10 @@ def _warn(chosen: Recipe, facts: DataFacts, scale: float, size: Size, start: Map
         chosen.warnings.append(
             f"{len(facts.missing)} images do not exist, the first is {facts.missing[0]}: copy them, or leave them out with "
             "data.on_bad_image=skip."
+        )
+    if facts.left_out:
+        chosen.warnings.append(
+            f"training images with an invalid annotation, which will be left out (data.on_bad_image=skip): {facts.left_out}."
         )
     if facts.repeated_names:
         chosen.warnings.append(

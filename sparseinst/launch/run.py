@@ -157,7 +157,7 @@ def run_in_processes(
 ) -> int:
     """Run the same command in several processes, which share the work.
 
-    Each process writes its output to runs/process-N.txt; the terminal shows the state of every run.
+    Each process writes its output to runs/process-PID-N.txt, with this process's id; the terminal shows the state of every run.
 
     Args:
         arguments: the arguments of `sparseinst`, without `--jobs`.
@@ -175,7 +175,7 @@ def run_in_processes(
         for number in range(jobs):
             device = devices[number % len(devices)]
             command = [sys.executable, "-m", "sparseinst", *arguments, *(["--device", device] if device else [])]
-            output = stack.enter_context((RUNS / f"process-{number}.txt").open("a", encoding="utf-8"))
+            output = stack.enter_context((RUNS / f"process-{os.getpid()}-{number}.txt").open("a", encoding="utf-8"))
             environment = {**os.environ, "OMP_NUM_THREADS": threads, COMMAND: command_line()}
             processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
         try:

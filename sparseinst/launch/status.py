@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -51,6 +52,7 @@ class _Step(BaseModel):
     seconds: Annotated[float, Field(ge=0, le=1e6)]
 
 
+_STATES_EVERY = 300.0  # seconds between two lists of all states if the output is no terminal
 _TAIL = 4096  # bytes; the last line of metrics.jsonl is far shorter
 
 
@@ -222,11 +224,32 @@ def states_table(states: Sequence[Status]) -> Group:
             why = "; ".join(part for part in (attempts, status.reason) if part)
             table.add_row(run.key, run.stage, escape(run.label), status.state, progress, eta, status.job or "", escape(why))
     counts = Counter(status.state for status in states)
+    left = _training_time_left(states)
     summary = ", ".join(f"{counts[state]} {state}" for state in get_args(State) if counts[state])
     if states and counts["done"] == len(states):
         stages = Counter(status.run.stage for status in states)
         summary = f"all {len(states)} runs are done: " + ", ".join(f"{count} {stage}" for stage, count in stages.items())
+    elif left is not None:
+        summary += (
+            f"; the trainings need about {datetime.timedelta(seconds=60 * math.ceil(left / 60))} more, if as many run at a time"
+        )
     return Group(table, summary) if table.row_count else Group(summary)
+
+
+def _training_time_left(states: Sequence[Status]) -> float | None:
+    """Return the seconds until all trainings are done, if as many run at a time as now and all take as long as those that run.
+
+    Returns:
+        None if no training runs, or if the time of those that run is not known yet.
+    """
+    trainings = [status for status in states if status.run.stage == "train" and status.state != "done"]
+    running = [status for status in trainings if status.state == "running"]
+    known = [status for status in running if status.eta_seconds is not None and 0 < status.progress < 1]
+    if not known:
+        return None
+    each = sum((status.eta_seconds or 0.0) / (1 - status.progress) for status in known) / len(known)
+    rest = sum(each * (1 - status.progress) if status in running else each for status in trainings)
+    return rest / len(running)
 
 
 def show(states: Sequence[Status]) -> None:
@@ -235,13 +258,35 @@ def show(states: Sequence[Status]) -> None:
 
 
 def watch(get_states: Callable[[], Sequence[Status]], going_on: Callable[[], bool], *, every: float = 2.0) -> None:
-    """Update the states on the terminal while `going_on()` is true. If the output is no terminal, print them once at the end."""
+    """Update the states on the terminal while `going_on()` is true.
+
+    If the output is no terminal, print a line for each stage that begins or ends, now and then the states, and at the end all.
+    """
+    if not Console().is_terminal:
+        _print_changes(get_states, going_on, every)
+        return
     with Live(states_table(get_states()), auto_refresh=False) as live:
         while going_on():
             time.sleep(every)
             live.update(states_table(get_states()), refresh=True)
-    if not live.console.is_terminal:
-        print()  # rich ends the only state that it printed without a line break
+
+
+def _print_changes(get_states: Callable[[], Sequence[Status]], going_on: Callable[[], bool], every: float) -> None:
+    states = get_states()
+    before, printed = {status.run.key: status.state for status in states}, time.monotonic()
+    while going_on():
+        time.sleep(every)
+        states = get_states()
+        for status in states:
+            if before.get(status.run.key) != status.state:
+                why = f" ({status.reason})" if status.reason else ""
+                now = datetime.datetime.now().astimezone().strftime("%H:%M")
+                print(f"{now}  {status.run.stage} {status.run.label}: {status.state}{why}", flush=True)
+        before = {status.run.key: status.state for status in states}
+        if time.monotonic() - printed > _STATES_EVERY:
+            show(states)
+            printed = time.monotonic()
+    show(get_states())
 
 
 def find_runs(text: str, plan: Plan) -> list[StageRun]:

@@ -134,7 +134,8 @@ def _from_timm(name: str) -> dict[str, Tensor]:
     except Exception as error:
         raise UserError(
             f"the pretrained weights of {name} are not in timm's cache, and the download failed ({type(error).__name__}); go "
-            "online once, or set model.backbone.weights=FILE, or set model.backbone.pretrained=false"
+            "online once, or set model.backbone.weights=FILE, or set model.backbone.pretrained=false and "
+            "model.backbone.frozen_norm=false, which trains much longer"
         ) from error
 
 

@@ -154,6 +154,19 @@ def test_check_folder_counts_instances_and_finds_problems(folder: Path) -> None:
         assert expected in text
 
 
+def test_a_wrong_folder_of_images_is_one_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder / "annotations" / "instances_train2017.json"
+    data = json.loads(file.read_text())
+    for image in data["images"]:
+        image["file_name"] = f"photos/{image['file_name']}"
+    file.write_text(json.dumps(data))
+    for read in (True, False):
+        problems = check_folder(DataConfig(root=str(folder)), read_images=read)["train"].problems
+        [problem] = [problem for problem in problems if "photos" in problem]
+        assert f"none of its {len(data['images'])} images exists, the first is" in problem
+        assert "set data.train_images" in problem
+
+
 @needs_coco
 def test_check_folder_on_real_photos() -> None:
     reports = check_folder(DataConfig(root=str(REAL_COCO)), read_images=False)

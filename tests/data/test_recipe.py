@@ -82,6 +82,23 @@ def test_masks_without_a_pixel_do_not_count(tmp_path: Path, capsys: pytest.Captu
     assert "no instance has a pixel in its image" in capsys.readouterr().err
 
 
+def test_images_with_an_invalid_annotation_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error of `init` recommends data.on_bad_image=skip, so `init` must accept it."""
+    images = [{"id": number, "file_name": f"{number}.png", "height": 60, "width": 80} for number in (1, 2)]
+    write_coco(tmp_path, images, [annotation(1, 1, 7, box(0, 0, 9, 9)), annotation(2, 2, 7, box(0, 0, 30, 30))])
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    data = json.loads(file.read_text())
+    data["annotations"][0]["segmentation"] = "masks/1.png"
+    file.write_text(json.dumps(data))
+    command = ["init", "--data", str(tmp_path), "--size", "small", "--output", str(tmp_path / "own.yaml")]
+    assert run_cli(command) == 2
+    assert "data convert` reads folders of mask images); data.on_bad_image=skip leaves" in capsys.readouterr().err
+    assert run_cli([*command, "-o", "data.on_bad_image=skip"]) == 0
+    assert "an invalid annotation, which will be left out (data.on_bad_image=skip): 1" in capsys.readouterr().out
+    facts = measure_splits(DataConfig(root=str(tmp_path), on_bad_image="skip"))
+    assert (facts.train_images, facts.left_out, facts.median_object) == (1, 1, 30.0)
+
+
 def test_a_line_break_in_a_name_stays_in_its_comment(tmp_path: Path) -> None:
     images = [{"id": n, "file_name": f"{n}.png", "height": 60, "width": 80} for n in range(1, 4)]
     things = [annotation(n, n, 7, box(5, 5, 8, 8)) for n in range(1, 4)]

@@ -12,8 +12,8 @@ from sparseinst.attempts import Attempt, Job
 from sparseinst.errors import UserError
 from sparseinst.launch import arrange
 from sparseinst.launch import submit as launch
+from sparseinst.launch.status import Status, plan_status, show, watch
 from sparseinst.launch.status import as_json as states_as_json
-from sparseinst.launch.status import plan_status
 from sparseinst.launch.submission import Queue, Submission, read_submission, write_submission
 from sparseinst.paths import RunPaths, run_folder
 from tests.launch.conftest import planned
@@ -170,3 +170,39 @@ def test_an_existing_record_is_not_made_again() -> None:
     with pytest.raises(UserError, match="none of these runs"):
         launch.cancel([train], plan)
     assert not RunPaths(run_folder(train.key).root).attempts.exists()
+
+
+def test_the_time_of_all_trainings_that_are_left(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two run and take 100 s each, half of which is over; two more wait. So each of the two processes needs 150 s more."""
+    runs = [run for run in planned("table5").runs.values() if run.stage == "train"]
+    running = [Status(run, "running", 0.5, 50.0) for run in runs[:2]]
+    waiting = [Status(run, "pending", 0.0) for run in runs[2:4]]
+    show([*running, *waiting])
+    assert "the trainings need about 0:03:00 more" in capsys.readouterr().out
+    show([Status(runs[0], "running", 0.0), *waiting])
+    assert "need about" not in capsys.readouterr().out, "before the first step, nobody knows"
+
+
+def test_without_a_terminal_each_change_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = [run for run in planned("table5").runs.values() if run.stage == "train"][:2]
+    looks = iter(
+        [
+            [Status(first, "pending", 0.0), Status(second, "pending", 0.0)],
+            [Status(first, "running", 0.1), Status(second, "pending", 0.0)],
+            [Status(first, "done", 1.0), Status(second, "failed", 0.2, reason="out of memory")],
+        ]
+    )
+    last: list[list[Status]] = []
+
+    def look() -> list[Status]:
+        last.append(next(looks, last[-1] if last else []))
+        return last[-1]
+
+    watch(look, lambda: len(last) < 4, every=0.0)
+    lines = [line.split("  ", 1)[-1] for line in capsys.readouterr().out.splitlines()]
+    assert lines[:3] == [
+        f"train {first.label}: running",
+        f"train {first.label}: done",
+        f"train {second.label}: failed (out of memory)",
+    ]
+    assert lines[-1] == "1 done, 1 failed"
