@@ -103,7 +103,7 @@ def _paste_strip(masks: Tensor, row: _Block, columns: _Columns, threshold: float
         if end - start > NARROW * into.shape[2]:
             wide.append(instance)
         else:
-            first, last = columns.reach.inputs[start][0], columns.reach.inputs[end - 1][1]
+            first, last = columns.reach.inputs[start, 0], columns.reach.inputs[end - 1, 1]
             part = strip[instance, :, first:last] @ columns.reach.weights[first:last, start:end]
             torch.gt(row.weights @ part, threshold, out=into[instance, :, start:end])
     if len(wide) == len(masks):
@@ -124,8 +124,9 @@ def _reached(above: NDArray[np.bool_], reach: _Reach) -> Iterator[tuple[int, int
     """
     firsts = above.argmax(1)
     lasts = above.shape[1] - 1 - above[:, ::-1].argmax(1)
+    starts, ends = reach.outputs[firsts, 0].tolist(), reach.outputs[lasts, 1].tolist()
     for instance in np.flatnonzero(above.any(1)).tolist():
-        yield instance, reach.outputs[firsts[instance]][0], reach.outputs[lasts[instance]][1]
+        yield instance, starts[instance], ends[instance]
 
 
 def _resized(masks: Tensor, row: _Block, columns: list[_Block]) -> Tensor:
@@ -156,10 +157,10 @@ class _Reach(NamedTuple):
 
     weights: Tensor
     """(w, W): the weight of each input column in each output column."""
-    outputs: list[tuple[int, int]]
-    """For each input column, the first output column that depends on it, and the end of those that do."""
-    inputs: list[tuple[int, int]]
-    """For each output column, the first input column that it depends on, and the end of those."""
+    outputs: NDArray[np.int32]
+    """(w, 2): for each input column, the first output column that depends on it, and the end of those that do."""
+    inputs: NDArray[np.int32]
+    """(W, 2): for each output column, the first input column that it depends on, and the end of those."""
 
 
 class _Columns(NamedTuple):
@@ -168,27 +169,24 @@ class _Columns(NamedTuple):
     """None on a GPU: the test of what an instance reaches would make the processor wait for the GPU."""
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)  # the weights of a huge photo take megabytes, and to make them again takes little time
 def _reach(masks: int, padded: int, resized: int, original: int) -> _Reach:
     """Return the dependencies of the columns on a CPU."""
-    both = _both_steps(masks, padded, resized, original, torch.device("cpu"))
-    used = both.numpy() != 0
+    weights = torch.zeros(masks, original)
+    for block in _blocks(masks, padded, resized, original, BLOCK, torch.device("cpu")):
+        weights[block.first : block.last, block.start : block.end] = block.weights.T
+    used = weights.numpy() != 0
     outputs, inputs = (
-        list(zip(lines.argmax(1).tolist(), (lines.shape[1] - lines[:, ::-1].argmax(1)).tolist(), strict=True))
-        for lines in (used.T, used)
+        np.stack([lines.argmax(1), lines.shape[1] - lines[:, ::-1].argmax(1)], axis=1).astype(np.int32)
+        for lines in (used, used.T)
     )
-    return _Reach(both.T.contiguous(), outputs, inputs)
-
-
-def _both_steps(masks: int, padded: int, resized: int, original: int, device: torch.device) -> Tensor:
-    """Return the weights (original, masks) of both resizings along one axis."""
-    return _bilinear(resized, original, device) @ _bilinear(masks, padded, device)[:resized]
+    return _Reach(weights, outputs, inputs)
 
 
 @functools.lru_cache(maxsize=512)
 def _blocks(masks: int, padded: int, resized: int, original: int, step: int, device: torch.device) -> list[_Block]:
     """Split the resizing matrix of one axis into blocks of `step` output positions."""
-    both = _both_steps(masks, padded, resized, original, device)
+    both = _bilinear(resized, original, device) @ _bilinear(masks, padded, device)[:resized]  # original x masks
     blocks = []
     for start in range(0, original, step):
         weights = both[start : start + step]

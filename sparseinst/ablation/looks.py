@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 
 from sparseinst.ablation.provenance import code_version
 from sparseinst.ablation.sequential import BOUNDARIES, LEAST_POWER, LOOKS, LOWER_LEVELS, PENALTIES, Decision
-from sparseinst.ablation.statistics import FALSE_DISCOVERIES
+from sparseinst.ablation.statistics import FALSE_DISCOVERIES, TEST
 from sparseinst.ablation.study import Profile, Table, row_config
 from sparseinst.checked import read_checked, with_checksum
 from sparseinst.errors import UserError
@@ -48,6 +48,7 @@ def look_name(table: Table, profile: Profile) -> str:
     paper = {row.name: row.paper.get("AP") for row in spec.rows}
     # The penalties follow from the boundaries, but their last digits may differ between machines.
     design = {"looks": LOOKS, "boundaries": BOUNDARIES, "level": FALSE_DISCOVERIES, "power": LEAST_POWER, "factor": LOWER_LEVELS}
+    design["test"] = TEST
     identity = content_hash({"rows": rows, "paper": paper, "margin": spec.margin, "reference": spec.reference, **design})
     return f"{table.name}-{profile.name}-{identity[:8]}"
 

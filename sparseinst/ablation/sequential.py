@@ -101,7 +101,7 @@ def _kind(verdict: Verdict, power: float, look: int) -> Literal["settled", "futi
 
 
 def predictive_power(comparison: Comparison, comparisons: int) -> float:
-    """Return the chance that a comparison is settled at the last look, if the estimated variances are right.
+    """Return the chance that a comparison is settled at the last look, with the noise that plans assume.
 
     The true difference has a flat prior. The difference at the last look is then normally distributed around the present one. Its
     variance is the error variance of the present difference minus the smaller one that it will have at the last look (Jennison
@@ -127,7 +127,7 @@ def predictive_power(comparison: Comparison, comparisons: int) -> float:
 
 
 def _at_last_look(now: Difference, comparisons: int) -> Difference:
-    """Return the difference with the seeds of the last look, if the estimates stay the same."""
+    """Return the difference with the seeds of the last look and the noise that plans assume."""
     last = (LOOKS[-1], reference_seeds(len(LOOKS) - 1, comparisons))  # the reference row comes second
     return replace(now, rows=tuple(row.with_seeds(max(row.seeds, seeds)) for row, seeds in zip(now.rows, last, strict=False)))
 

@@ -26,6 +26,8 @@ from scipy import special
 from sparseinst.words import counted
 
 CONFIDENCE = 0.95
+TEST = "welch, raised"
+"""The name of the test. It is part of the names of logged looks, because a look is valid for one test only."""
 FALSE_DISCOVERIES = 0.05
 """The false discovery rate over the comparisons of a table."""
 POWER = 0.8

@@ -106,7 +106,7 @@ def check_paths(*, weights: Path | None = None, data: Path | None = None) -> Non
     if weights is not None and str(weights) not in SHIPPED_MODELS and not weights.is_dir():
         check_is_file(weights)
     if data is not None and not data.is_dir():
-        raise UserError(f"{data}: no such folder")
+        raise UserError(f"{data}: {'a folder was expected, and this is a file' if data.exists() else 'no such folder'}")
 
 
 def engine_overrides(engine: str | None, precision: str | None) -> dict[str, str]:

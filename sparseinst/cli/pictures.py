@@ -145,7 +145,9 @@ def maps(
     """
     import json
 
-    check_paths(weights=weights, data=data)
+    check_paths(weights=weights)
+    if data is not None and not data.exists():
+        raise UserError(f"{data}: no such image or folder")
 
     from sparseinst.data.coco import CocoSplit, check_categories, val_split
     from sparseinst.evaluation.evaluate import evaluate

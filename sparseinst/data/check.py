@@ -22,6 +22,7 @@ from sparseinst.files import state_of_file
 
 MIRRORED = "a horizontal flip turns {} into {}, which keeps the wrong label"
 """Explains `mirrored_categories`, given a pair of names."""
+_LISTED = 50  # problems of a split that are printed
 ABSENT = "no such image"
 DARK = 32
 """A split is reported if none of its pixels reaches this grey level (0 to 255)."""
@@ -195,8 +196,10 @@ def show(reports: dict[str, Report], *, as_json: bool = False) -> None:
         table.add_row("categories used", *used)
         Console().print(table)
     for name, report in reports.items():
-        for problem in report.problems:
+        for problem in report.problems[:_LISTED]:
             print(f"{name}: {problem}")
+        if len(report.problems) > _LISTED:
+            print(f"{name}: and {len(report.problems) - _LISTED:,} more problems; --json lists all of them")
         if report.wrong_areas:
             print(
                 f"note: {name}: {report.wrong_areas} of {report.instances} instances have an `area` that is not their mask's, "

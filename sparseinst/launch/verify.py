@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -202,12 +202,24 @@ def _evaluate(weights: Path, config: Config, device: str | None, progress: bool)
 
 
 def _noise(record: Record, store: Store) -> SeedNoise | None:
-    """Return the noise of AP over seeds of a record's row; None if the row has one seed."""
-    profile = record.provenance.get("profile")
-    loaded = (found for key in sorted(store.keys()) if (found := store.load(key)) is not None)
-    rows = _by_row((r for r in loaded if r.kind == "evaluate" and r.provenance.get("profile") == profile), store)
-    own = rows.get(_row_key(record))
-    return SeedNoise.of(own, None) if own is not None and len(own.values) > 1 else None
+    """Return the noise of AP over seeds of a record's row; None if the row has one seed, or if all its seeds have the same AP."""
+    values = _seeds_of(record, store)
+    return SeedNoise.of(Sample(values), None) if len(set(values)) > 1 else None
+
+
+def _seeds_of(record: Record, store: Store) -> tuple[float, ...]:
+    """Return the APs of all evaluations that differ from a record's only in the seed, without rejected trainings."""
+    found = []
+    for other in (store.load(key) for key in sorted(store.keys())):
+        if other is None or other.kind != "evaluate" or other.provenance.get("profile") != record.provenance.get("profile"):
+            continue
+        ap = other.result["figures"].get("AP")
+        if ap is None or untrained_ap(ap) or _row_key(other) != _row_key(record):
+            continue
+        training = store.load(parse_config(other.config).train_key())
+        if training is None or not training.result.get("not_trained"):
+            found.append(ap)
+    return tuple(found)
 
 
 def _row_key(record: Record) -> str:
@@ -215,23 +227,12 @@ def _row_key(record: Record) -> str:
     return str(config.replace({"train.seed": 0}).evaluate_key())
 
 
-def _by_row(records: Iterable[Record], store: Store) -> dict[str, Sample]:
-    """Return one sample for each config: the APs of the records that differ only in the seed, without rejected trainings."""
-    rows: dict[str, list[float]] = {}
-    for record in records:
-        ap = record.result["figures"].get("AP")
-        training = store.load(parse_config(record.config).train_key())
-        if ap is not None and not untrained_ap(ap) and not (training is not None and training.result.get("not_trained")):
-            rows.setdefault(_row_key(record), []).append(ap)
-    return {key: Sample(tuple(values)) for key, values in rows.items()}
-
-
 def _within_noise(here: float | None, there: float | None, noise: SeedNoise | None, lines: list[str]) -> Outcome:
     if here is None or there is None or noise is None:
         lines.append(
             "AP has no value"
             if noise is not None
-            else "the noise of this row is unknown: it has fewer than two seeds that count as trained"
+            else "the noise of this row is unknown: it has fewer than two seeds that count as trained and differ in AP"
         )
         return "undecided"
     two_seeds = replace(noise, variance=2 * noise.variance, seeds=1)

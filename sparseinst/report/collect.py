@@ -154,8 +154,8 @@ def read_results(
     keys = store.keys()
     others = all_tables()
     known: KnownRecords = {}
-    typical = typical_noises([*tables, *others], settings, store, keys, states or {}, known)
-    return [collect(table, settings, store, states or {}, typical, keys, known) for table in tables]
+    noises = typical_noises([*tables, *others], settings, store, keys, states or {}, known)
+    return [collect(table, settings, store, states or {}, noises, keys, known) for table in tables]
 
 
 KnownRecords = dict[tuple[str, str], RowRecords]
@@ -201,7 +201,7 @@ def collect(
     profile: Profile,
     store: Store,
     states: Mapping[str, str],
-    typical: Mapping[Figure, TypicalNoise],
+    noises: Mapping[Figure, TypicalNoise],
     keys: set[str] | None = None,
     known: KnownRecords | None = None,
 ) -> TableResult:
@@ -209,7 +209,7 @@ def collect(
 
     Args:
         states: the states of stages that are not done, by key; a stage without a state is pending.
-        typical: the noise of a typical row for each metric, from all tables; see `typical_noises`.
+        noises: the noise of a typical row for each metric, from all tables; see `typical_noises`.
         keys: the keys of all records; None reads them from the store.
         known: the records of rows that were found with the same states; those of other rows are read.
     """
@@ -230,7 +230,7 @@ def collect(
         entry = records[row.name]
         base = records[reference] if reference is not None and reference != row.name else None
         shares = base is not None and configs[row.name].train_key() == configs[str(reference)].train_key()
-        cells = {column: _cell(entry, base, column, row, typical, shares_training=shares) for column in columns}
+        cells = {column: _cell(entry, base, column, row, noises, shares_training=shares) for column in columns}
         doubts = dict.fromkeys((*entry.not_trained, *(f"{reference}: {why}" for why in (base.not_trained if base else ()))))
         rows.append(
             RowResult(
@@ -259,7 +259,7 @@ def _cell(
     reference: RowRecords | None,
     column: Column,
     row: Row,
-    typical: Mapping[Figure, TypicalNoise],
+    noises: Mapping[Figure, TypicalNoise],
     *,
     shares_training: bool,
 ) -> Cell:
@@ -279,7 +279,7 @@ def _cell(
         own, base = sample_of(entry, column, seeds), sample_of(reference, column, seeds)
         if own is not None and base is not None and share_images(entry, reference):
             error = image_error(entry, reference, column.metric, seeds)
-            found = difference(own, base, typical.get(column.metric), error, same_weights=same_weights)
+            found = difference(own, base, noises.get(column.metric), error, same_weights=same_weights)
     timed = entry.latencies.get(column.device or "")
     spread = timed_spread(timed.result, column.metric) if timed is not None and column.metric not in EVALUATED else None
     return Cell(measured, row.paper.get(column.metric), found, spread)

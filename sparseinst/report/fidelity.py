@@ -194,7 +194,7 @@ def _agreement(ranks: Sequence[Rank], least: float, typical: TypicalNoise | None
         return Agreement(*_count(paper, measured, least), None, _tau(paper, measured, least), None)
     # A parametric bootstrap: each draw moves every row's mean by the noise that remains over its seeds.
     noises = [SeedNoise.of(rank.measured, typical) for rank in ranks]
-    errors = np.sqrt([noise.expected / noise.seeds for noise in noises])
+    errors = np.sqrt([noise.variance / noise.seeds for noise in noises])
     moved = measured + errors * np.random.default_rng(0).standard_normal((_DRAWS, len(ranks)))
     counts = [_count(paper, draw, least) for draw in moved]
     shares = [agree / pairs for pairs, agree in counts if pairs]

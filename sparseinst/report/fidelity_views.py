@@ -116,8 +116,8 @@ def draw(found: Fidelity, provenance: Iterable[str] = ()) -> Figure | None:
             if not points:
                 continue
             label = f"{order}: {len(points)} pairs" + ("" if trained else " with a row that is not trained")
-            look: dict[str, Any] = {"marker": mark, "ls": "", "color": colour, "ms": 4, "alpha": alpha}
-            axes.plot([x for x, _ in points], [y for _, y in points], label=label, **look)
+            options: dict[str, Any] = {"marker": mark, "ls": "", "color": colour, "ms": 4, "alpha": alpha}
+            axes.plot([x for x, _ in points], [y for _, y in points], label=label, **options)
     axes.axhline(0, color="0.4", lw=0.8)
     axes.axvline(CLEAR, color="0.4", lw=0.8, ls=":")
     axes.annotate(

@@ -120,7 +120,7 @@ def _hours(seeds: int | None, rows: int, hours_per_seed: float | None) -> float 
 
 def _detectable(variances: Sequence[float], seeds: int, image_error: float | None, level: float) -> float:
     """Return the smallest difference that a one-sided test at this level settles."""
-    rows = tuple(SeedNoise(variance, seeds, seeds) for variance in variances)
+    rows = tuple(SeedNoise(variance, seeds - 1, seeds) for variance in variances)
     return Difference(0.0, rows, image_error).reach(level)
 
 
@@ -176,8 +176,10 @@ def show(found: Sequence[RowPower], seeds: int, unit: str) -> None:
     print("-: unknown.")
     if seeds == 1:
         print("One seed of each row settles nothing, because it does not show the row's own noise.")
-    elif any(line.detectable is None for line in found):
+    elif not any(line.noise for line in found):
         print("The noise of seeds is unknown until one row of this profile has two seeds.")
+    elif not all(line.noise for line in found):
+        print("A row that evaluates the trainings of the reference row needs two seeds before its noise is known.")
 
 
 def _with_hours(line: RowPower, name: str) -> str:

@@ -73,12 +73,14 @@ def write_mean_maps(means: NDArray[np.float32], output: Path) -> list[Path]:
     make_folder(output)
     written = []
     rows, columns = (max(1, side // _BORDER) for side in means.shape[1:])
-    inside = means[:, rows:-rows, columns:-columns]
+    inside = means[:, rows:-rows, columns:-columns] if min(means.shape[1:]) > 2 else means
     brightest = inside.max((1, 2)).clip(min=1e-12)
     chosen, everything = most_different_maps(inside), list(range(len(means)))
     for name, indices, across, width in (("maps-chosen.png", chosen, 6, 160), ("maps-all.png", everything, 10, 96)):
         height = round(width * means.shape[1] / means.shape[2])
-        pictures = [(f"map {index}", heat(None, means[index] / brightest[index], (width, height))) for index in indices]
+        pictures = [
+            (f"map {index}", heat(None, np.minimum(means[index] / brightest[index], 1), (width, height))) for index in indices
+        ]
         with atomic(output / name) as temporary:
             picture_grid(pictures, columns=min(across, len(pictures))).save(temporary, format="PNG")
         written.append(output / name)

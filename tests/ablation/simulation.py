@@ -107,7 +107,14 @@ class Design:
 
 
 def study(
-    seeds: int | None, deviation: float, effect: float, repetitions: int, *, compared: int = 19, image_error: float = IMAGE_ERROR
+    seeds: int | None,
+    deviation: float,
+    effect: float,
+    repetitions: int,
+    *,
+    compared: int = 19,
+    image_error: float = IMAGE_ERROR,
+    own: Sequence[float] = (),
 ) -> Design:
     """Simulate studies of some rows that are compared with a reference row.
 
@@ -116,11 +123,13 @@ def study(
         deviation: the median deviation over seeds; the rows' own are log-normal around it.
         effect: the deviation of the true differences; a third of them are zero.
         compared: the number of rows without the reference row.
+        own: the deviations of the reference row and of the others; empty to draw them.
     """
     random = np.random.default_rng(1)
     trainings, right, false, covered, any_false, missed = [], [], [], [], [], []
     for _ in range(repetitions):
-        deviations = deviation * np.exp(random.normal(0, 0.4, compared + 1))
+        drawn = deviation * np.exp(random.normal(0, 0.4, compared + 1))
+        deviations = np.array(own) if own else drawn
         effects = random.normal(0, effect, compared + 1) * (random.random(compared + 1) > 1 / 3)
         effects[0] = 0.0
         values = effects[:, None] + random.normal(size=(compared + 1, MOST_REFERENCE_SEEDS)) * deviations[:, None]
@@ -244,6 +253,9 @@ def main(repetitions: int) -> None:
     print("\n| rows compared, none differs | studies | with a false verdict |\n|---|---|---|")
     for compared, studies in ((3, 800), (11, 400), (19, 400)):
         print(f"| {compared} | {studies} | {study(None, 1.0, 0.0, studies, compared=compared).any_false:.3f} |", flush=True)
+    print("\n| deviations, none differs | with a false verdict |\n|---|---|")
+    for own in ((1, 5, 5, 5), (1, 13, 13, 13), (1, 1, 1, 13)):
+        print(f"| {own} | {study(None, 1.0, 0.0, 1200, compared=3, own=own).any_false:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

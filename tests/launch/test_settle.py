@@ -32,6 +32,7 @@ from sparseinst.launch.settle import advance, look_states, plan_looks
 from sparseinst.nested import merge
 from sparseinst.paths import run_folder
 from sparseinst.report.collect import read_results
+from sparseinst.report.power import _detectable
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TABLES = read_tables(["table5"], EXPERIMENTS)
@@ -292,6 +293,17 @@ def test_power(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert line["detectable"] > line["floor"] > 0
     assert run_cli(command) == 0
     assert "What 1 seed of each row can settle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_a_detectable_difference_is_found_with_the_stated_power(seeds: int) -> None:
+    """Two equally noisy rows have 2 (seeds - 1) degrees of freedom; the test exceeds its quantile in 80 % of cases."""
+    level, degrees = 0.025, 2 * (seeds - 1)
+    found = _detectable([1.0, 1.0], seeds, 0.0, level)
+    noncentrality = found / np.sqrt(2 / seeds)
+    assert stats.nct.sf(stats.t.isf(level, degrees), degrees, noncentrality) == pytest.approx(0.8, abs=1e-6)
+    measured = Difference(0.0, (SeedNoise(1.0, seeds - 1, seeds),) * 2, 0.0)
+    assert found == pytest.approx(measured.with_more_seeds(0).reach(level))
 
 
 def test_a_look_names_the_seeds_that_records_hold(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from sparseinst.ablation.study import read_profile, read_tables
 from sparseinst.cli import run_cli
 from sparseinst.config import Config
 from sparseinst.evaluation.predictions import read_predictions
-from sparseinst.launch.verify import _by_row, _within_noise
+from sparseinst.launch.verify import _noise, _seeds_of, _within_noise
 from sparseinst.paths import run_folder
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -155,7 +155,17 @@ def test_metrics_and_resamplings_are_computed_again_from_predictions(
 def test_evaluations_without_an_ap_say_nothing_about_the_noise(tmp_path: Path) -> None:
     store, config = Store(tmp_path), Config().model_dump(mode="json")
     records = [Record("evaluate", str(number), {"figures": {"AP": ap}}, config) for number, ap in enumerate((None, 30.0, 31.0))]
-    assert [sample.values for sample in _by_row(records, store).values()] == [(30.0, 31.0)]
+    other = Config().replace({"model.decoder.depth": 2}).model_dump(mode="json")
+    for record in (*records, Record("evaluate", "9", {"figures": {"AP": 50.0}}, other)):
+        store.write(record)
+    assert _seeds_of(records[1], store) == (30.0, 31.0)
+    noise = _noise(records[1], store)
+    assert noise is not None
+    assert noise.variance == 0.5
+    same = Store(tmp_path / "same")
+    for record in (records[1], replace(records[2], result={"figures": {"AP": 30.0}})):
+        same.write(record)
+    assert _noise(records[1], same) is None, "two seeds with the same AP show no noise, and not that there is none"
 
 
 def test_noise_is_that_of_two_seeds() -> None:
