@@ -311,6 +311,7 @@ def test_a_missing_path_is_refused_before_torch_is_imported(tmp_path: Path) -> N
         "gone.jpg: no such image or folder": [
             ["predict", "gone.jpg", "--weights", "demo", *output],
             ["bench", "--photos", "gone.jpg"],
+            ["maps", "--weights", "demo", "--data", "gone.jpg", *output],
         ],
         "gone: no such file": [
             *([command, "--weights", "gone", *output] for command in ("maps", "failures", "export", "train")),
@@ -322,7 +323,7 @@ def test_a_missing_path_is_refused_before_torch_is_imported(tmp_path: Path) -> N
             ["import-weights", "gone", *output],
         ],
         "gone: no such folder": [
-            *([command, "--weights", "demo", "--data", "gone", *output] for command in ("maps", "failures")),
+            ["failures", "--weights", "demo", "--data", "gone", *output],
             ["export", "--weights", "demo", "--engine", "openvino", "--data", "gone", *output],
             ["evaluate", "--weights", "demo", "--data", "gone"],
             ["bench", "--engines", "--data", "gone"],

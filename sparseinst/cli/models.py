@@ -185,13 +185,13 @@ def evaluate(
         raise UserError("evaluate: --checkpoint chooses weights of a run, so it cannot be used with --peer")
     if peer is not None and (engine is not None or precision is not None or optimize is not None):
         raise UserError("evaluate: a peer always runs in torch and fp32: leave out --engine, --precision and --optimize")
+    if weights is None and peer is None:
+        raise UserError("evaluate: give --weights to evaluate a model, or --peer to evaluate another system")
+    if peer is None and record:
+        raise UserError("evaluate: --record is for peers only; `run` and `launch` record their results without it")
     check_paths(weights=weights, data=data)
     if peer is not None:
         found = _evaluate_peer(peer, weights, overrides, predictions, evaluator, device, (profile, results) if record else None)
-    elif weights is None:
-        raise UserError("evaluate: give --weights to evaluate a model, or --peer to evaluate another system")
-    elif record:
-        raise UserError("evaluate: --record is for peers only; `run` and `launch` record their results without it")
     else:
         from sparseinst.evaluation.weights import evaluate_source, open_for_evaluation
         from sparseinst.inference.checkpoints import find_weights
