@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sparseinst.errors import UserError
 from sparseinst.inference.compact import CompactMasks
-from sparseinst.words import counted
+from sparseinst.words import counted, install_extra
 
 if TYPE_CHECKING:
     from supervision import Detections
@@ -81,7 +81,7 @@ class FoundInstances(Found[NDArray[np.bool_]]):
         except ModuleNotFoundError as error:
             if error.name != "supervision":
                 raise
-            raise UserError("to_supervision needs the package supervision: pip install -e .[supervision]") from None
+            raise UserError(f"to_supervision needs the package supervision: {install_extra('supervision')}") from None
         return supervision.Detections(
             xyxy=self.boxes(),
             mask=self.masks,

@@ -40,7 +40,7 @@ def test_number_and_text_of_found_instances() -> None:
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(UserError, match=r"pip install -e \.\[supervision\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[supervision\]'"):
         found().to_supervision()
 
 
