@@ -20,7 +20,8 @@ def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
         one, many: the verb for one thing and for several; empty for no verb.
     """
     verb = one if count == 1 else many
-    return f"{count} {noun}{'' if count == 1 else 's'}" + (f" {verb}" if verb else "")
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count} {noun}{plural}" + (f" {verb}" if verb else "")
 
 
 def install_extra(extra: str) -> str:

@@ -83,7 +83,7 @@ def predict(
     found = predict_files(model, files, output, score=score, top=top, maps=maps, sheet=sheet, colour=colour)
     _print_prediction(found, len(files), output, score, tiled=model.config.inference.tile is not None)
     if found.failed:
-        raise RunFailed(f"{found.failed} of {len(files)} files could not be read; the warnings above say why")
+        raise RunFailed(f"{found.failed} of {counted(len(files), 'file')} could not be read; the warnings above say why")
 
 
 def _print_prediction(found: Prediction, files: int, output: Path, score: float, *, tiled: bool) -> None:
@@ -92,9 +92,10 @@ def _print_prediction(found: Prediction, files: int, output: Path, score: float,
     print(f"{counted(done, 'file')}: overlays and predictions.json in {output}")
     if found.images:
         highest = f"the highest score is {found.highest:.2f}" if found.highest is not None else "no map has a score at all"
+        none = f", none in {found.empty} of them" if 0 < found.empty < found.images else ""
         print(
-            f"{counted(found.instances, 'instance')} with a score of {score:g} or more; "
-            f"{f'none in {found.empty} of' if found.empty else 'in'} {counted(found.images, 'image')}; {highest}"
+            f"{counted(found.instances, 'instance')} with a score of {score:g} or more "
+            f"in {counted(found.images, 'image')}{none}; {highest}"
         )
     if found.left_out:
         print(f"--top left out {counted(found.left_out, 'more instance')} with such a score")
@@ -168,7 +169,7 @@ def maps(
     else:
         files = find_images([data])[:limit]
     for path in write_mean_maps(mean_responses(model, files), output):
-        print(f"{path}: {len(files)} images")
+        print(f"{path}: {counted(len(files), 'image')}")
     if split is None:
         print(f"{data} has no annotations, so there are no maps of single objects and no metrics")
         return

@@ -70,10 +70,12 @@ def test_predict_says_what_it_found(trained: Path, tmp_path: Path, capsys: pytes
     command = ["predict", *(str(image.path) for image in split.images[:3]), "--weights", str(trained), "--device", "cpu"]
     assert run_cli([*command, "--output", str(tmp_path / "none"), "--score", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "0 instances with a score of 1 or more; none in 3 of 3 images; the highest score is 0." in printed
+    assert "0 instances with a score of 1 or more in 3 images; the highest score is 0." in printed
     assert "Use a lower --score" in printed
+    assert run_cli(["predict", command[1], *command[4:], "--output", str(tmp_path / "one"), "--score", "1"]) == 0
+    assert "0 instances with a score of 1 or more in 1 image; the highest score is 0." in capsys.readouterr().out
     assert run_cli([*command, "--output", str(tmp_path / "top"), "--score", "0", "--top", "2"]) == 0
-    assert "6 instances with a score of 0 or more; in 3 images" in capsys.readouterr().out
+    assert "6 instances with a score of 0 or more in 3 images; the highest" in capsys.readouterr().out
     kept = json.loads((tmp_path / "top/predictions.json").read_text())["annotations"]
     assert run_cli([*command, "--output", str(tmp_path / "all"), "--score", "0"]) == 0
     everything = json.loads((tmp_path / "all/predictions.json").read_text())["annotations"]
