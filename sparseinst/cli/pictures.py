@@ -21,6 +21,7 @@ from sparseinst.cli.options import (
     finite,
 )
 from sparseinst.errors import RunFailed, UserError
+from sparseinst.paths import SHIPPED_MODELS
 from sparseinst.words import counted
 
 if TYPE_CHECKING:
@@ -82,6 +83,12 @@ def predict(
     model = load_model(weights, device, optimize=optimize, checkpoint=checkpoint, tile=tile, **choice)
     found = predict_files(model, files, output, score=score, top=top, maps=maps, sheet=sheet, colour=colour)
     _print_prediction(found, len(files), output, score, tiled=model.config.inference.tile is not None)
+    if str(weights) in SHIPPED_MODELS and not weights.exists():
+        names = [category.name for category in model.categories]
+        print(
+            f"{weights} knows {counted(len(names), 'synthetic shape')} ({', '.join(names)}) and nothing else: "
+            "on other images it finds shapes that are not there"
+        )
     if found.failed:
         raise RunFailed(f"{found.failed} of {counted(len(files), 'file')} could not be read; the warnings above say why")
 

@@ -119,6 +119,17 @@ def test_predict_draws_a_video(av: Any, trained: Path, tmp_path: Path) -> None:
     assert {entry["image_id"] for entry in written["annotations"]} == set(range(1, 9))
 
 
+def test_predict_says_what_the_model_demo_knows(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The six shapes are all that it knows, so that nobody wonders why a wall in a photo is a cross."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    command = ["predict", str(tmp_path / "photo.png"), "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert run_cli([*command, "--weights", "demo"]) == 0
+    told = "demo knows 6 synthetic shapes (circle, square, triangle, star, ring, cross) and nothing else"
+    assert told in capsys.readouterr().out
+    assert run_cli([*command, "--weights", str(trained)]) == 0
+    assert "nothing else" not in capsys.readouterr().out
+
+
 def test_truncated_and_invalid_videos(
     av: Any, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
