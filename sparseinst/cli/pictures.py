@@ -245,12 +245,13 @@ def curves(
 
     The figure also shows the matching stability. It can hold several runs.
     """
-    from sparseinst.paths import RunPaths
-    from sparseinst.report.curves import draw_curves, read_metrics
+    from sparseinst.report.curves import different_losses, draw_curves, read_metrics, run_names
     from sparseinst.report.style import save
 
     if output.suffix not in ("", ".png", ".svg"):
         raise UserError(f"{output}: curves are written as .png and .svg")
-    figure = draw_curves({RunPaths(run).title(): read_metrics(run) for run in runs})
+    figure = draw_curves(
+        {name: read_metrics(run) for name, run in zip(run_names(runs), runs, strict=True)}, different_losses(runs)
+    )
     save(figure, output)
     print(f"{output.with_suffix('.png')} and {output.with_suffix('.svg')}")
