@@ -231,7 +231,12 @@ def failures(
     for size, objects in found.objects.items():
         if objects:
             print(f"{size}: {found.found[size]} of {objects} objects found ({found.found[size] / objects:.0%})")
-    print(f"{len(found.invented)} instances with a score of {score:g} or more match no annotated object")
+    reasons = {kind: ", ".join(f"{name} {count}" for name, count in counts.items()) for kind, counts in found.reasons().items()}
+    if found.missed:
+        print(f"{counted(len(found.missed), 'object')} missed: {reasons['missed']}")
+    verb = "matches" if len(found.invented) == 1 else "match"
+    why = f": {reasons['invented']}" if found.invented else ""
+    print(f"{counted(len(found.invented), 'instance')} with a score of {score:g} or more {verb} no annotated object{why}")
 
 
 @app.command()
