@@ -170,6 +170,8 @@ def one_line(error: ValidationError, where: str, schema: type[Section]) -> str:
         message = "is missing"
     elif first["type"] not in ("value_error",):
         message = f"{message[0].lower()}{message[1:]}, got {shorten(repr(first['input']))}"
+        if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
+            message += f": write {shorten(json.dumps(json.dumps(first['input'])))} in quotes"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{where + ': ' if where else ''}{path + ': ' if path else ''}{message}{more}"
 

@@ -1,4 +1,4 @@
-"""Put messages into words: shorten texts, and count things with the right plural."""
+"""Put messages into words: shorten texts, count things with the right plural, and name commands."""
 
 from __future__ import annotations
 
@@ -20,4 +20,13 @@ def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
         one, many: the verb for one thing and for several; empty for no verb.
     """
     verb = one if count == 1 else many
-    return f"{count} {noun}{'' if count == 1 else 's'}" + (f" {verb}" if verb else "")
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count} {noun}{plural}" + (f" {verb}" if verb else "")
+
+
+def install_extra(extra: str) -> str:
+    """Return the command that installs an optional extra of this package, which is on no package registry.
+
+    The quotes are for shells that read brackets as a pattern.
+    """
+    return f"pip install -e '.[{extra}]'"

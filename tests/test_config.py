@@ -69,6 +69,8 @@ def test_a_config_is_frozen() -> None:
         ("model.decoder.depth=four", "model.decoder.depth: input should be a valid integer, got 'four'"),
         ("model.decoder.depth=0", "model.decoder.depth: input should be greater than or equal to 1, got 0"),
         ("model.decoder.depth=2.5", "model.decoder.depth"),
+        ("data.root=2.5", 'data.root: input should be a valid string, got 2.5: write "2.5" in quotes'),
+        ("data.root=true", 'data.root: input should be a valid string, got True: write "true" in quotes'),
         ("train.learning_rate=.nan", "not plain data|finite|nan"),
         ("model.encoder.ppm=1", "model.encoder.ppm: input should be a valid boolean, got 1"),
         ("model.decoder.iam.groups=3", "groups=3 does not divide width=256"),

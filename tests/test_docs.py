@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import typer
 from sparseinst.cli import app
 from sparseinst.config import MODELS, Config
 from sparseinst.models.sparseinst import build_model
+from sparseinst.words import install_extra
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "slurm/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,6 +34,15 @@ def test_links_have_a_target(page: Path) -> None:
             target = (page.parent / file).resolve() if file else page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+def test_extras_are_installed_from_the_clone() -> None:
+    """No registry has the package, so `pip install 'sparseinst[video]'` would fail. Without quotes, zsh reads a pattern."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    files = [*PAGES, *(ROOT / "sparseinst").rglob("*.py")]
+    named = [line for file in files for line in re.findall(r"pip install [^\n`]*\[\w+\][^\s`;,\"]*", file.read_text())]
+    assert len(named) > 5
+    assert set(named) <= {install_extra(extra) for extra in extras}
 
 
 def commands() -> list[str]:

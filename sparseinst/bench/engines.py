@@ -32,6 +32,7 @@ from sparseinst.evaluation.resampling import resampled_figures
 from sparseinst.integrations.peers import is_peer
 from sparseinst.machine import multiplies_bfloat16
 from sparseinst.models.norms import probe_image
+from sparseinst.words import install_extra
 
 TORCH_PRECISIONS = ("fp32", "bf16")
 """The precisions of torch that are timed unless the user names some."""
@@ -60,7 +61,7 @@ def engine_settings(
     settings = []
     for engine in ENGINES if every else [check_engine(name) for name in engines]:
         if every and (lack := _missing_package(engine)) is not None:
-            missing.append(f"{engine} is left out: {lack} is not installed; pip install 'sparseinst[{engine}]'")
+            missing.append(f"{engine} is left out: {lack} is not installed; {install_extra(engine)}")
             continue
         offered = TORCH_PRECISIONS if engine == "torch" and precisions is None else ENGINE_PRECISIONS[engine]
         chosen = [name for name in offered if precisions is None or name in precisions]
@@ -71,7 +72,7 @@ def engine_settings(
                 missing.append("openvino in bf16 is left out: this CPU has no bfloat16 instructions")
             if _missing_package("nncf") is not None:
                 chosen.remove("int8")
-                missing.append("int8 is left out: nncf is not installed; pip install 'sparseinst[int8]'")
+                missing.append(f"int8 is left out: nncf is not installed; {install_extra('int8')}")
         if not chosen and not every:
             raise UserError(f"engine {engine} has none of {', '.join(precisions or ())}: it has {', '.join(offered)}")
         settings += [

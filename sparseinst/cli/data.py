@@ -56,7 +56,8 @@ def collage(
     from sparseinst.data.collage import write_collage
 
     found = write_collage(output, cutouts, backgrounds, train=train_images, val=val_images, side=side, seed=seed)
-    print(f"{train_images} + {val_images} images in {output}, from {sum(found.values())} cut-outs in {len(found)} classes")
+    source = f"{counted(sum(found.values()), 'cut-out')} in {counted(len(found), 'class')}"
+    print(f"{train_images} + {val_images} images in {output}, from {source}")
 
 
 _KINDS = """
@@ -112,7 +113,7 @@ def convert(
         print(f"{source}: read as {kind}")
     report = run(source, output, kind=kind, category=category, val=val, seed=seed)
     for split, images in report.images.items():
-        print(f"{split}: {images} images with {report.instances[split]} instances")
+        print(f"{split}: {counted(images, 'image')} with {counted(report.instances[split], 'instance')}")
     for reason, count in report.left_out.most_common():
         print(f"left out ({reason}): {count}; the first is {report.examples[reason]}")
 
@@ -147,7 +148,7 @@ def split(
     report = split_folder(settings.data, by=by, name=name, val=val, seed=seed)
     for part, images in report.images.items():
         groups = "" if by == "image" else f" in {counted(report.groups[part], 'group')}"
-        print(f"{part}: {images} images{groups} with {report.instances[part]} instances")
+        print(f"{part}: {counted(images, 'image')}{groups} with {counted(report.instances[part], 'instance')}")
         missing = report.missing[part]
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""

@@ -21,6 +21,7 @@ from sparseinst.cli.options import (
 )
 from sparseinst.errors import UserError
 from sparseinst.files import check_is_file
+from sparseinst.words import counted
 
 app = typer.Typer()
 
@@ -126,7 +127,7 @@ def export(
         model, config.inference, output, form=form, normalise=not normalised, probabilities=probabilities, half=half, about=about
     )
     size = output.stat().st_size / 1e6
-    print(f"{output}: {size:.1f} MB, {len(categories)} classes, {config.model.decoder.iam.num_maps} maps an image")
+    print(f"{output}: {size:.1f} MB, {counted(len(categories), 'class')}, {config.model.decoder.iam.num_maps} maps an image")
 
 
 def _export_network(weights: Path, output: Path, overrides: dict[str, Any], checkpoint: str | None) -> None:
@@ -202,7 +203,7 @@ def publish(
         print(path)
     if found.measured is not None:
         ap = found.measured.figures.get("AP")
-        print(f"AP {'-' if ap is None else f'{ap:.1f}'} over {found.measured.images} images ({found.measured.source})")
+        print(f"AP {'-' if ap is None else f'{ap:.1f}'} over {counted(found.measured.images, 'image')} ({found.measured.source})")
     if found.local_paths:
         more = f" and {len(found.local_paths) - 3} more" if len(found.local_paths) > 3 else ""
         print(f"the settings and records name paths of this machine: {', '.join(found.local_paths[:3])}{more}")

@@ -26,6 +26,7 @@ from sparseinst.cli.options import (
     engine_overrides,
 )
 from sparseinst.errors import UserError
+from sparseinst.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -105,9 +106,15 @@ def _preflight(settings: Config, output: Path, device: torch.device) -> None:
     one = "an image" if settings.data.tile is None else "a tile"
     print(
         f"{one} took {found.image_seconds:.2f} s, so {settings.train.iterations} steps of {settings.train.batch_size} {what} may "
-        f"take {found.training_hours:.1f} hours, and the evaluations {found.evaluation_hours:.1f} hours (estimates, without "
+        f"take {_time(found.training_hours)}, and the evaluations {_time(found.evaluation_hours)} (estimates, without "
         "pretraining)"
     )
+
+
+def _time(hours: float) -> str:
+    """Return an estimated time in words, in minutes if it is shorter than an hour."""
+    minutes = max(1, round(60 * hours))
+    return f"about {counted(minutes, 'minute')}" if minutes < 60 else f"about {hours:,.1f} hours"
 
 
 def model_overrides(weights: Path) -> dict[str, Any]:
@@ -131,7 +138,7 @@ def _data_overrides(settings: Config, given: Container[str]) -> dict[str, Any]:
     if "model.num_classes" not in given or settings.train.start is not None:
         found["model.num_classes"] = len(split.categories)
         names = ", ".join(category.name for category in split.categories[:5])
-        print(f"{len(split.categories)} classes: {names}{', ...' if len(split.categories) > 5 else ''}")
+        print(f"{counted(len(split.categories), 'class')}: {names}{', ...' if len(split.categories) > 5 else ''}")
     most, maps = max(split.instances_per_tile(settings.data.tile)), settings.model.decoder.iam.num_maps
     if most > maps and "model.decoder.iam.num_maps" not in given:
         wanted = -(-most // 50) * 50
@@ -197,6 +204,7 @@ def evaluate(
         from sparseinst.inference.checkpoints import find_weights
         from sparseinst.inference.engine_network import device_for
 
+        assert weights is not None
         weights = find_weights(weights, checkpoint)
         _refuse_other_weights(weights, results)
         source, config = open_for_evaluation(weights, overrides)
@@ -288,7 +296,7 @@ def _print_metrics(result: Any, as_json: bool = False) -> None:
 
     from sparseinst.ablation.gate import untrained_ap
 
-    table = Table(*result.figures, title=f"COCO mask metrics over {result.images} images, in percent", min_width=60)
+    table = Table(*result.figures, title=f"COCO mask metrics over {counted(result.images, 'image')}, in percent", min_width=60)
     table.add_row(*("-" if value is None else f"{value:.1f}" for value in result.figures.values()))
     console = Console(width=max(Console().width, 100))  # on a narrow terminal, lines wrap but no value is cut
     console.print(table)
@@ -301,4 +309,4 @@ def _print_metrics(result: Any, as_json: bool = False) -> None:
     if result.mechanism:
         print_mechanism(result.mechanism)
     if result.skipped:
-        print(f"{len(result.skipped)} images were left out; see the warnings")
+        print(f"{counted(len(result.skipped), 'image', 'was', 'were')} left out; see the warnings")

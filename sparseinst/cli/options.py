@@ -182,7 +182,7 @@ def check_budget(plan: Plan, store: Store, budget: float | None) -> None:
     check_costs_are_known(cost, plan.profile)
     hours = cost.of(plan.to_do())
     if hours > budget:
-        raise UserError(f"the plan costs about {hours:.1f} {cost.unit}, over the budget of {budget:g}: nothing was started")
+        raise UserError(f"the plan costs about {hours:,.1f} {cost.unit}, over the budget of {budget:,g}: nothing was started")
 
 
 def warn_about_overruled_rows(plan: Plan) -> None:

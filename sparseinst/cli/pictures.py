@@ -21,6 +21,7 @@ from sparseinst.cli.options import (
     finite,
 )
 from sparseinst.errors import RunFailed, UserError
+from sparseinst.paths import SHIPPED_MODELS
 from sparseinst.words import counted
 
 if TYPE_CHECKING:
@@ -82,8 +83,14 @@ def predict(
     model = load_model(weights, device, optimize=optimize, checkpoint=checkpoint, tile=tile, **choice)
     found = predict_files(model, files, output, score=score, top=top, maps=maps, sheet=sheet, colour=colour)
     _print_prediction(found, len(files), output, score, tiled=model.config.inference.tile is not None)
+    if str(weights) in SHIPPED_MODELS and not weights.exists():
+        names = [category.name for category in model.categories]
+        print(
+            f"{weights} knows {counted(len(names), 'synthetic shape')} ({', '.join(names)}) and nothing else: "
+            "on other images it finds shapes that are not there"
+        )
     if found.failed:
-        raise RunFailed(f"{found.failed} of {len(files)} files could not be read; the warnings above say why")
+        raise RunFailed(f"{found.failed} of {counted(len(files), 'file')} could not be read; the warnings above say why")
 
 
 def _print_prediction(found: Prediction, files: int, output: Path, score: float, *, tiled: bool) -> None:
@@ -92,9 +99,10 @@ def _print_prediction(found: Prediction, files: int, output: Path, score: float,
     print(f"{counted(done, 'file')}: overlays and predictions.json in {output}")
     if found.images:
         highest = f"the highest score is {found.highest:.2f}" if found.highest is not None else "no map has a score at all"
+        none = f", none in {found.empty} of them" if 0 < found.empty < found.images else ""
         print(
-            f"{counted(found.instances, 'instance')} with a score of {score:g} or more; "
-            f"{f'none in {found.empty} of' if found.empty else 'in'} {counted(found.images, 'image')}; {highest}"
+            f"{counted(found.instances, 'instance')} with a score of {score:g} or more "
+            f"in {counted(found.images, 'image')}{none}; {highest}"
         )
     if found.left_out:
         print(f"--top left out {counted(found.left_out, 'more instance')} with such a score")
@@ -170,7 +178,7 @@ def maps(
     else:
         files = find_images([data])[:limit]
     for path in write_mean_maps(mean_responses(model, files), output):
-        print(f"{path}: {len(files)} images")
+        print(f"{path}: {counted(len(files), 'image')}")
     if split is None:
         print(f"{data} has no annotations, so there are no maps of single objects and no metrics")
         return
@@ -225,7 +233,12 @@ def failures(
     for size, objects in found.objects.items():
         if objects:
             print(f"{size}: {found.found[size]} of {objects} objects found ({found.found[size] / objects:.0%})")
-    print(f"{len(found.invented)} instances with a score of {score:g} or more match no annotated object")
+    reasons = {kind: ", ".join(f"{name} {count}" for name, count in counts.items()) for kind, counts in found.reasons().items()}
+    if found.missed:
+        print(f"{counted(len(found.missed), 'object')} missed: {reasons['missed']}")
+    verb = "matches" if len(found.invented) == 1 else "match"
+    why = f": {reasons['invented']}" if found.invented else ""
+    print(f"{counted(len(found.invented), 'instance')} with a score of {score:g} or more {verb} no annotated object{why}")
 
 
 @app.command()
@@ -239,12 +252,13 @@ def curves(
 
     The figure also shows the matching stability. It can hold several runs.
     """
-    from sparseinst.paths import RunPaths
-    from sparseinst.report.curves import draw_curves, read_metrics
+    from sparseinst.report.curves import different_losses, draw_curves, read_metrics, run_names
     from sparseinst.report.style import save
 
     if output.suffix not in ("", ".png", ".svg"):
         raise UserError(f"{output}: curves are written as .png and .svg")
-    figure = draw_curves({RunPaths(run).title(): read_metrics(run) for run in runs})
+    figure = draw_curves(
+        {name: read_metrics(run) for name, run in zip(run_names(runs), runs, strict=True)}, different_losses(runs)
+    )
     save(figure, output)
     print(f"{output.with_suffix('.png')} and {output.with_suffix('.svg')}")

@@ -14,6 +14,7 @@ import typer
 from sparseinst.ablation.store import RESULTS, Store
 from sparseinst.cli.options import Device, Json, ProfileName, Results, Tables, make_plan
 from sparseinst.errors import UserError
+from sparseinst.words import counted
 
 app = typer.Typer()
 
@@ -126,7 +127,7 @@ def _print_report(tables: list[str] | None, profile: str, results: Path, *, show
             print_table(result)
     if html:
         print(f"the page: {page_file(results, table_plan.profile.name)}")
-    print(f"{len(changed)} files changed in {results}" if changed else f"no file changed in {results}")
+    print(f"{counted(len(changed), 'file')} changed in {results}" if changed else f"no file changed in {results}")
 
 
 def _print_fidelity(tables: list[str], profile: str, results: Path, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparseinst.config import EngineName, NetworkPrecision
 from sparseinst.errors import UserError
 from sparseinst.models.network import Predictions
+from sparseinst.words import install_extra
 
 INPUT = "images"
 """The name of a network's input."""
@@ -58,9 +59,7 @@ class Engine(Protocol):
 def missing_package(engine: str, error: ImportError, extra: str | None = None) -> UserError:
     """Return the error that names the extra which a missing package belongs to."""
     extra, missing = extra or engine, error.name or error
-    return UserError(
-        f"engine {engine} needs the extra `{extra}` ({missing} is missing); install it: pip install 'sparseinst[{extra}]'"
-    )
+    return UserError(f"engine {engine} needs the extra `{extra}` ({missing} is missing); install it: {install_extra(extra)}")
 
 
 def used_precision(layers: Counter[str]) -> str:

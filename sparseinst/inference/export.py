@@ -28,6 +28,7 @@ from sparseinst.models.layers import DeformableConv2d
 from sparseinst.models.network import Predictions
 from sparseinst.models.sparseinst import SparseInst
 from sparseinst.postprocess import class_scores, maskness
+from sparseinst.words import install_extra
 
 _EXAMPLE_SIZE = (250, 330)
 """Height and width of the exporters' example image. They are no multiples of 32, so that the graph contains the padding."""
@@ -245,5 +246,5 @@ def check_onnx_packages() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"ONNX needs the extra `export` ({error.name} is missing); install it: pip install 'sparseinst[export]'"
+            f"ONNX needs the extra `export` ({error.name} is missing); install it: {install_extra('export')}"
         ) from None

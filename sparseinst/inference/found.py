@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from sparseinst.errors import UserError
 from sparseinst.inference.compact import CompactMasks
+from sparseinst.words import counted, install_extra
 
 if TYPE_CHECKING:
     from supervision import Detections
@@ -18,7 +19,7 @@ M = TypeVar("M", NDArray[np.bool_], CompactMasks)
 """The form of the masks."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Found(Generic[M]):
     """The K instances that the model found in one image, best score first."""
 
@@ -42,6 +43,19 @@ class Found(Generic[M]):
     """The number of instances at the requested score, before `top` left some out."""
     full: bool = False
     """Whether every map found an instance at the requested score, in the image or in one of its tiles. There may be more."""
+
+    def __len__(self) -> int:
+        """Return K, the number of instances."""
+        return len(self.scores)
+
+    def __repr__(self) -> str:
+        """Return the number of instances, the image's height and width, and the range of the scores."""
+        count, height, width = self.masks.shape
+        text = f"{counted(count, 'instance')} in {height} x {width}"
+        if count == 0:
+            return text
+        best, worst = f"{self.scores.max():.2f}", f"{self.scores.min():.2f}"
+        return f"{text}, score {best}" if count == 1 else f"{text}, scores {best} to {worst}"
 
 
 class FoundInstances(Found[NDArray[np.bool_]]):
@@ -67,7 +81,7 @@ class FoundInstances(Found[NDArray[np.bool_]]):
         except ModuleNotFoundError as error:
             if error.name != "supervision":
                 raise
-            raise UserError("to_supervision needs the package supervision: pip install -e .[supervision]") from None
+            raise UserError(f"to_supervision needs the package supervision: {install_extra('supervision')}") from None
         return supervision.Detections(
             xyxy=self.boxes(),
             mask=self.masks,

@@ -17,6 +17,7 @@ from sparseinst.errors import UserError
 from sparseinst.files import atomic
 from sparseinst.nested import flatten
 from sparseinst.paths import RunPaths
+from sparseinst.words import install_extra
 
 _log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def check_installed(names: Sequence[str]) -> None:
     for name in names:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # a folder of this name, such as the files of an earlier run, is no package
-            raise UserError(f"train.loggers: {name} is not installed: pip install -e .[{name}], or leave it out")
+            raise UserError(f"train.loggers: {name} is not installed: {install_extra(name)}, or leave it out")
 
 
 class Loggers:

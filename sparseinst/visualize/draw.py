@@ -206,15 +206,17 @@ def heat(image: Image.Image | None, values: NDArray[np.float32], size: tuple[int
 
 
 def picture_grid(pictures: Sequence[tuple[str, Image.Image]], *, columns: int) -> Image.Image:
-    """Return one image with these pictures, all of one size, in rows. Each picture has its title above it."""
+    """Return one image with these pictures, all of one size, in rows. Each picture has its title above it, one line or more."""
     width, height = pictures[0][1].size
-    gap, title = 4, max(12, min(width // 10, 14) + 4)
+    lines = max(text.count("\n") + 1 for text, _ in pictures)
+    gap, title = 4, lines * max(12, min(width // 10, 14) + 4)
     rows = -(-len(pictures) // columns)
     whole = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap + title) + gap), "white")
     pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=max(9, min(width / 12, 13)))
     for index, (text, picture) in enumerate(pictures):
         left, top = gap + index % columns * (width + gap), gap + index // columns * (height + gap + title)
-        pen.text((left, top), _cut(text, width, font), fill="black", font=font)
+        short = [_cut(line, width, font) for line in text.split("\n")]
+        pen.multiline_text((left, top), "\n".join(short), fill="black", font=font, spacing=2)
         whole.paste(picture, (left, top + title))
     return whole
 

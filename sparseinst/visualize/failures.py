@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +25,12 @@ from sparseinst.evaluation.coco_metrics import COCO_LIMIT, pycocotools_truth
 from sparseinst.files import atomic, make_folder
 from sparseinst.inference.found import FoundInstances
 from sparseinst.visualize.draw import fitted, outlined, overlay, picture_grid
+from sparseinst.visualize.failure_causes import FOUND, INVENTED, MISSED, Cause, Entry, causes_of_invented, causes_of_missed
+from sparseinst.words import counted
 
 SIZES = {"small": (0.0, float(SMALL)), "medium": (float(SMALL), float(MEDIUM)), "large": (float(MEDIUM), float("inf"))}
 """COCO's size classes: the bounds of a mask's area in pixels."""
-IOU = 0.5
-"""An object counts as found from this mask IoU on."""
-_WHOLE, _PART = (320, 240), (210, 210)
+_WHOLE, _PART = (320, 240), (250, 210)
 """Width and height of a picture in a sheet: a whole photo, and the part around an object."""
 
 
@@ -49,6 +50,14 @@ class Case:
     """The score of an invented instance; None for a missed object."""
     mask: Any
     """The mask's polygons or run lengths."""
+    reason: str
+    """One of `failure_causes.MISSED` or, for an invented instance, of `INVENTED`."""
+    nearest: str | None
+    """The category of the object or the instance that the reason is about; None if there is none."""
+    nearest_score: float | None
+    """Its score, if it is an instance."""
+    iou: float | None
+    """The mask IoU with it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,14 @@ class Failures:
     """Number of objects found, by size."""
     objects: dict[str, int]
     """Number of annotated objects by size, without crowds."""
+
+    def reasons(self) -> dict[str, dict[str, int]]:
+        """Return the numbers of `missed` objects and of `invented` instances by reason, without reasons that no case has."""
+        counts = Counter(("missed", case.reason) for case in self.missed) + Counter(
+            ("invented", case.reason) for case in self.invented
+        )
+        lists = {"missed": MISSED, "invented": INVENTED}
+        return {kind: {name: counts[kind, name] for name in names if counts[kind, name]} for kind, names in lists.items()}
 
 
 def find_failures(annotations: Path, results: list[dict[str, Any]], image_ids: Sequence[int], score: float) -> Failures:
@@ -83,12 +100,18 @@ def find_failures(annotations: Path, results: list[dict[str, Any]], image_ids: S
         everything = _loaded(truth, results)
         confident = _loaded(truth, [entry for entry in results if entry["score"] >= score])
         image_ap = {image: ap for image in image_ids if (ap := _image_ap(truth, everything, image)) is not None}
-        matched = _evaluated(truth, confident, list(image_ids), [IOU])
+        matched = _evaluated(truth, confident, list(image_ids), [FOUND])
+    weak = defaultdict(list)
+    for entry in results:
+        if entry["score"] < score:
+            weak[entry["image_id"]].append(entry)
     names = {category["id"]: category["name"] for category in truth.dataset["categories"]}
-    missed, invented = [], []
+    unfound: defaultdict[int, list[Entry]] = defaultdict(list)
+    strange: defaultdict[int, list[Entry]] = defaultdict(list)
+    right: defaultdict[int, list[Entry]] = defaultdict(list)
     found, objects = dict.fromkeys(SIZES, 0), dict.fromkeys(SIZES, 0)
     for entry in filter(None, matched.evalImgs):
-        image, name = int(entry["image_id"]), names[entry["category_id"]]
+        image = int(entry["image_id"])
         for number, match, ignored in zip(entry["gtIds"], entry["gtMatches"][0], entry["gtIgnore"], strict=True):
             annotation = truth.anns[number]
             size = _size(annotation["area"])
@@ -96,15 +119,39 @@ def find_failures(annotations: Path, results: list[dict[str, Any]], image_ids: S
                 objects[size] += 1
                 found[size] += bool(match)
                 if not match:
-                    missed.append(Case(image, name, size, float(annotation["area"]), None, annotation["segmentation"]))
+                    unfound[image].append(annotation)
         for number, match, ignored in zip(entry["dtIds"], entry["dtMatches"][0], entry["dtIgnore"][0], strict=True):
-            instance = confident.anns[number]
-            if not (match or ignored):
-                size = _size(instance["area"])
-                invented.append(Case(image, name, size, float(instance["area"]), instance["score"], instance["segmentation"]))
-    missed.sort(key=lambda case: -case.area)
-    invented.sort(key=lambda case: -(case.score or 0.0))
+            if not ignored:
+                (right if match else strange)[image].append(confident.anns[number])
+    missed, invented = [], []
+    for image in unfound.keys() | strange.keys():
+        sides = (truth.imgs[image]["height"], truth.imgs[image]["width"])
+        lost, extra = unfound[image], strange[image]
+        real = [annotation for annotation in truth.imgToAnns[image] if not annotation.get("iscrowd")]
+        causes = causes_of_missed(lost, extra, right[image], weak[image], sides)
+        missed += [_case(annotation, cause, names) for annotation, cause in zip(lost, causes, strict=True)]
+        causes = causes_of_invented(extra, real, sides)
+        invented += [_case(instance, cause, names) for instance, cause in zip(extra, causes, strict=True)]
+    missed.sort(key=lambda case: (-case.area, case.image))
+    invented.sort(key=lambda case: (-(case.score or 0.0), case.image))
     return Failures(image_ap, missed, invented, found, objects)
+
+
+def _case(entry: Entry, cause: Cause, names: dict[int, str]) -> Case:
+    """Return a missed object (an annotation) or an invented instance (a result) with its cause."""
+    nearest = cause.nearest or {}
+    return Case(
+        image=int(entry["image_id"]),
+        name=names[entry["category_id"]],
+        size=_size(entry["area"]),
+        area=float(entry["area"]),
+        score=entry.get("score"),
+        mask=entry["segmentation"],
+        reason=cause.reason,
+        nearest=names.get(nearest.get("category_id", -1)),
+        nearest_score=nearest.get("score"),
+        iou=cause.iou,
+    )
 
 
 def _loaded(truth: COCO, results: list[dict[str, Any]]) -> COCO:
@@ -169,23 +216,35 @@ def write_failures(
         found = _as_instances(photo, [(names[e["category_id"]], e["score"], e["segmentation"]) for e in ours])
         pictures += [
             (f"{record.path.name}: annotated", fitted(overlay(photo, truth, scores=False), *_WHOLE)),
-            (f"AP {failures.image_ap[image]:.1f}: found", fitted(overlay(photo, found), *_WHOLE)),
+            (f"AP {failures.image_ap[image]:.1f}: {_mistakes(failures, image)}", fitted(overlay(photo, found), *_WHOLE)),
         ]
     save("worst.png", pictures, 4)
     for size in SIZES:
         cases = [case for case in failures.missed if case.size == size][:most]
-        save(f"missed-{size}.png", [(_title(case), _crop(case, by_id[case.image])) for case in cases], 6)
-    save("invented.png", [(_title(case), _crop(case, by_id[case.image])) for case in failures.invented[:most]], 6)
+        save(f"missed-{size}.png", [_picture(case, by_id[case.image]) for case in cases], 4)
+    save("invented.png", [_picture(case, by_id[case.image]) for case in failures.invented[:most]], 4)
     numbers = asdict(failures)
     for case in (*numbers["missed"], *numbers["invented"]):
         del case["mask"]
     with atomic(output / "failures.json") as temporary:
-        temporary.write_text(json.dumps({"score": score, "iou": IOU, **numbers}, indent=1) + "\n", encoding="utf-8")
+        data = {"score": score, "iou": FOUND, "reasons": failures.reasons(), **numbers}
+        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return [*written, output / "failures.json"]
 
 
-def _title(case: Case) -> str:
-    return f"{case.name}, {round(case.area)} px" if case.score is None else f"{case.name} {case.score:.2f}"
+def _mistakes(failures: Failures, image: int) -> str:
+    missed, invented = (sum(case.image == image for case in cases) for cases in (failures.missed, failures.invented))
+    return f"{missed} missed, {counted(invented, 'false positive')}"
+
+
+def _picture(case: Case, record: ImageRecord) -> tuple[str, Image.Image]:
+    """Return the title, in two lines, and the picture of a mistake."""
+    what = f"{case.name}, {round(case.area)} px" if case.score is None else f"{case.name} {case.score:.2f}"
+    why = case.reason
+    if case.iou is not None:
+        score = f" {case.nearest_score:.2f}" if case.nearest_score is not None else ""
+        why += f" ({case.nearest}{score}, IoU {case.iou:.2f})"
+    return f"{record.path.name}: {what}\n{why}", _crop(case, record)
 
 
 def _as_instances(photo: Image.Image, instances: list[tuple[str, float, Any]]) -> FoundInstances:

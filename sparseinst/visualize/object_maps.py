@@ -98,7 +98,10 @@ def object_maps(predictor: Predictor, record: ImageRecord, split: CocoSplit) -> 
 
 
 def object_sheet(image: Image.Image, objects: Sequence[ObjectMap]) -> Image.Image:
-    """Return a sheet with one column for each object: its map with the object's true outline, above the predicted mask."""
+    """Return a sheet with one column for each object: its map with the object's true outline, above the predicted mask.
+
+    Both lie on a grey copy of the image, because a mask of any colour may look like an object of a strong colour.
+    """
     height = max(1, round(image.height * _WIDTH / image.width))
     small = image.resize((_WIDTH, height), Image.Resampling.BILINEAR)
     font = ImageFont.load_default(size=11)
@@ -115,7 +118,7 @@ def object_sheet(image: Image.Image, objects: Sequence[ObjectMap]) -> Image.Imag
         truth = _scaled(entry.truth.astype(np.bool_), height)
         above = np.asarray(heat(small, entry.response)).copy()
         above[outline(truth, 1)] = (255, 255, 255)
-        below = np.asarray(small).astype(np.float32)
+        below = np.asarray(small.convert("L").convert("RGB")).astype(np.float32)
         mask = _scaled(entry.mask, height)
         below[mask] = 0.5 * below[mask] + 0.5 * np.array(colour, dtype=np.float32)
         below[outline(truth, 1)] = 255

@@ -17,6 +17,7 @@ from sparseinst.inference.found import CompactInstances
 from sparseinst.inference.predict import Predictor
 from sparseinst.progress import progress_bar
 from sparseinst.visualize.draw import ColourBy, overlay
+from sparseinst.words import install_extra
 
 if TYPE_CHECKING:
     from av.container import InputContainer, OutputContainer
@@ -103,7 +104,7 @@ def _pyav() -> Any:
     try:
         import av
     except ImportError:
-        raise UserError("videos need PyAV, the extra `video`; install it: pip install 'sparseinst[video]'") from None
+        raise UserError(f"videos need PyAV, the extra `video`; install it: {install_extra('video')}") from None
     return av
 
 

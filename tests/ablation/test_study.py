@@ -144,6 +144,7 @@ def test_a_new_table_needs_only_a_file(tmp_path: Path) -> None:
         ("iam.heads: 8", "iam.heads: 7", r"mine.yaml: row 'eight': .*heads=7 does not divide"),
         ("labels: {heads: 8}", "label: {heads: 8}", r"mine.yaml: row 'eight': label: unknown setting \(did you mean 'labels'"),
         ("labels: {heads: 8}", "labels: {head: 8}", r"row 'eight': no column is called 'head' \(did you mean 'heads'"),
+        ("reference: four", "reference: 128", r'reference: input should be a valid string, got 128: write "128" in quotes'),
         ("reference: four", "reference: for", r"no row is called 'for' \(did you mean 'four'"),
         ("figures: [AP]", "figures: [mAP]", "figures.0"),
         ("name: eight", "name: four", "two rows are called 'four'"),

@@ -32,8 +32,8 @@ def test_every_installed_engine_is_timed_in_its_precisions(monkeypatch: pytest.M
         ("openvino", "bf16", "compiled"),
     ]
     assert len(missing) == 2
-    assert "sparseinst[onnxruntime]" in missing[0]
-    assert "sparseinst[int8]" in missing[1]
+    assert "pip install -e '.[onnxruntime]'" in missing[0]
+    assert "pip install -e '.[int8]'" in missing[1]
     monkeypatch.setattr(comparing, "multiplies_bfloat16", lambda: False)
     settings, missing = engine_settings(Setting(), ["openvino"], None, ["eager"])
     assert [each.precision for each in settings] == ["fp32"]

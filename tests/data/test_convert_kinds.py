@@ -22,7 +22,7 @@ def test_every_kind_is_detected_and_gives_the_same_masks(kind: str, tmp_path: Pa
     assert run_cli(["data", "convert", str(tmp_path / "in"), "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert f"read as {kind}" in printed
-    assert "train: 2 images with 4 instances\nval: 1 images with 2 instances\n" in printed
+    assert "train: 2 images with 4 instances\nval: 1 image with 2 instances\n" in printed
     assert "left out" not in printed
     for split in ("train", "val"):
         found = read_split(tmp_path / f"out/annotations/instances_{split}2017.json", tmp_path / f"out/{split}2017")

@@ -88,7 +88,7 @@ def test_a_missing_package_is_one_line_that_names_the_extra(
     assert run_cli(["evaluate", "--weights", str(trained), "--engine", engine]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"engine {engine} needs the extra `{engine}`" in error
-    assert f"pip install 'sparseinst[{engine}]'" in error
+    assert f"pip install -e '.[{engine}]'" in error
 
 
 def test_another_compiled_precision_is_an_error() -> None:

@@ -1,4 +1,4 @@
-"""Check the conversion of found instances to `supervision.Detections`."""
+"""Check found instances: their number, their text, and their conversion to `supervision.Detections`."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 
 from sparseinst import load_model
 from sparseinst.errors import UserError
-from sparseinst.inference.found import FoundInstances
+from sparseinst.inference.compact import CompactMasks
+from sparseinst.inference.found import CompactInstances, FoundInstances
 
 
 def found() -> FoundInstances:
@@ -23,9 +24,23 @@ def test_boxes_are_the_edges_of_the_masks() -> None:
     assert found().boxes().tolist() == [[3, 2, 9, 5], [11, 9, 12, 10], [0, 0, 0, 0]]
 
 
+def test_number_and_text_of_found_instances() -> None:
+    """A notebook shows the text, so it is one short line instead of all arrays."""
+    every = found()
+    assert len(every) == 3
+    assert repr(every) == "3 instances in 10 x 12, scores 0.90 to 0.10"
+    one = FoundInstances(every.scores[:1], every.labels[:1], every.masks[:1], every.names[:1], every.maps[:1])
+    assert repr(one) == "1 instance in 10 x 12, score 0.90"
+    none = FoundInstances(every.scores[:0], every.labels[:0], every.masks[:0], [], every.maps[:0])
+    assert len(none) == 0
+    assert repr(none) == "0 instances in 10 x 12"
+    about = (every.scores, every.labels, CompactMasks.of(every.masks), every.names, every.maps)
+    assert repr(CompactInstances(*about)) == repr(every)
+
+
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(UserError, match=r"pip install -e \.\[supervision\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[supervision\]'"):
         found().to_supervision()
 
 

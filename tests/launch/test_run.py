@@ -1,6 +1,7 @@
 """Check how a plan runs: once, in several processes, with failures and damaged records. Check its status and its report."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -211,7 +212,9 @@ def test_concurrent_writers_leave_complete_records() -> None:
 
 def test_a_plan_over_the_budget_is_refused_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(["run", "all", "--profile", "coco", "--budget", "100", "--device", "cpu"]) == 2
-    assert "over the budget of 100: nothing was started" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "over the budget of 100: nothing was started" in error
+    assert re.search(r"costs about \d,\d{3}\.\d GPU-hours", error), "a large number has separators of thousands"
     assert not Path("runs").exists()
 
 

@@ -207,6 +207,18 @@ def test_a_printed_table_has_at_most_100_columns(store: Store, capsys: pytest.Ca
     assert "paper: APl" in printed.partition("Not shown")[2]
 
 
+def test_a_narrow_terminal_shows_ap_and_prefers_own(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are the columns that the README announces. AP50 and the like go first."""
+    print_table(table5(store))
+    printed, _, left_out = capsys.readouterr().out.partition("Not shown")
+    [head] = [line for line in printed.splitlines() if "Dice" in line]
+    assert head.split()[-1] == "prefers_own"
+    assert "AP" in head.split()
+    named = left_out.partition(". The written table")[0]
+    assert "AP75" in named
+    assert "own," in named
+
+
 def test_a_missing_value_shows_its_state(store: Store) -> None:
     spec = read_spec("table5", EXPERIMENTS)
     key = row_config(spec, spec.rows[2], MINI).evaluate_key()

@@ -123,7 +123,7 @@ def test_a_training_that_fails_or_has_a_damaged_file_says_so(
 
 def test_a_missing_package_is_one_line_before_the_training(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"wandb is not installed: pip install -e \.\[wandb\], or leave it out"):
+    with pytest.raises(UserError, match=r"wandb is not installed: pip install -e '\.\[wandb\]', or leave it out"):
         run(tiny.replace({"train.loggers": ["wandb"]}), tmp_path / "run")
     assert not RunPaths(tmp_path / "run").config.exists()
 

@@ -19,6 +19,7 @@ from sparseinst.models.network import Predictions
 from sparseinst.models.sparseinst import build_model
 from sparseinst.visualize.activations import mean_responses, most_different_maps, write_mean_maps
 from sparseinst.visualize.draw import activation_sheet, outline, overlay, palette
+from sparseinst.visualize.object_maps import ObjectMap, object_sheet
 from tests.conftest import CPU, alternatives, run
 
 
@@ -76,6 +77,18 @@ def test_sheet_and_overlay() -> None:
     assert tuple(drawn[38, 3]) == (90, 90, 90)
     nothing = FoundInstances(np.float32([]), np.int64([]), masks[:0], [], np.int64([]), activations[:0])
     assert activation_sheet(image, nothing).size[0] > 0
+
+
+def test_the_mask_of_an_object_is_the_only_colour_below_its_map() -> None:
+    """The image has strong colours, which could be taken for masks."""
+    image = Image.new("RGB", (200, 100), (0, 255, 0))
+    mask = np.zeros((100, 200), np.bool_)
+    mask[30:60, 40:90] = True
+    entry = ObjectMap("cat", mask.astype(np.uint8), mask, 3, np.zeros((13, 25), np.float32), 0.5, 0.1, 0.0, True, None)
+    sheet = np.asarray(object_sheet(image, [entry]))[-108:-8, 4:-4].astype(int)
+    coloured = np.ptp(sheet, axis=2) > 0
+    assert (coloured & ~mask).sum() == 0
+    assert coloured[32:58, 42:88].all()
 
 
 @pytest.mark.parametrize("edge", [False, True])

@@ -1,6 +1,7 @@
 """Check that overlays, videos, failure sheets and curves show exactly what the evaluation counts."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sparseinst.report.curves import draw_curves, read_metrics
 from sparseinst.training import train as train_module
 from sparseinst.training.train import train
 from sparseinst.visualize.draw import overlay, palette
+from sparseinst.visualize.failure_causes import causes_of_missed
 from sparseinst.visualize.failures import find_failures
 from tests.conftest import CPU, annotation, box, write_coco
 
@@ -70,10 +72,12 @@ def test_predict_says_what_it_found(trained: Path, tmp_path: Path, capsys: pytes
     command = ["predict", *(str(image.path) for image in split.images[:3]), "--weights", str(trained), "--device", "cpu"]
     assert run_cli([*command, "--output", str(tmp_path / "none"), "--score", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "0 instances with a score of 1 or more; none in 3 of 3 images; the highest score is 0." in printed
+    assert "0 instances with a score of 1 or more in 3 images; the highest score is 0." in printed
     assert "Use a lower --score" in printed
+    assert run_cli(["predict", command[1], *command[4:], "--output", str(tmp_path / "one"), "--score", "1"]) == 0
+    assert "0 instances with a score of 1 or more in 1 image; the highest score is 0." in capsys.readouterr().out
     assert run_cli([*command, "--output", str(tmp_path / "top"), "--score", "0", "--top", "2"]) == 0
-    assert "6 instances with a score of 0 or more; in 3 images" in capsys.readouterr().out
+    assert "6 instances with a score of 0 or more in 3 images; the highest" in capsys.readouterr().out
     kept = json.loads((tmp_path / "top/predictions.json").read_text())["annotations"]
     assert run_cli([*command, "--output", str(tmp_path / "all"), "--score", "0"]) == 0
     everything = json.loads((tmp_path / "all/predictions.json").read_text())["annotations"]
@@ -115,6 +119,17 @@ def test_predict_draws_a_video(av: Any, trained: Path, tmp_path: Path) -> None:
     assert [entry.get("frame") for entry in written["images"]] == [None, *range(7)]
     assert [entry["id"] for entry in written["images"]] == list(range(1, 9))
     assert {entry["image_id"] for entry in written["annotations"]} == set(range(1, 9))
+
+
+def test_predict_says_what_the_model_demo_knows(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The six shapes are all that it knows, so that nobody wonders why a wall in a photo is a cross."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    command = ["predict", str(tmp_path / "photo.png"), "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert run_cli([*command, "--weights", "demo"]) == 0
+    told = "demo knows 6 synthetic shapes (circle, square, triangle, star, ring, cross) and nothing else"
+    assert told in capsys.readouterr().out
+    assert run_cli([*command, "--weights", str(trained)]) == 0
+    assert "nothing else" not in capsys.readouterr().out
 
 
 def test_truncated_and_invalid_videos(
@@ -247,11 +262,51 @@ def test_failures_follow_cocos_rules(two_images: Path) -> None:
     assert found.found == {"small": 0, "medium": 1, "large": 0}
     assert [(case.image, case.size) for case in found.missed] == [(2, "medium"), (1, "small")], "the largest object comes first"
     assert [(case.image, case.name, case.score) for case in found.invented] == [(1, "seven", 0.8), (2, "thousand", 0.6)]
+    assert [(case.reason, case.nearest_score, case.iou) for case in found.missed] == [
+        ("low score", 0.3, 1),
+        ("nothing near", None, None),
+    ]
+    assert [case.reason for case in found.invented] == ["background", "background"]
     assert found.image_ap[2] == pytest.approx(100.0), "for AP, its only object is found, even at a low score"
     assert 0 < found.image_ap[1] < 60
     nothing = find_failures(two_images / "annotations/instances_val2017.json", [], [1, 2], 0.4)
     assert nothing.image_ap == {1: 0.0, 2: 0.0}
     assert len(nothing.missed) == 3
+
+
+def test_each_failure_has_a_reason(two_images: Path) -> None:
+    """A wrong class and a poor mask each give a missed object and an invented instance, with the IoU that they share."""
+    results = [
+        result(1, 1000, 10, 10, 40, 0.9),  # on the large object of the other category
+        result(1, 7, 104, 60, 10, 0.7),  # covers 60 of the 100 pixels of the small object
+        result(2, 7, 10, 10, 40, 0.8),
+        result(2, 7, 10, 12, 40, 0.6),  # on an object that is found already
+        result(2, 1000, 30, 10, 40, 0.5),  # on half of an object of the other category
+    ]
+    found = find_failures(two_images / "annotations/instances_val2017.json", results, [1, 2], 0.4)
+    missed = [(case.reason, case.nearest, case.nearest_score, case.iou) for case in found.missed]
+    assert missed == [("wrong class", "thousand", 0.9, 1), ("poor mask", "seven", 0.7, pytest.approx(60 / 140))]
+    assert [(case.name, case.reason, case.nearest, case.iou) for case in found.invented] == [
+        ("thousand", "wrong class", "seven", 1),
+        ("seven", "poor mask", "seven", pytest.approx(60 / 140)),
+        ("seven", "duplicate", "seven", pytest.approx(38 / 42)),
+        ("thousand", "class and mask", "seven", pytest.approx(1 / 3)),
+    ]
+    assert found.reasons() == {
+        "missed": {"wrong class": 1, "poor mask": 1},
+        "invented": {"duplicate": 1, "wrong class": 1, "poor mask": 1, "class and mask": 1},
+    }
+
+
+def test_an_object_in_the_mask_of_another_one_is_merged() -> None:
+    missed = [result(1, 7, 20, 10, 20, 1.0)]
+    size = (100, 150)
+    whole = [result(1, 7, 0, 10, 40, 0.9)]
+    [cause] = causes_of_missed(missed, [], whole, [], size)
+    assert (cause.reason, cause.nearest, cause.iou) == ("merged", whole[0], 0.25)
+    [cause] = causes_of_missed(missed, [result(1, 1000, 20, 10, 10, 0.5)], whole, [], size)
+    assert (cause.reason, cause.iou) == ("class and mask", 0.25)
+    assert causes_of_missed(missed, [], [], [], size) == [("nothing near", None, None)]
 
 
 def test_failures_count_every_object_of_a_crowded_image(tmp_path: Path) -> None:
@@ -273,8 +328,15 @@ def test_failures_count_every_object_of_a_crowded_image(tmp_path: Path) -> None:
 def test_the_failures_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["failures", "--weights", str(trained), "--score", "0.01", "--device", "cpu"]
     assert run_cli([*command, "--output", str(tmp_path / "f"), "--most", "3"]) == 0
-    assert "objects found" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "objects found" in printed
+    assert re.search(
+        r"^\d+ objects? missed: .*(nothing near|poor mask|low score|merged|wrong class|class and mask) \d+", printed, re.M
+    )
     written = json.loads((tmp_path / "f/failures.json").read_text())
+    assert sum(written["reasons"]["missed"].values()) == len(written["missed"])
+    assert sum(written["reasons"]["invented"].values()) == len(written["invented"])
+    assert {"reason", "nearest", "nearest_score", "iou"} <= written["missed"][0].keys()
     assert sum(written["objects"].values()) == len(written["missed"]) + sum(written["found"].values())
     with Image.open(tmp_path / "f/worst.png") as sheet:
         assert sheet.width > 1200
