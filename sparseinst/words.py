@@ -24,6 +24,11 @@ def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
     return f"{count} {noun}{plural}" + (f" {verb}" if verb else "")
 
 
+def three_digits(value: float) -> str:
+    """Return a number with three significant digits, never in powers of ten for a large one: `0.25`, `8,840`."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def install_extra(extra: str) -> str:
     """Return the command that installs an optional extra of this package, which is on no package registry.
 

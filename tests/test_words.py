@@ -3,12 +3,16 @@
 import pytest
 
 from sparseinst.cli.models import _time
-from sparseinst.words import counted
+from sparseinst.words import counted, three_digits
 
 
 def test_a_noun_and_its_verb_fit_the_number() -> None:
     assert [counted(count, "image", "has", "have") for count in (0, 1, 2)] == ["0 images have", "1 image has", "2 images have"]
     assert [counted(count, "class") for count in (1, 2)] == ["1 class", "2 classes"]
+
+
+def test_large_numbers_have_no_powers_of_ten() -> None:
+    assert [three_digits(value) for value in (0.2512, 16.84, 99.96, 8841.0)] == ["0.251", "16.8", "100", "8,841"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from sparseinst.errors import UserError
 from sparseinst.machine import device_name
 from sparseinst.paths import stored_weights
 from sparseinst.section import STAGES, Stage
-from sparseinst.words import counted
+from sparseinst.words import counted, three_digits
 
 
 @dataclass(frozen=True)
@@ -282,12 +282,12 @@ def show(plan: Plan, cost: Costs) -> None:
         runs = [run for run in plan.runs.values() if run.stage == stage]
         if not runs:
             continue
-        hours = f", {cost.hours[stage]:.3g} {cost.unit} each" if stage in cost.hours else ""
+        hours = f", {three_digits(cost.hours[stage])} {cost.unit} each" if stage in cost.hours else ""
         measured = cost.measured.get(stage)
         source = f" (median of {counted(measured, 'record')})" if measured else " (estimate)" if hours else ""
         print(f"{stage}: {counted(len(runs), 'distinct run')}, {sum(run.key in plan.done for run in runs)} done{hours}{source}")
     total = f"{counted(len(plan.rows), 'row')}, {counted(len(plan.runs), 'distinct run')}"
-    print(f"{total}, {len(left)} to do: about {cost.of(left):.3g} {cost.unit}")
+    print(f"{total}, {len(left)} to do: about {three_digits(cost.of(left))} {cost.unit}")
     if plan.profile.cost is not None and any(not cost.measured.get(run.stage) for run in left):
         print(f"Estimates: {plan.profile.cost.source}")
 

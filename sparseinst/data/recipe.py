@@ -307,7 +307,7 @@ def _warn(chosen: Recipe, facts: DataFacts, scale: float, size: Size, start: Map
             "tiles, or raise model.decoder.iam.num_maps."
         )
     if facts.rare:
-        names = ", ".join(facts.rare[:5]) + (", ..." if len(facts.rare) > 5 else "")
+        names = ", ".join(facts.rare[:5]) + (f" and {len(facts.rare) - 5} more" if len(facts.rare) > 5 else "")
         have = "has" if len(facts.rare) == 1 else "have"
         chosen.warnings.append(f"{len(facts.rare)} of {facts.classes} categories {have} fewer than 20 instances: {names}.")
     if size == "full" and start is None:

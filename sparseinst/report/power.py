@@ -14,7 +14,7 @@ from rich.table import Table
 from sparseinst.ablation.statistics import FALSE_DISCOVERIES, Difference, SeedNoise, TypicalNoise
 from sparseinst.report.collect import TableResult
 from sparseinst.report.records import Column
-from sparseinst.words import counted
+from sparseinst.words import counted, three_digits
 
 SIZES = (0.5, 1.0, 2.0)
 """The differences in AP for which the table lists how many seeds they need."""
@@ -186,7 +186,7 @@ def _with_hours(line: RowPower, name: str) -> str:
     seeds, hours = line.seeds_for[name], line.hours_for[name]
     if seeds is None and line.noise and (name != "paper" or line.paper is not None):
         return f"> {MOST_SEEDS}"
-    return _text(seeds) if hours is None else f"{seeds} ({hours:,.0f})" if hours >= 100 else f"{seeds} ({hours:.3g})"
+    return _text(seeds) if hours is None else f"{seeds} ({three_digits(hours)})"
 
 
 def _text(value: float | None) -> str:
