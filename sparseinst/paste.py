@@ -3,8 +3,7 @@
 The reference resizes twice: bilinearly to the padded input, then, without the padding, bilinearly to the image's size. Both steps
 are linear and separable, so that together they are one matrix product on each side: out = R_h M R_w^T. Each row of these matrices
 has only a few weights, beside each other. The image is therefore computed strip by strip, and only for the instances that reach
-into the strip. Of an instance that reaches into a narrow part of the strip, only this part is computed. The intermediate values
-of a strip are small enough for the CPU's cache.
+into the strip. The intermediate values of a strip are small enough for the CPU's cache.
 
 Shapes: K instances, h w height and width of the predicted masks, H W height and width of the image.
 """
@@ -16,16 +15,12 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-STRIP, BLOCK, GROUP = 96, 64, 24
+STRIP, BLOCK, GROUP = 64, 64, 24
 """Rows of a strip, columns of a block, and instances processed at once on a CPU."""
-NARROW = 0.5
-"""An instance is computed alone if it reaches into at most this share of a strip's width."""
 MOST_ON_GPU = 2**28
 """A GPU processes all instances and all columns at once, and as many rows as give at most this number of pixels."""
 
@@ -77,56 +72,36 @@ def paste_strips(masks: Tensor, padded: tuple[int, int], size: ImageSize, thresh
         yield row.start, strip
 
 
-def _both_axes(masks: Tensor, padded: tuple[int, int], size: ImageSize) -> tuple[list[_Block], _Columns]:
-    """Return the strips of rows, and the columns; no strips without instances."""
+def _both_axes(masks: Tensor, padded: tuple[int, int], size: ImageSize) -> tuple[list[_Block], list[_Block]]:
+    """Return the strips of rows and the blocks of columns; none without instances."""
     if not len(masks):
-        return [], _Columns([], None)
+        return [], []
     height, width = size.original
-    on_cpu = masks.device.type == "cpu"
-    if on_cpu:
+    if masks.device.type == "cpu":
         steps: tuple[int, int] = STRIP, BLOCK
     else:
         steps = min(height, max(1, MOST_ON_GPU // (len(masks) * width))), width
-    rows, columns = ((masks.shape[1 + axis], padded[axis], size.resized[axis], size.original[axis]) for axis in range(2))
-    reach = _reach(*columns) if on_cpu else None
-    return _blocks(*rows, steps[0], masks.device), _Columns(_blocks(*columns, steps[1], masks.device), reach)
+    rows, columns = (
+        _blocks(masks.shape[1 + axis], padded[axis], size.resized[axis], size.original[axis], step, masks.device)
+        for axis, step in enumerate(steps)
+    )
+    return rows, columns
 
 
-def _paste_strip(masks: Tensor, row: _Block, columns: _Columns, threshold: float, into: Tensor) -> None:
+def _paste_strip(masks: Tensor, row: _Block, columns: list[_Block], threshold: float, into: Tensor) -> None:
     """Compute one strip of all masks, and set its pixels in `into` (K, end - start, W), whose pixels are false before."""
     strip = masks[:, row.first : row.last]
-    if columns.reach is None:
-        torch.gt(_resized(strip, row, columns.blocks), threshold, out=into)
-        return
-    wide = []
-    for instance, start, end in _reached((strip > threshold).any(1).numpy(), columns.reach):
-        if end - start > NARROW * into.shape[2]:
-            wide.append(instance)
-        else:
-            first, last = columns.reach.inputs[start, 0], columns.reach.inputs[end - 1, 1]
-            part = strip[instance, :, first:last] @ columns.reach.weights[first:last, start:end]
-            torch.gt(row.weights @ part, threshold, out=into[instance, :, start:end])
-    if len(wide) == len(masks):
-        for some, part in zip(strip.split(GROUP), into.split(GROUP), strict=True):
-            torch.gt(_resized(some, row, columns.blocks), threshold, out=part)
-    elif wide:
-        for instances in torch.tensor(wide).split(GROUP):
-            into[instances] = _resized(strip[instances], row, columns.blocks) > threshold
-
-
-def _reached(above: NDArray[np.bool_], reach: _Reach) -> Iterator[tuple[int, int, int]]:
-    """Yield each instance that reaches into a strip, with the first of the columns into which it can reach, and the end of them.
-
-    An output is a weighted mean of inputs, so it exceeds the threshold only if an input does.
-
-    Args:
-        above: whether an input exceeds the threshold in each column of each instance, (K, w).
-    """
-    firsts = above.argmax(1)
-    lasts = above.shape[1] - 1 - above[:, ::-1].argmax(1)
-    starts, ends = reach.outputs[firsts, 0].tolist(), reach.outputs[lasts, 1].tolist()
-    for instance in np.flatnonzero(above.any(1)).tolist():
-        yield instance, starts[instance], ends[instance]
+    on_cpu = masks.device.type == "cpu"
+    group = GROUP if on_cpu else len(masks)
+    # An output is a weighted mean of inputs, so it exceeds the threshold only if an input does. On a GPU this test would
+    # make the processor wait for the GPU.
+    reached = (strip.amax((1, 2)) > threshold).nonzero().squeeze(1) if on_cpu else None
+    if reached is None or len(reached) == len(masks):
+        for some, part in zip(strip.split(group), into.split(group), strict=True):
+            torch.gt(_resized(some, row, columns), threshold, out=part)
+    else:
+        for instances in reached.split(group):
+            into[instances] = _resized(strip[instances], row, columns) > threshold
 
 
 def _resized(masks: Tensor, row: _Block, columns: list[_Block]) -> Tensor:
@@ -150,37 +125,6 @@ class _Block(NamedTuple):
     last: int
     weights: Tensor
     """(end - start, last - first): the weight of each input, from `first` on, in each output, from `start` on."""
-
-
-class _Reach(NamedTuple):
-    """The columns that depend on each other."""
-
-    weights: Tensor
-    """(w, W): the weight of each input column in each output column."""
-    outputs: NDArray[np.int32]
-    """(w, 2): for each input column, the first output column that depends on it, and the end of those that do."""
-    inputs: NDArray[np.int32]
-    """(W, 2): for each output column, the first input column that it depends on, and the end of those."""
-
-
-class _Columns(NamedTuple):
-    blocks: list[_Block]
-    reach: _Reach | None
-    """None on a GPU: the test of what an instance reaches would make the processor wait for the GPU."""
-
-
-@functools.lru_cache(maxsize=8)  # the weights of a huge photo take megabytes, and to make them again takes little time
-def _reach(masks: int, padded: int, resized: int, original: int) -> _Reach:
-    """Return the dependencies of the columns on a CPU."""
-    weights = torch.zeros(masks, original)
-    for block in _blocks(masks, padded, resized, original, BLOCK, torch.device("cpu")):
-        weights[block.first : block.last, block.start : block.end] = block.weights.T
-    used = weights.numpy() != 0
-    outputs, inputs = (
-        np.stack([lines.argmax(1), lines.shape[1] - lines[:, ::-1].argmax(1)], axis=1).astype(np.int32)
-        for lines in (used, used.T)
-    )
-    return _Reach(weights, outputs, inputs)
 
 
 @functools.lru_cache(maxsize=512)
